@@ -1,0 +1,42 @@
+"""One line for the user instead of a traceback."""
+
+import errno
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
+
+class UserError(ValueError):
+    """Something the user can put right: the message is one line that names the flag or the file."""
+
+
+def describe_os_error(error: OSError) -> str | None:
+    """One line for a full disk or a spent quota, None for any other error."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    where = f" while writing {error.filename}" if error.filename else ""
+    return f"the disk is full{where}: free some space and start the same command again"
+
+
+def run_main(main: Callable[[], object]) -> None:
+    """Run a script's `main`, turning what the user can mend into one line and an exit code.
+
+    `UserError` ends in exit code 2, Ctrl-C in 130, a full disk in 1; any other exception is a
+    fault of the program and keeps its traceback.
+    """
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except OSError as error:
+        message = describe_os_error(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,223 @@
+"""Images by index: out of an .npz, an .npy or a folder, and into PNGs and grids."""
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from esddpm_io.atomic import atomic_path
+from esddpm_io.errors import UserError
+from esddpm_io.files import blobfile, is_blob, open_binary
+from esddpm_io.npz import NpyReader, NpzReader
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_LABELLED_NAME = re.compile(r"\d+_label_(\d+)\.[^.]+$")
+_FINGERPRINT_ROWS = 64  # rows of an .npy that stand for all: it carries no checksum of its own
+
+
+class ImageSource:
+    """N images of one size, read by index; memory use does not grow with N.
+
+    `shape` is (N, H, W, 3), `has_labels` says whether every image has a class label.
+    """
+
+    shape: tuple[int, int, int, int]
+    has_labels: bool
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Images start … stop-1, uint8 [n, H, W, 3]."""
+        raise NotImplementedError
+
+    def labels(self, start: int, stop: int) -> np.ndarray | None:
+        """Their labels, int64 [n], or None if the source has none."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """A hash that stays the same while the contents do, wherever the files lie."""
+        raise NotImplementedError
+
+
+class _NpzImages(ImageSource):
+    """`arr_0` uint8 [N, H, W, 3] and, where it is there, `arr_1` integer [N]."""
+
+    def __init__(self, path: str, flag: str):
+        self._reader = NpzReader(path, flag=flag)
+        self.shape = _checked_shape(
+            self._reader.shape("arr_0"), self._reader.dtype("arr_0"), f"{flag}: arr_0 of {path}"
+        )
+        self.has_labels = "arr_1" in self._reader.names
+        if self.has_labels:
+            shape, dtype = self._reader.shape("arr_1"), self._reader.dtype("arr_1")
+            if shape != self.shape[:1] or dtype.kind not in "iu":
+                raise UserError(
+                    f"{flag}: the labels arr_1 of {path} are {dtype}{list(shape)}, they must be "
+                    f"integers, one for each of the {self.shape[0]} images"
+                )
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self._reader.rows("arr_0", start, stop)
+
+    def labels(self, start: int, stop: int) -> np.ndarray | None:
+        if not self.has_labels:
+            return None
+        return self._reader.rows("arr_1", start, stop).astype(np.int64)
+
+    def fingerprint(self) -> str:
+        names = ["arr_0", "arr_1"] if self.has_labels else ["arr_0"]
+        return _digest(
+            f"{name}{self._reader.shape(name)}{self._reader.crc(name)}" for name in names
+        )
+
+
+class _NpyImages(ImageSource):
+    """One uint8 array [N, H, W, 3], no labels."""
+
+    has_labels = False
+
+    def __init__(self, path: str, flag: str):
+        self._reader = NpyReader(path, flag=flag)
+        self.shape = _checked_shape(self._reader.shape, self._reader.dtype, f"{flag}: {path}")
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self._reader.rows(start, stop)
+
+    def labels(self, start: int, stop: int) -> None:
+        return None
+
+    def fingerprint(self) -> str:
+        picked = np.linspace(0, len(self) - 1, min(len(self), _FINGERPRINT_ROWS)).astype(int)
+        rows = (self.read(row, row + 1).tobytes().hex() for row in picked)
+        return _digest([str(self.shape), *rows])
+
+
+class _FolderImages(ImageSource):
+    """A folder of image files: numbers in names count as numbers, `5_label_7.png` carries label 7.
+
+    Grey becomes RGB, an alpha channel is dropped, every image must have the size of the first.
+    """
+
+    def __init__(self, path: str, flag: str):
+        self._path, self._prefix = path, f"{flag}: "
+        self._names = sorted(_image_names(path), key=_natural_key)
+        if not self._names:
+            raise UserError(
+                f"{flag}: the folder {path} has no images ({', '.join(IMAGE_SUFFIXES)})"
+            )
+        height, width = self._open(self._names[0]).shape[:2]
+        self.shape = (len(self._names), height, width, 3)
+        labels = [_label_of(name) for name in self._names]
+        self.has_labels = None not in labels
+        self._labels = np.array(labels, np.int64) if self.has_labels else None
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        out = np.empty((stop - start, *self.shape[1:]), np.uint8)
+        for row, name in enumerate(self._names[start:stop]):
+            image = self._open(name)
+            if image.shape != out.shape[1:]:
+                raise UserError(
+                    f"{self._prefix}{self._path}/{name} is {image.shape[1]}x{image.shape[0]}, the "
+                    f"first image of the folder {self.shape[2]}x{self.shape[1]}"
+                )
+            out[row] = image
+        return out
+
+    def labels(self, start: int, stop: int) -> np.ndarray | None:
+        return None if self._labels is None else self._labels[start:stop]
+
+    def fingerprint(self) -> str:
+        if is_blob(self._path):
+            sizes = [blobfile().stat(f"{self._path}/{name}").size for name in self._names]
+        else:
+            sizes = [os.stat(os.path.join(self._path, name)).st_size for name in self._names]
+        return _digest(f"{name}:{size}" for name, size in zip(self._names, sizes, strict=True))
+
+    def _open(self, name: str) -> np.ndarray:
+        path = f"{self._path}/{name}"
+        with open_binary(path, flag=self._prefix.rstrip(": ")) as stream:
+            try:
+                with Image.open(stream) as image:
+                    return to_rgb(image)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                raise UserError(f"{self._prefix}cannot read the image {path}: {error}") from error
+
+
+def open_images(path: str | os.PathLike, *, flag: str) -> ImageSource:
+    """Open the images at `path`: an .npz (`arr_0`, `arr_1`), an .npy or a folder of image files.
+
+    Raises `UserError`, naming `flag` and the file, if there is nothing there, no image in it, or
+    an array that is not uint8 [N, H, W, 3].
+    """
+    path = str(path).rstrip("/") or "/"
+    if path.endswith(".npy"):
+        return _NpyImages(path, flag)
+    if path.endswith(".npz"):
+        return _NpzImages(path, flag)
+    if os.path.isdir(path) or is_blob(path):
+        return _FolderImages(path, flag)
+    if os.path.exists(path):
+        raise UserError(f"{flag}: {path} is neither an .npz or .npy file nor a folder of images")
+    raise UserError(f"{flag}: there is no file or folder {path}")
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """A PIL image as uint8 [H, W, 3]: grey and palettes become RGB, alpha is dropped."""
+    return np.asarray(image.convert("RGB"))
+
+
+def save_png(path: str | os.PathLike, array: np.ndarray) -> None:
+    """Write one image, uint8 [H, W, 3], atomically."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(array).save(temporary, format="PNG")
+
+
+def image_grid(arrays: np.ndarray | Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Images uint8 [H, W, 3] of one size side by side, row by row, on white, as one uint8 image."""
+    arrays = [np.asarray(array) for array in arrays]
+    height, width = arrays[0].shape[:2]
+    rows = math.ceil(len(arrays) / columns)
+    gap = 2  # pixels of white between neighbours and around them
+    grid = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for index, array in enumerate(arrays):
+        top = gap + index // columns * (height + gap)
+        left = gap + index % columns * (width + gap)
+        grid[top : top + height, left : left + width] = array
+    return grid
+
+
+def _checked_shape(shape: tuple[int, ...], dtype: np.dtype, what: str) -> tuple[int, int, int, int]:
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        raise UserError(
+            f"{what} is {dtype}{list(shape)}, it must be uint8 [N, height, width, 3], values 0-255"
+        )
+    return shape
+
+
+def _image_names(path: str) -> list[str]:
+    names = blobfile().listdir(path) if is_blob(path) else os.listdir(path)
+    return [n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
+
+
+def _natural_key(name: str) -> list[tuple[int, int | str]]:
+    """Sort key under which 2.png comes before 10.png."""
+    parts = re.split(r"(\d+)", Path(name).name)
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in parts if part]
+
+
+def _label_of(name: str) -> int | None:
+    match = _LABELLED_NAME.search(name)
+    return int(match.group(1)) if match else None
+
+
+def _digest(parts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from esddpm_io.errors import UserError
+from esddpm_io.images import image_grid, open_images, save_png
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).integers(0, 256, (12, 6, 4, 3), dtype=np.uint8)
+
+
+def test_npz_npy_and_folder_hold_the_same(tmp_path, images):
+    labels = np.arange(12) % 5
+    np.savez(tmp_path / "a.npz", images, labels)
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=images, arr_1=labels.astype(np.uint8))
+    np.save(tmp_path / "a.npy", images)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        save_png(tmp_path / "folder" / f"{index}_label_{label}.png", image)
+    for name in ("a.npz", "packed.npz", "a.npy", "folder"):
+        source = open_images(tmp_path / name, flag="--d")
+        assert len(source) == 12 and source.shape == images.shape
+        np.testing.assert_array_equal(source.read(3, 11), images[3:11])
+        if name == "a.npy":
+            assert source.labels(0, 12) is None
+        else:
+            assert source.labels(0, 12).dtype == np.int64
+            np.testing.assert_array_equal(source.labels(9, 12), labels[9:12])
+
+
+def test_fingerprint_follows_the_contents(tmp_path, images):
+    for kind in ("npz", "npy"):
+        save = np.savez if kind == "npz" else np.save
+        other = images.copy()
+        other[-1] += 1
+        save(tmp_path / f"a.{kind}", images)
+        save(tmp_path / f"same.{kind}", images)
+        save(tmp_path / f"other.{kind}", other)
+        a, same, other = (
+            open_images(tmp_path / f"{n}.{kind}", flag="").fingerprint()
+            for n in ("a", "same", "other")
+        )
+        assert a == same != other
+    save_png(tmp_path / "folder" / "0.png", images[0])
+    before = open_images(tmp_path / "folder", flag="").fingerprint()
+    save_png(tmp_path / "folder" / "1.png", images[1])
+    assert open_images(tmp_path / "folder", flag="").fingerprint() != before
+
+
+def test_folder_order_colours_and_labels(tmp_path):
+    Image.new("L", (3, 3), 10).save(tmp_path / "img10.png")
+    Image.new("RGBA", (3, 3), (1, 2, 3, 0)).save(tmp_path / "img9.png")
+    Image.new("RGB", (3, 3), (7, 8, 9)).save(tmp_path / "img11.JPG")
+    (tmp_path / "notes.txt").write_text("not an image")
+    source = open_images(f"{tmp_path}/", flag="--d")
+    assert source.read(0, 2)[:, 0, 0].tolist() == [[1, 2, 3], [10, 10, 10]]
+    assert len(source) == 3 and source.labels(0, 3) is None
+
+
+def test_bad_images_name_flag_and_file(tmp_path, images):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="--d: the folder .*empty has no images"):
+        open_images(tmp_path / "empty", flag="--d")
+    save_png(tmp_path / "mixed" / "1.png", images[0])
+    save_png(tmp_path / "mixed" / "2.png", images[0][:2])
+    (tmp_path / "mixed" / "3.png").write_bytes(b"\x89PNG nothing")
+    mixed = open_images(tmp_path / "mixed", flag="--d")
+    with pytest.raises(UserError, match=r"--d: .*2\.png is 4x2, the first image of the folder 4x6"):
+        mixed.read(0, 2)
+    with pytest.raises(UserError, match=r"--d: cannot read the image .*3\.png"):
+        mixed.read(2, 3)
+    with pytest.raises(UserError, match="--d: there is no file or folder"):
+        open_images(tmp_path / "none", flag="--d")
+    np.savez(tmp_path / "float.npz", images / 255.0)
+    with pytest.raises(UserError, match=r"--d: arr_0 of .* is float64\[12, 6, 4, 3\], it must be"):
+        open_images(tmp_path / "float.npz", flag="--d")
+    np.savez(tmp_path / "named.npz", images=images)
+    with pytest.raises(UserError, match=r"--d: .* has no arr_0 \(it has images\)"):
+        open_images(tmp_path / "named.npz", flag="--d")
+    np.savez(tmp_path / "labels.npz", images, np.zeros(11, int))
+    with pytest.raises(UserError, match="--d: the labels arr_1 .* one for each of the 12 images"):
+        open_images(tmp_path / "labels.npz", flag="--d")
+
+
+def test_grid_places_images_row_by_row(images):
+    grid = image_grid(images[:5], columns=3)
+    assert grid.shape == (2 * 8 + 2, 3 * 6 + 2, 3)
+    np.testing.assert_array_equal(grid[10:16, 8:12], images[4])
+    assert (grid[10:16, 14:18] == 255).all()
