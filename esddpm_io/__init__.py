@@ -1,1 +1,1 @@
-"""Files in and out: what the library, the scripts and the evaluator share (no torch, no TensorFlow)."""
+"""Files in and out, for the library, the scripts and the evaluator (no torch, no TensorFlow)."""

@@ -14,10 +14,9 @@ from esddpm_io.progress import Progress, progress_text
 def test_atomic_path_keeps_the_old_file_when_the_block_fails(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError):
-        with atomic_path(path) as temporary:
-            temporary.write_text("half")
-            raise RuntimeError
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
     with atomic_path(path) as temporary:
         temporary.write_text("new")

@@ -60,7 +60,7 @@ def test_folder_order_colours_and_labels(tmp_path):
 
 def test_bad_images_name_flag_and_file(tmp_path, images):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="--d: the folder .*empty has no images"):
+    with pytest.raises(UserError, match=r"--d: the folder .*empty has no images"):
         open_images(tmp_path / "empty", flag="--d")
     save_png(tmp_path / "mixed" / "1.png", images[0])
     save_png(tmp_path / "mixed" / "2.png", images[0][:2])
@@ -79,7 +79,7 @@ def test_bad_images_name_flag_and_file(tmp_path, images):
     with pytest.raises(UserError, match=r"--d: .* has no arr_0 \(it has images\)"):
         open_images(tmp_path / "named.npz", flag="--d")
     np.savez(tmp_path / "labels.npz", images, np.zeros(11, int))
-    with pytest.raises(UserError, match="--d: the labels arr_1 .* one for each of the 12 images"):
+    with pytest.raises(UserError, match=r"--d: the labels arr_1 .* one for each of the 12 images"):
         open_images(tmp_path / "labels.npz", flag="--d")
 
 

@@ -52,15 +52,18 @@ def test_writer_appends_in_any_alternation_and_numpy_reads_it(tmp_path):
 
 
 def test_writer_leaves_nothing_behind_when_it_fails(tmp_path):
+    def write(rows, then: Exception | None = None):
+        with NpzWriter(tmp_path / "a.npz", {"arr_0": ((3, 2), np.uint8)}) as writer:
+            writer.append("arr_0", rows)
+            if then:
+                raise then
+
     with pytest.raises(ValueError, match="arr_0 got 1 of 3 rows"):
-        with NpzWriter(tmp_path / "short.npz", {"arr_0": ((3, 2), np.uint8)}) as writer:
-            writer.append("arr_0", np.zeros((1, 2), np.uint8))
+        write(np.zeros((1, 2), np.uint8))
     with pytest.raises(ValueError, match="does not fit arr_0"):
-        with NpzWriter(tmp_path / "wrong.npz", {"arr_0": ((3, 2), np.uint8)}) as writer:
-            writer.append("arr_0", np.zeros((1, 2), np.float32))
+        write(np.zeros((1, 2), np.float32))
     with pytest.raises(KeyError):
-        with NpzWriter(tmp_path / "own.npz", {"arr_0": ((3, 2), np.uint8)}):
-            raise KeyError("own")
+        write(np.zeros((3, 2), np.uint8), then=KeyError("own"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -90,7 +93,7 @@ def test_corrupt_compressed_member_is_one_line(tmp_path):
     data = bytearray(path.read_bytes())
     data[1500:1600] = bytes(100)
     path.write_bytes(data)
-    with pytest.raises(UserError, match="arr_0 in .* is not a complete"):
+    with pytest.raises(UserError, match=r"arr_0 in .* is not a complete"):
         NpzReader(path).array("arr_0")
 
 
