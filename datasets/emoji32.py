@@ -1,6 +1,6 @@
 """Build the emoji32 data set: 3,786 Noto Emoji drawings at 32 x 32, labelled by category.
 
-    python datasets/emoji32.py                       # fetches the npm package, writes datasets/emoji32.npz
+    python datasets/emoji32.py                # fetches the package with npm
     python datasets/emoji32.py --package emoji-datasource-google-16.0.0.tgz --out emoji32.npz
 
 The drawings are the 64 x 64 PNGs of the npm package `emoji-datasource-google` 16.0.0 (images
@@ -12,15 +12,12 @@ import io
 import json
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from esddpm_io.errors import UserError, run_main
 from esddpm_io.npz import NpzWriter
