@@ -54,7 +54,7 @@ def normalization(channels: int) -> GroupNorm32:
 
 
 def zero_module(module: nn.Module) -> nn.Module:
-    """Set all parameters of `module` to zero and return it (residual branches start as identity)."""
+    """Zero all parameters of `module` and return it: residual branches start as identity."""
     return scale_module(module, 0.0)
 
 
@@ -70,7 +70,7 @@ def scale_module(module: nn.Module, scale: float) -> nn.Module:
 def update_ema(
     target_params: Iterable[torch.Tensor], source_params: Iterable[torch.Tensor], rate: float = 0.99
 ) -> None:
-    """Move `target_params` in place towards `source_params`: target = rate target + (1 - rate) source."""
+    """Exponential moving average in place: target = rate * target + (1 - rate) * source."""
     targets = [p.detach() for p in target_params]
     sources = [p.detach() for p in source_params]
     torch._foreach_lerp_(targets, sources, 1.0 - rate)

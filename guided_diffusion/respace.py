@@ -84,7 +84,7 @@ class SpacedDiffusion(GaussianDiffusion):
         self.timestep_map = sorted(self.use_timesteps)
         self.original_num_steps = len(betas)
         if not self.timestep_map or not (
-            0 <= self.timestep_map[0] and self.timestep_map[-1] < len(betas)
+            self.timestep_map[0] >= 0 and self.timestep_map[-1] < len(betas)
         ):
             raise ValueError(f"use_timesteps must be some of 0 ... {len(betas) - 1}")
         levels = np.cumprod(1.0 - betas)[self.timestep_map]

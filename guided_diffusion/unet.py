@@ -269,18 +269,18 @@ class _Blocks:
         self.dims = dims
         self.conv_resample = conv_resample
         self.resblock_updown = resblock_updown
-        self._residual = dict(
-            emb_channels=emb_channels,
-            dropout=dropout,
-            dims=dims,
-            use_checkpoint=use_checkpoint,
-            use_scale_shift_norm=use_scale_shift_norm,
-        )
-        self._attention = dict(
-            num_head_channels=num_head_channels,
-            use_checkpoint=use_checkpoint,
-            use_new_attention_order=use_new_attention_order,
-        )
+        self._residual = {
+            "emb_channels": emb_channels,
+            "dropout": dropout,
+            "dims": dims,
+            "use_checkpoint": use_checkpoint,
+            "use_scale_shift_norm": use_scale_shift_norm,
+        }
+        self._attention = {
+            "num_head_channels": num_head_channels,
+            "use_checkpoint": use_checkpoint,
+            "use_new_attention_order": use_new_attention_order,
+        }
 
     def residual(self, channels: int, out_channels: int | None = None, **resample) -> ResBlock:
         return ResBlock(channels, out_channels=out_channels, **resample, **self._residual)
@@ -307,8 +307,11 @@ class _Blocks:
 class _DiffusionNetwork(nn.Module):
     """What the U-Net and the classifier share: timestep embedding, encoder, middle, precision.
 
-    After construction: `input_blocks`, `middle_block`, and for the head or decoder
-    `encoder_channels` (width of each encoder output) and `middle_channels`, `downsampling`.
+    image_size: height and width of the images. model_channels: base width, which the entries of
+    `channel_mult`, one a level, multiply. `attention_resolutions` holds the downsampling factors
+    (1 = full size) of the levels with attention. `num_head_channels`, where not -1, overrules
+    `num_heads`; `num_heads_upsample` (-1 = num_heads) is for the decoder. `use_fp16` is accepted
+    as published; `convert_to_fp16` does the cast.
     """
 
     def __init__(
@@ -316,16 +319,36 @@ class _DiffusionNetwork(nn.Module):
         image_size: int,
         in_channels: int,
         model_channels: int,
+        out_channels: int,
         num_res_blocks: int,
         attention_resolutions: Sequence[int],
-        channel_mult: Sequence[float],
-        num_heads: int,
-        blocks_settings: dict,
+        dropout: float = 0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        *,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
     ):
         super().__init__()
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels
+        self.out_channels = out_channels
+        self.num_res_blocks = num_res_blocks
+        self.attention_resolutions = attention_resolutions
+        self.widths = [int(mult * model_channels) for mult in channel_mult]
+        self.dims = dims
+        self.use_fp16 = use_fp16
+        self.num_heads = num_heads
+        self.num_head_channels = num_head_channels
+        self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
         self.dtype = torch.float32
         self.emb_channels = 4 * model_channels
         self.time_embed = nn.Sequential(
@@ -333,31 +356,39 @@ class _DiffusionNetwork(nn.Module):
             nn.SiLU(),
             linear(self.emb_channels, self.emb_channels),
         )
-        self._blocks = _Blocks(self.emb_channels, **blocks_settings)
-        self._build_encoder(num_res_blocks, attention_resolutions, channel_mult, num_heads)
-        self.middle_block = self._blocks.middle(self.middle_channels, num_heads)
+        self._blocks = _Blocks(
+            emb_channels=self.emb_channels,
+            dropout=dropout,
+            dims=dims,
+            conv_resample=conv_resample,
+            num_head_channels=num_head_channels,
+            use_checkpoint=use_checkpoint,
+            use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown,
+            use_new_attention_order=use_new_attention_order,
+        )
+        self._build_encoder()
+        self.middle_block = self._blocks.middle(self.widths[-1], num_heads)
 
-    def _build_encoder(self, num_res_blocks, attention_resolutions, channel_mult, num_heads):
-        blocks = self._blocks
-        widths = [int(mult * self.model_channels) for mult in channel_mult]
-        channels = widths[0]
-        stem = conv_nd(blocks.dims, self.in_channels, channels, 3, padding=1)
+    def _build_encoder(self) -> None:
+        """Make `input_blocks`, and note the width of each one's output and the downsampling."""
+        blocks, channels = self._blocks, self.widths[0]
+        stem = conv_nd(self.dims, self.in_channels, channels, 3, padding=1)
         self.input_blocks = nn.ModuleList([TimestepEmbedSequential(stem)])
         self.encoder_channels = [channels]
         self.downsampling = 1
-        for level, width in enumerate(widths):
-            for _ in range(num_res_blocks):
+        for level, width in enumerate(self.widths):
+            for _ in range(self.num_res_blocks):
                 layers = [blocks.residual(channels, width)]
                 channels = width
-                if self.downsampling in attention_resolutions:
-                    layers.append(blocks.attention(channels, num_heads))
+                if self.downsampling in self.attention_resolutions:
+                    layers.append(blocks.attention(channels, self.num_heads))
                 self.input_blocks.append(TimestepEmbedSequential(*layers))
                 self.encoder_channels.append(channels)
-            if level + 1 < len(widths):
+            if level + 1 < len(self.widths):
                 self.input_blocks.append(TimestepEmbedSequential(blocks.down(channels)))
                 self.encoder_channels.append(channels)
                 self.downsampling *= 2
-        self.middle_channels = channels
 
     def _embed(self, timesteps: torch.Tensor) -> torch.Tensor:
         return self.time_embed(timestep_embedding(timesteps, self.model_channels))
@@ -392,80 +423,35 @@ class _DiffusionNetwork(nn.Module):
 
 
 class UNetModel(_DiffusionNetwork):
-    """U-Net with attention and timestep embedding, optionally class-conditional.
+    """U-Net with attention and timestep embedding; class-conditional if `num_classes` is given.
 
-    `attention_resolutions` holds downsampling factors (1 = full size). `num_classes` None makes
-    the model unconditional. `use_fp16` is accepted as published; `convert_to_fp16` does the cast.
+    The other arguments are those of `_DiffusionNetwork`.
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        dropout: float = 0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        dims: int = 2,
-        num_classes: int | None = None,
-        use_checkpoint: bool = False,
-        use_fp16: bool = False,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-    ):
-        super().__init__(
-            image_size,
-            in_channels,
-            model_channels,
-            num_res_blocks,
-            attention_resolutions,
-            channel_mult,
-            num_heads,
-            dict(
-                dropout=dropout,
-                dims=dims,
-                conv_resample=conv_resample,
-                num_head_channels=num_head_channels,
-                use_checkpoint=use_checkpoint,
-                use_scale_shift_norm=use_scale_shift_norm,
-                resblock_updown=resblock_updown,
-                use_new_attention_order=use_new_attention_order,
-            ),
-        )
-        self.out_channels = out_channels
+    def __init__(self, *args, num_classes: int | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
         self.num_classes = num_classes
-        self.use_fp16 = use_fp16
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, self.emb_channels)
-        heads = num_heads if num_heads_upsample == -1 else num_heads_upsample
-        self._build_decoder(num_res_blocks, attention_resolutions, channel_mult, heads)
-        stem_channels = self.encoder_channels[0]
+        self._build_decoder()
         self.out = nn.Sequential(
-            normalization(stem_channels),
+            normalization(self.widths[0]),
             nn.SiLU(),
-            zero_module(conv_nd(dims, stem_channels, out_channels, 3, padding=1)),
+            zero_module(conv_nd(self.dims, self.widths[0], self.out_channels, 3, padding=1)),
         )
 
-    def _build_decoder(self, num_res_blocks, attention_resolutions, channel_mult, num_heads):
+    def _build_decoder(self) -> None:
         blocks, skips = self._blocks, list(self.encoder_channels)
-        channels, factor = self.middle_channels, self.downsampling
+        channels, factor = self.widths[-1], self.downsampling
         self.output_blocks = nn.ModuleList()
-        for level in reversed(range(len(channel_mult))):
-            width = int(channel_mult[level] * self.model_channels)
+        for level, width in reversed(list(enumerate(self.widths))):
             # One block more than in the encoder: it takes the skip of the level's resampling.
-            for i in range(num_res_blocks + 1):
+            for i in range(self.num_res_blocks + 1):
                 layers = [blocks.residual(channels + skips.pop(), width)]
                 channels = width
-                if factor in attention_resolutions:
-                    layers.append(blocks.attention(channels, num_heads))
-                if level and i == num_res_blocks:
+                if factor in self.attention_resolutions:
+                    layers.append(blocks.attention(channels, self.num_heads_upsample))
+                if level and i == self.num_res_blocks:
                     layers.append(blocks.up(channels))
                     factor //= 2
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
@@ -520,74 +506,34 @@ class EncoderUNetModel(_DiffusionNetwork):
     """The encoder half of the U-Net with a classification head: [N, C, H, W] -> [N, out_channels].
 
     `pool` chooses the head: "adaptive" (average), "attention", "spatial" and "spatial_v2" (a
-    multilayer perceptron over the means of all blocks).
+    multilayer perceptron over the means of all blocks). The other arguments are those of
+    `_DiffusionNetwork`.
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        dropout: float = 0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        dims: int = 2,
-        use_checkpoint: bool = False,
-        use_fp16: bool = False,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-        pool: str = "adaptive",
-    ):
-        super().__init__(
-            image_size,
-            in_channels,
-            model_channels,
-            num_res_blocks,
-            attention_resolutions,
-            channel_mult,
-            num_heads,
-            dict(
-                dropout=dropout,
-                dims=dims,
-                conv_resample=conv_resample,
-                num_head_channels=num_head_channels,
-                use_checkpoint=use_checkpoint,
-                use_scale_shift_norm=use_scale_shift_norm,
-                resblock_updown=resblock_updown,
-                use_new_attention_order=use_new_attention_order,
-            ),
-        )
-        self.out_channels = out_channels
-        self.use_fp16 = use_fp16
+    def __init__(self, *args, pool: str = "adaptive", **kwargs):
+        super().__init__(*args, **kwargs)
         self.pool = pool
-        self.out = self._build_head(dims, num_head_channels)
+        self.out = self._build_head()
 
-    def _build_head(self, dims: int, num_head_channels: int) -> nn.Sequential:
-        channels = self.middle_channels
+    def _build_head(self) -> nn.Sequential:
+        channels = self.widths[-1]
         features = sum(self.encoder_channels) + channels
         if self.pool == "adaptive":
             return nn.Sequential(
                 normalization(channels),
                 nn.SiLU(),
                 nn.AdaptiveAvgPool2d((1, 1)),
-                zero_module(conv_nd(dims, channels, self.out_channels, 1)),
+                zero_module(conv_nd(self.dims, channels, self.out_channels, 1)),
                 nn.Flatten(),
             )
         if self.pool == "attention":
-            if num_head_channels == -1:
+            if self.num_head_channels == -1:
                 raise ValueError('pool "attention" needs num_head_channels')
             side = self.image_size // self.downsampling
             return nn.Sequential(
                 normalization(channels),
                 nn.SiLU(),
-                AttentionPool2d(side, channels, num_head_channels, self.out_channels),
+                AttentionPool2d(side, channels, self.num_head_channels, self.out_channels),
             )
         if self.pool == "spatial":
             return nn.Sequential(
