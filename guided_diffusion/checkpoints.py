@@ -1,0 +1,284 @@
+"""Reading and writing checkpoints: safely, whole or not at all, with their flags beside them.
+
+A sidecar is a small JSON file next to a checkpoint (`model000100.json` for `model000100.pt`) that
+holds the kind of network, its flags and the T' of early-stopped training.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from esddpm_io.atomic import atomic_path, write_json
+from esddpm_io.errors import UserError
+from esddpm_io.files import blobfile, is_blob, open_binary
+
+from .recognition import Recognised, flag_defaults, identify, recognise
+
+__all__ = [
+    "explicit_flags",
+    "identify",
+    "load_object",
+    "load_weights",
+    "read_checkpoint",
+    "read_sidecar",
+    "recognise",
+    "save_checkpoint",
+    "settle_flags",
+    "sidecar_path",
+    "write_sidecar",
+]
+
+KINDS = ("model", "classifier", "sr", "vae")
+_NAMED = 3  # tensors that an error names, of each sort
+
+# Flags that say how a network is used and not what it is: they go with flags found elsewhere.
+_FLAGS_OF_USE = {
+    "image_size",
+    "large_size",
+    "small_size",
+    "dropout",
+    "use_checkpoint",
+    "use_fp16",
+    "classifier_use_fp16",
+    "timestep_respacing",
+    "rescale_learned_sigmas",
+    "use_kl",
+}
+
+_ZIP_MAGIC = b"PK\x03\x04"
+
+
+def load_object(path: str, *, flag: str) -> object:
+    """Whatever `torch.save` wrote to `path`, tensors on the CPU, without running code from it.
+
+    Tensors of a file on a disk are mapped, not read, until they are used. Raises UserError, naming
+    `flag`, if the file is missing, truncated, no checkpoint, or holds more than plain data.
+    """
+    with open_binary(path, flag=flag) as stream:
+        try:
+            magic = stream.read(len(_ZIP_MAGIC))
+            stream.seek(0)
+            is_zip = zipfile.is_zipfile(stream)
+            stream.seek(0)
+        except IsADirectoryError as error:
+            raise UserError(f"{flag}: {path} is a folder, not a checkpoint") from error
+        if magic == _ZIP_MAGIC and not is_zip:
+            raise UserError(f"{flag}: {path} is truncated: fetch or copy it again")
+        mapped = is_zip and not is_blob(path)
+        try:
+            return torch.load(
+                str(path) if mapped else stream, map_location="cpu", weights_only=True, mmap=mapped
+            )
+        except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            raise UserError(f"{flag}: {_load_problem(path, magic, error)}") from error
+
+
+def _load_problem(path: str, magic: bytes, error: Exception) -> str:
+    if not magic:
+        return f"{path} is empty: fetch or copy it again"
+    if "GLOBAL" in str(error):
+        return (
+            f"{path} holds more than plain data, and loading that would run code from the file; "
+            "only state dicts of tensors are read"
+        )
+    return f"{path} is damaged or not a checkpoint: fetch or copy it again"
+
+
+def read_checkpoint(path: str, *, flag: str) -> dict[str, torch.Tensor]:
+    """The state dict of a network, on the CPU; raises UserError, naming `flag`, if it is none."""
+    content = load_object(path, flag=flag)
+    if isinstance(content, dict) and content.keys() == {"state", "param_groups"}:
+        raise UserError(
+            f"{flag}: {path} is the state of an optimiser; the network is in the model… or ema… "
+            "file beside it"
+        )
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(value, torch.Tensor) for value in content.values())
+    ):
+        raise UserError(f"{flag}: {path} is not a state dict (names with their tensors)")
+    return content
+
+
+def load_weights(model: torch.nn.Module, path: str, *, flag: str) -> None:
+    """Load the state dict at `path` into `model`.
+
+    Raises UserError if names or shapes differ: it names some of the tensors, the published
+    checkpoint that the file looks like, and the flags that would fit.
+    """
+    state_dict = read_checkpoint(path, flag=flag)
+    problems = _differences(model.state_dict(), state_dict)
+    if problems:
+        raise UserError(
+            f"{flag}: {path} does not fit the model flags: {'; '.join(problems)}"
+            f"{_what_fits(path, state_dict)}"
+        )
+    model.load_state_dict(state_dict)
+
+
+def _differences(
+    expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]
+) -> list[str]:
+    missing = [name for name in expected if name not in given]
+    surplus = [name for name in given if name not in expected]
+    reshaped = [
+        f"{name} is {_shape(given[name])} and not {_shape(expected[name])}"
+        for name in expected
+        if name in given and expected[name].shape != given[name].shape
+    ]
+    return [
+        f"{len(names)} {what} ({', '.join(names[:_NAMED])}{', …' if len(names) > _NAMED else ''})"
+        for names, what in (
+            (missing, "missing"),
+            (surplus, "too many"),
+            (reshaped, "of another shape"),
+        )
+        if names
+    ]
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
+
+
+def _what_fits(path: str, state_dict: Mapping[str, torch.Tensor]) -> str:
+    sidecar = read_sidecar(path)
+    if sidecar is not None and sidecar["kind"] in ("model", "classifier", "sr"):
+        found = Recognised(sidecar["kind"], sidecar["flags"])
+        return f". Its sidecar says it is a {_KIND_NAMES[found.kind]}: {found.command_line()}"
+    if sidecar is not None:
+        return f". Its sidecar says it is a {sidecar['kind']}"
+    found = identify(state_dict)
+    if found is None:
+        return ". No flags of ours build such a network"
+    like = f" like {_either(found.published)}" if found.published else ""
+    unknown = f" (shapes do not tell {', '.join(found.open_flags)})" if found.open_flags else ""
+    flags = found.command_line() or "the default flags"
+    return f". It looks like a {_KIND_NAMES[found.kind]}{like}: {flags}{unknown}"
+
+
+_KIND_NAMES = {
+    "model": "diffusion model",
+    "classifier": "classifier",
+    "sr": "super-resolution model",
+}
+
+
+def _either(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def save_checkpoint(obj: object, path: str) -> None:
+    """`torch.save` under a temporary name, then rename; blob stores do the same by themselves."""
+    if is_blob(path):
+        with blobfile().BlobFile(str(path), "wb") as stream:
+            torch.save(obj, stream)
+        return
+    with atomic_path(path) as temporary:
+        torch.save(obj, temporary)
+
+
+def sidecar_path(path: str) -> str:
+    """Where the sidecar of the checkpoint at `path` is."""
+    return os.path.splitext(path)[0] + ".json"
+
+
+def write_sidecar(
+    path: str,
+    flags: Mapping[str, object],
+    *,
+    kind: str = "model",
+    early_stop_steps: int | None = None,
+) -> None:
+    """Write the sidecar of the checkpoint at `path`.
+
+    `kind` is one of KINDS; `early_stop_steps` is T' if the network was trained on t < T' only.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    content = {"kind": kind, "flags": dict(flags), "early_stop_steps": early_stop_steps}
+    if is_blob(path):
+        with blobfile().BlobFile(sidecar_path(path), "w") as stream:
+            stream.write(json.dumps(content, indent=2) + "\n")
+        return
+    write_json(sidecar_path(path), content)
+
+
+def read_sidecar(path: str) -> dict | None:
+    """The sidecar of the checkpoint at `path` (kind, flags, early_stop_steps), None without one."""
+    sidecar = sidecar_path(path)
+    there = blobfile().exists(sidecar) if is_blob(sidecar) else Path(sidecar).is_file()
+    if not there:
+        return None
+    with open_binary(sidecar) as stream:
+        try:
+            content = json.loads(stream.read())
+        except ValueError as error:
+            raise UserError(f"{sidecar} is not valid JSON: {error}") from error
+    if (
+        not isinstance(content, dict)
+        or content.keys() != {"kind", "flags", "early_stop_steps"}
+        or content["kind"] not in KINDS
+        or not isinstance(content["flags"], dict)
+    ):
+        raise UserError(f"{sidecar} is not the sidecar of a checkpoint: move it away")
+    return content
+
+
+def explicit_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[str]:
+    """The names of the flags that the command line `argv` sets, defaults left out."""
+    unset = object()
+    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(argv)), unset))
+    # argparse fills in a default only where the attribute is not there yet.
+    given = vars(parser.parse_args(argv, blank))
+    return {name for name, value in given.items() if value is not unset}
+
+
+def settle_flags(
+    path: str, kind: str, explicit: Mapping[str, object], *, flag: str
+) -> tuple[dict[str, object], list[str]]:
+    """All flags of the network of a `kind` whose checkpoint is at `path`, and remarks for the log.
+
+    The user's `explicit` flags win, then the sidecar's, then the defaults. Without a sidecar, and
+    if the user types no flag of the network at all, they are told from names and shapes: for a
+    published checkpoint all of them, for any other as far as that goes.
+    """
+    defaults = flag_defaults(kind)
+    explicit = {name: value for name, value in explicit.items() if name in defaults}
+    sidecar = read_sidecar(path)
+    known, remarks = {}, []
+    if sidecar is not None:
+        if sidecar["kind"] != kind:
+            raise UserError(
+                f"{flag}: the sidecar of {path} says it is a {sidecar['kind']}, not a {kind}"
+            )
+        known = {name: value for name, value in sidecar["flags"].items() if name in defaults}
+        remarks = [f"{flag}: flags from the sidecar of {path}"]
+    elif explicit.keys() <= _FLAGS_OF_USE:
+        known, remarks = _recognised_flags(path, kind, explicit, flag)
+    return {**defaults, **known, **explicit}, remarks
+
+
+def _recognised_flags(
+    path: str, kind: str, explicit: Mapping[str, object], flag: str
+) -> tuple[dict[str, object], list[str]]:
+    state_dict = read_checkpoint(path, flag=flag)
+    size_flag = "large_size" if kind == "sr" else "image_size"
+    found = identify(state_dict, explicit.get(size_flag))
+    if found is not None and size_flag in found.open_flags:
+        found = identify(state_dict, flag_defaults(kind)[size_flag])
+    if found is None or found.kind != kind:
+        return {}, []  # load_weights says what is wrong
+    if found.published:
+        return dict(found.flags), [
+            f"{flag}: {path} has the names and shapes of {_either(found.published)}: its flags"
+        ]
+    told = f"{flag}: flags told from the names and shapes of {path}"
+    return dict(found.flags), [f"{told}, which do not tell {', '.join(found.open_flags)}"]

@@ -1,0 +1,244 @@
+"""Which flags a network was built with, told from the names and shapes of its tensors."""
+
+import dataclasses
+import functools
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from . import script_util
+
+_PUBLISHED = Path(__file__).parent / "published_models.toml"
+
+Shapes = dict[str, tuple[int, ...]]
+
+# Flags that leave no trace in names and shapes, by kind of network: only a published checkpoint
+# of the same shapes or a sidecar can tell them.
+_TRACELESS = {
+    "model": ("num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule"),
+    "sr": ("small_size", "num_heads", "num_head_channels", "noise_schedule"),
+    "classifier": (),
+}
+_TRACELESS_MORE = ("diffusion_steps", "rescale_timesteps", "predict_xstart")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recognised:
+    """What a state dict is.
+
+    `kind` is "model", "classifier" or "sr"; `flags` are the flags that build these very names and
+    shapes, with all flags of the published checkpoint if there is one of the same shapes;
+    `published` names such checkpoints; `open_flags` are flags that matter and cannot be told.
+    """
+
+    kind: str
+    flags: Mapping[str, object]
+    published: tuple[str, ...] = ()
+    open_flags: tuple[str, ...] = ()
+
+    def command_line(self) -> str:
+        """The flags that differ from the defaults, as a command line takes them."""
+        defaults = flag_defaults(self.kind)
+        return " ".join(
+            f"--{name} {value}" for name, value in self.flags.items() if value != defaults[name]
+        )
+
+
+def flag_defaults(kind: str) -> dict:
+    """All flags of a kind of network, its diffusion process included, and their defaults."""
+    return {
+        "model": script_util.model_and_diffusion_defaults,
+        "classifier": script_util.classifier_and_diffusion_defaults,
+        "sr": script_util.sr_model_and_diffusion_defaults,
+    }[kind]()
+
+
+def identify(
+    state_dict: Mapping[str, torch.Tensor], image_size: int | None = None
+) -> Recognised | None:
+    """Recognise a network from its state dict; None if no flags build it.
+
+    Shapes do not always tell the image size (a U-Net with multipliers 1,2 is the default of both 8
+    and 16): a published checkpoint of the same shapes decides, or `image_size` if it is given, or
+    else image_size and attention_resolutions are among the open flags.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    fitting = [
+        (kind, flags)
+        for kind, flags in _candidates(shapes, image_size)
+        if _builds(kind, flags, shapes)
+    ]
+    if not fitting:
+        return None
+    for kind, flags in fitting:
+        names = _published_like(kind, flags)
+        if names:
+            return Recognised(kind, _published()[names[0]]["flags"], names)
+    kind, flags = fitting[0]
+    sized = ("large_size",) if kind == "sr" else ("image_size",)
+    sized += tuple(name for name in flags if name.endswith("attention_resolutions"))
+    undecided = sized if len({f[sized[0]] for _, f in fitting}) > 1 else ()
+    return Recognised(
+        kind,
+        {name: value for name, value in flags.items() if name not in undecided},
+        open_flags=(*undecided, *_TRACELESS[kind], *_TRACELESS_MORE),
+    )
+
+
+def recognise(state_dict: Mapping[str, torch.Tensor]) -> dict | None:
+    """The flags of `identify` alone, or None."""
+    found = identify(state_dict)
+    return None if found is None else dict(found.flags)
+
+
+@functools.cache
+def _published() -> dict[str, dict]:
+    """By file name: `kind`, and `flags` with the defaults filled in."""
+    table = tomllib.loads(_PUBLISHED.read_text(encoding="utf-8"))
+    for entry in table.values():
+        entry["flags"] = {**flag_defaults(entry["kind"]), **entry["flags"]}
+    return table
+
+
+def _published_like(kind: str, flags: Mapping[str, object]) -> tuple[str, ...]:
+    """Published checkpoints that agree with `flags` in all that names and shapes show."""
+    return tuple(
+        name
+        for name, entry in _published().items()
+        if entry["kind"] == kind and all(entry["flags"][key] == flags[key] for key in flags)
+    )
+
+
+def _builds(kind: str, flags: Mapping[str, object], shapes: Shapes) -> bool:
+    """Whether a network made with `flags` has exactly these names and shapes."""
+    create = {
+        "model": script_util.create_model_and_diffusion,
+        "classifier": script_util.create_classifier_and_diffusion,
+        "sr": script_util.sr_create_model_and_diffusion,
+    }[kind]
+    with torch.device("meta"):
+        network, _ = create(**{**flag_defaults(kind), **flags})
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == shapes
+
+
+def _candidates(shapes: Shapes, image_size: int | None) -> Iterator[tuple[str, dict[str, object]]]:
+    """Kinds and flags that may build `shapes`; `_builds` has the last word."""
+    if not {"time_embed.0.weight", "input_blocks.0.0.weight"} <= shapes.keys():
+        return
+    if _count(shapes, "output_blocks"):
+        if shapes["input_blocks.0.0.weight"][1] == 6:
+            yield from _super_resolution(shapes, image_size)
+        else:
+            yield from _model(shapes, image_size)
+    else:
+        yield from _classifier(shapes, image_size)
+
+
+def _model(shapes: Shapes, image_size: int | None) -> Iterator[tuple[str, dict[str, object]]]:
+    encoder = _Encoder.of_unet(shapes)
+    sizes = [size for size, mult in script_util.CHANNEL_MULT.items() if mult == encoder.mult]
+    for size in [image_size] if image_size else sizes or list(script_util.CHANNEL_MULT):
+        # The multipliers are named only where they are not the default of the size.
+        text = "" if size in sizes else ",".join(f"{mult:g}" for mult in encoder.mult)
+        yield (
+            "model",
+            {
+                "image_size": size,
+                **_unet_flags(shapes, encoder, size),
+                "channel_mult": text,
+            },
+        )
+
+
+def _super_resolution(
+    shapes: Shapes, image_size: int | None
+) -> Iterator[tuple[str, dict[str, object]]]:
+    encoder = _Encoder.of_unet(shapes)
+    for size, mult in script_util.SUPER_RES_CHANNEL_MULT.items():
+        if mult == encoder.mult and image_size in (None, size):
+            yield "sr", {"large_size": size, **_unet_flags(shapes, encoder, size)}
+
+
+def _unet_flags(shapes: Shapes, encoder: "_Encoder", size: int) -> dict[str, object]:
+    return {
+        "num_channels": encoder.channels,
+        "num_res_blocks": encoder.depth,
+        "attention_resolutions": encoder.attention_resolutions(size),
+        "class_cond": "label_emb.weight" in shapes,
+        "learn_sigma": shapes.get("out.2.weight", (0,))[0] == 6,
+        "use_scale_shift_norm": encoder.scale_shift,
+        "resblock_updown": encoder.resblock_updown,
+    }
+
+
+def _classifier(shapes: Shapes, image_size: int | None) -> Iterator[tuple[str, dict[str, object]]]:
+    if "out.2.positional_embedding" in shapes:
+        pool = "attention"
+    elif "out.2.weight" in shapes:
+        pool = "spatial"
+    else:
+        pool = "adaptive" if len(shapes.get("out.3.weight", ())) == 4 else "spatial_v2"
+    blocks = _count(shapes, "input_blocks")
+    for size, mult in script_util.CHANNEL_MULT.items():
+        # A level has `depth` blocks and, but for the last, a step down; then there is the stem.
+        depth, rest = divmod(blocks - len(mult), len(mult))
+        if rest or depth < 1 or image_size not in (None, size):
+            continue
+        encoder = _Encoder(shapes, len(mult), depth)
+        yield (
+            "classifier",
+            {
+                "image_size": size,
+                "classifier_width": encoder.channels,
+                "classifier_depth": depth,
+                "classifier_attention_resolutions": encoder.attention_resolutions(size),
+                "classifier_use_scale_shift_norm": encoder.scale_shift,
+                "classifier_resblock_updown": encoder.resblock_updown,
+                "classifier_pool": pool,
+            },
+        )
+
+
+class _Encoder:
+    """What the input blocks tell, given their number of levels and of residual blocks in each."""
+
+    def __init__(self, shapes: Shapes, levels: int, depth: int):
+        self.depth = depth
+        self.channels = shapes["time_embed.0.weight"][1]
+        # Block 0 is the stem; each level then has `depth` residual blocks and a step down.
+        firsts = [1 + level * (depth + 1) for level in range(levels)]
+        convolutions = [shapes.get(f"input_blocks.{i}.0.out_layers.3.weight", (0,)) for i in firsts]
+        self.mult = tuple(shape[0] / self.channels for shape in convolutions)
+        self._factors = [
+            2**level for level, i in enumerate(firsts) if f"input_blocks.{i}.1.qkv.weight" in shapes
+        ]
+        # Scale and shift take two numbers a channel from the embedding.
+        embedding = shapes.get("input_blocks.1.0.emb_layers.1.weight", (0,))
+        self.scale_shift = embedding[0] == 2 * convolutions[0][0]
+        # With one level nothing is resampled, and the flag's default is as good as the other value.
+        self.resblock_updown = levels > 1 and f"input_blocks.{depth + 1}.0.op.weight" not in shapes
+
+    @classmethod
+    def of_unet(cls, shapes: Shapes) -> "_Encoder":
+        """Levels and depth are told by where the decoder steps up: its last layer of a level."""
+        blocks = _count(shapes, "output_blocks")
+        ups = [
+            i
+            for i in range(blocks)
+            for layer in (1, 2)
+            if f"output_blocks.{i}.{layer}.conv.weight" in shapes
+            or f"output_blocks.{i}.{layer}.in_layers.2.weight" in shapes
+        ]
+        per_level = ups[0] + 1 if ups else blocks
+        return cls(shapes, blocks // per_level, per_level - 1)
+
+    def attention_resolutions(self, size: int) -> str:
+        """The image sizes that have attention, as the flag lists them."""
+        return ",".join(str(size // factor) for factor in self._factors)
+
+
+def _count(shapes: Shapes, blocks: str) -> int:
+    """How many blocks there are called `blocks`.0, `blocks`.1, …"""
+    return len({name.split(".")[1] for name in shapes if name.startswith(f"{blocks}.")})
