@@ -1,0 +1,5 @@
+"""Metrics of generated images: `evaluate` as a library call, `evaluator.py` as a command."""
+
+from evaluations.evaluation import Evaluation, Result, Settings, evaluate
+
+__all__ = ["Evaluation", "Result", "Settings", "evaluate"]

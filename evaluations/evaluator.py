@@ -1,0 +1,109 @@
+"""Score generated images against a reference: Inception Score, FID, sFID, Precision, Recall.
+
+    python evaluator.py REF.npz SAMPLE.npz [SAMPLE.npz ...]
+
+Results go to stdout, one a line, and with --json to a file; progress and warnings go to stderr.
+Exit code 0 is success, 2 something you can put right, which is named.
+"""
+
+import argparse
+import os
+import sys
+
+from esddpm_io.atomic import write_json
+from esddpm_io.errors import UserError, run_main
+from evaluations.evaluation import ALL_METRICS, PUBLISHED_METRICS, Settings, evaluate
+from evaluations.features import BACKENDS, PRECISIONS
+from evaluations.neighbours import ARITHMETICS
+from evaluations.report import Names, as_json, lines, table
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    defaults = Settings()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    images = "an .npz (arr_0 uint8 [N, H, W, 3]), an .npy or a folder of images"
+    parser.add_argument("ref_batch", metavar="REF", help=f"reference: {images}")
+    parser.add_argument("sample_batch", metavar="SAMPLE", nargs="+", help=f"samples: {images}")
+    graph = parser.add_argument_group("features")
+    graph.add_argument(
+        "--inception_path",
+        metavar="GRAPH",
+        help="frozen graph; default: "
+        "classify_image_graph_def.pb here or in the cache, else downloaded",
+    )
+    graph.add_argument(
+        "--metric_name",
+        help="name of the distance if it is no FID, for instance "
+        "'Frechet distance (emoji32 features)'; default: by the graph",
+    )
+    graph.add_argument("--backend", choices=BACKENDS, default=defaults.backend)
+    graph.add_argument("--device", default=defaults.device, help="torch only: cpu, cuda, cuda:1 …")
+    graph.add_argument("--precision", choices=PRECISIONS, default=defaults.precision)
+    graph.add_argument(
+        "--allow_mixed_precision",
+        action="store_true",
+        help="use reference statistics made in another precision",
+    )
+    graph.add_argument("--batch_size", type=int, default=defaults.batch_size)
+    graph.add_argument("--cache_dir", help="keep features here by the content of the images")
+    what = parser.add_argument_group("metrics")
+    what.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=[*ALL_METRICS, "all"],
+        metavar="NAME",
+        default=PUBLISHED_METRICS,
+        help=f"all, or some of {', '.join(ALL_METRICS)}",
+    )
+    what.add_argument(
+        "--neighbour_arithmetic",
+        choices=ARITHMETICS,
+        default=defaults.neighbour_arithmetic,
+        help="of precision and recall; float16 is the published rounding",
+    )
+    what.add_argument("--kid_subsets", type=int, default=defaults.kid_subsets)
+    what.add_argument("--kid_subset_size", type=int, default=defaults.kid_subset_size)
+    what.add_argument(
+        "--bootstrap",
+        type=int,
+        default=defaults.bootstrap,
+        metavar="REPEATS",
+        help="95 %% confidence intervals from this many draws (100 or more)",
+    )
+    what.add_argument("--seed", type=int, default=defaults.seed, help="of subsets and draws")
+    out = parser.add_argument_group("output")
+    out.add_argument("--json", metavar="FILE", help="write results and settings to FILE")
+    out.add_argument("--table", action="store_true", help="print a Markdown table instead")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = vars(create_argparser().parse_args(argv))
+    reference, samples = args.pop("ref_batch"), args.pop("sample_batch")
+    json_path, as_table = args.pop("json"), args.pop("table")
+    metric_name = args.pop("metric_name")
+    if json_path is not None and os.path.isdir(json_path):
+        raise UserError(f"--json {json_path} is a folder: give the name of a file")
+    args["metrics"] = ALL_METRICS if "all" in args["metrics"] else tuple(args["metrics"])
+
+    evaluation = evaluate(reference, *samples, **args)
+
+    names = Names(evaluation, metric_name)
+    for result in evaluation.results:
+        for warning in result.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    if json_path is not None:
+        write_json(json_path, as_json(evaluation, names))
+    if as_table:
+        print(table(evaluation, names))
+        return
+    for result in evaluation.results:
+        if len(evaluation.results) > 1:
+            print(f"{result.sample}:")
+        print("\n".join(lines(result, names)))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,174 @@
+"""From images to features: finding the graph, choosing an engine, streaming the images through."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from esddpm_io.download import download
+from esddpm_io.errors import UserError
+from esddpm_io.images import ImageSource
+from esddpm_io.progress import Progress
+from evaluations.graph_file import (
+    IMAGES_NODE,
+    LOGITS_NODE,
+    POOL_NODE,
+    SPATIAL_NODE,
+    Graph,
+    read_graph,
+)
+from evaluations.moments import Gaussian, RunningMoments
+
+GRAPH_NAME = "classify_image_graph_def.pb"
+GRAPH_URL = (
+    f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_NAME}"
+)
+SPATIAL_CHANNELS = 7  # of mixed_6/conv: 17 x 17 x 7 = 2023 numbers, about as many as the pool's
+BACKENDS = ("auto", "tensorflow", "torch")
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+class Engine(Protocol):
+    """Runs the graph: uint8 [N, H, W, 3] -> pool and spatial outputs, float32 NHWC."""
+
+    name: str
+
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the metrics need of one set of N images.
+
+    `pool` float32 [N, P] (kept, for neighbours), the Gaussians of pool and spatial features, and
+    `spatial` float32 [N, S] only where it was asked for.
+    """
+
+    pool: np.ndarray
+    pool_gaussian: Gaussian
+    spatial_gaussian: Gaussian
+    spatial: np.ndarray | None = None
+
+
+def find_graph(path: str | None = None) -> str:
+    """The graph to use: `path`, else the published one from the working directory or the cache.
+
+    The cache is `ES_DDPM_CACHE`, else `~/.cache/es-ddpm`; the graph is downloaded there (96 MB)
+    if it is in neither place. `UserError` says where to put the file if that fails.
+    """
+    if path is not None:
+        return path
+    if os.path.exists(GRAPH_NAME):
+        return GRAPH_NAME
+    cache = Path(os.environ.get("ES_DDPM_CACHE") or Path.home() / ".cache" / "es-ddpm")
+    cached = cache / GRAPH_NAME
+    if not cached.exists():
+        try:
+            download(GRAPH_URL, cached)
+        except UserError as error:
+            raise UserError(
+                f"{error}; the working directory or --inception_path will do as well"
+            ) from error
+    return str(cached)
+
+
+def load_graph(path: str | None = None) -> Graph:
+    """Read the graph and check that it has the nodes that the metrics are defined on."""
+    path = find_graph(path)
+    graph = read_graph(path)
+    missing = [
+        n for n in (IMAGES_NODE, POOL_NODE, SPATIAL_NODE, LOGITS_NODE) if n not in graph.nodes
+    ]
+    if missing:
+        raise UserError(
+            f"--inception_path: {path} has no node {', '.join(missing)}: it is not a feature graph "
+            "that this evaluator can use"
+        )
+    return graph
+
+
+def choose_engine(
+    graph: Graph, backend: str = "auto", precision: str = "float32", device: str = "auto"
+) -> Engine:
+    """The engine for `backend`: `auto` is TensorFlow where it is installed, else torch.
+
+    Lower precisions and the choice of a device are the torch engine's, so they choose it under
+    `auto`. Its own `auto` device is CUDA where there is one.
+    """
+    _check_choice("--backend", backend, BACKENDS)
+    _check_choice("--precision", precision, PRECISIONS)
+    if backend == "auto":
+        plain = precision == "float32" and device == "auto"
+        here = plain and importlib.util.find_spec("tensorflow") is not None
+        backend = "tensorflow" if here else "torch"
+    if backend == "torch":
+        from evaluations.backend_torch import TorchEngine
+
+        return TorchEngine(graph, precision, device)
+    if precision != "float32":
+        raise UserError(f"--precision {precision} needs --backend torch: TensorFlow runs float32")
+    if device != "auto":
+        raise UserError(f"--device {device} needs --backend torch: TensorFlow chooses its own")
+    from evaluations.backend_tensorflow import TensorFlowEngine
+
+    return TensorFlowEngine(graph)
+
+
+def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{flag} {value}: choose from {', '.join(choices)}")
+
+
+def extract(
+    engine: Engine,
+    source: ImageSource,
+    *,
+    name: str,
+    batch_size: int = 64,
+    keep_pool: bool = True,
+    keep_spatial: bool = False,
+) -> Features:
+    """Features of all images of `source`, which is read `batch_size` images at a time.
+
+    Memory: the pool features (and spatial ones) that are kept, and two covariances. `UserError`
+    naming the image if a feature is NaN or infinite.
+    """
+    pool_moments, spatial_moments = RunningMoments(), RunningMoments()
+    pools, spatials = [], []
+    with Progress(len(source), "images", f"features of {name}") as progress:
+        for start in range(0, len(source), batch_size):
+            stop = min(start + batch_size, len(source))
+            pool, spatial = flatten_outputs(*engine(source.read(start, stop)))
+            _check_finite(pool, spatial, start, name)
+            pool_moments.add(pool)
+            spatial_moments.add(spatial)
+            if keep_pool:
+                pools.append(pool)
+            if keep_spatial:
+                spatials.append(spatial)
+            progress.update(stop - start)
+    return Features(
+        pool=np.concatenate(pools) if keep_pool else np.empty((0, pool.shape[1]), np.float32),
+        pool_gaussian=pool_moments.gaussian(),
+        spatial_gaussian=spatial_moments.gaussian(),
+        spatial=np.concatenate(spatials) if keep_spatial else None,
+    )
+
+
+def flatten_outputs(pool: np.ndarray, spatial: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Node outputs [N, h, w, c] -> pool features [N, P] and spatial features [N, h * w * 7]."""
+    spatial = spatial[..., :SPATIAL_CHANNELS]
+    return (
+        np.ascontiguousarray(pool.reshape(len(pool), -1), np.float32),
+        np.ascontiguousarray(spatial.reshape(len(spatial), -1), np.float32),
+    )
+
+
+def _check_finite(pool: np.ndarray, spatial: np.ndarray, start: int, name: str) -> None:
+    finite = np.isfinite(pool).all(axis=1) & np.isfinite(spatial).all(axis=1)
+    if not finite.all():
+        index = start + int(np.argmin(finite))
+        raise UserError(f"the features of image {index} of {name} are not finite (NaN or infinite)")

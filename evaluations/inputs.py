@@ -1,0 +1,159 @@
+"""What is evaluated: images from a file, a folder or memory, and statistics given with them."""
+
+import hashlib
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from esddpm_io.atomic import atomic_path
+from esddpm_io.errors import UserError
+from esddpm_io.images import ImageSource, open_images
+from esddpm_io.npz import NpzReader
+from evaluations.features import Features
+from evaluations.moments import Gaussian
+
+_HASH_ROWS = 256  # images read at a time to hash them
+
+
+class ArrayImages(ImageSource):
+    """Images that are in memory, uint8 [N, H, W, 3]."""
+
+    has_labels = False
+
+    def __init__(self, images: np.ndarray, *, flag: str):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+            raise UserError(
+                f"{flag}: the array is {images.dtype}{list(images.shape)}, it must be uint8 "
+                "[N, height, width, 3], values 0-255"
+            )
+        self._images, self.shape = images, images.shape
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self._images[start:stop]
+
+    def labels(self, start: int, stop: int) -> None:
+        return None
+
+
+Images = str | os.PathLike | np.ndarray
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images, and the Gaussians of features that came with them (reference batches have them).
+
+    `precision` is the arithmetic that those were computed in; files that do not say are float32.
+    """
+
+    name: str
+    source: ImageSource
+    pool_gaussian: Gaussian | None = None
+    spatial_gaussian: Gaussian | None = None
+    precision: str = "float32"
+
+    @property
+    def has_statistics(self) -> bool:
+        return self.pool_gaussian is not None or self.spatial_gaussian is not None
+
+
+def open_set(images: Images, *, flag: str) -> ImageSet:
+    """Open an .npz, an .npy, a folder, or an array in memory; `UserError` naming `flag` if bad.
+
+    An .npz may hold `mu`, `sigma` (pool) and `mu_s`, `sigma_s` (spatial): they are used as they
+    stand.
+    """
+    if isinstance(images, np.ndarray):
+        return ImageSet(f"array {list(images.shape)}", ArrayImages(images, flag=flag))
+    name = str(images)
+    source = open_images(images, flag=flag)
+    if not name.endswith(".npz"):
+        return ImageSet(name, source)
+    with NpzReader(images, flag=flag) as reader:
+        pool = _given_gaussian(reader, "mu", "sigma", flag)
+        spatial = _given_gaussian(reader, "mu_s", "sigma_s", flag)
+        precision = "float32"
+        if "feature_precision" in reader.names:
+            precision = str(reader.array("feature_precision").reshape(-1)[0])
+    return ImageSet(name, source, pool, spatial, precision)
+
+
+def _given_gaussian(reader: NpzReader, mean: str, covariance: str, flag: str) -> Gaussian | None:
+    present = [name for name in (mean, covariance) if name in reader.names]
+    if not present:
+        return None
+    mu, sigma = reader.array(mean), reader.array(covariance)
+    where = f"{flag}: {mean} and {covariance} of {reader.path}"
+    if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
+        raise UserError(f"{where} are {mu.dtype} and {sigma.dtype}, they must be floats")
+    if mu.ndim != 1 or sigma.shape != (*mu.shape, *mu.shape):
+        raise UserError(
+            f"{where} have shapes {list(mu.shape)} and {list(sigma.shape)}, [D] and [D, D] expected"
+        )
+    gaussian = Gaussian(mu.astype(np.float64), sigma.astype(np.float64))
+    if not gaussian.is_finite():
+        raise UserError(f"{where} hold NaN or infinite values")
+    return gaussian
+
+
+class FeatureCache:
+    """Features on disk by the content of the images, the graph and the way it was run.
+
+    One .npz a set of images. A file that cannot be read is warned of and made anew.
+    """
+
+    def __init__(self, folder: str | os.PathLike, settings: str):
+        self._folder = Path(folder)
+        self._settings = settings
+
+    def path(self, source: ImageSource, keep_spatial: bool) -> Path:
+        """Where the features of `source` are or will be; reads every pixel to know."""
+        digest = hashlib.sha256(f"{self._settings} {source.shape}".encode())
+        for start in range(0, len(source), _HASH_ROWS):
+            images = source.read(start, min(start + _HASH_ROWS, len(source)))
+            digest.update(np.ascontiguousarray(images))
+        kind = "features-spatial" if keep_spatial else "features"
+        return self._folder / f"{kind}-{digest.hexdigest()[:32]}.npz"
+
+    @staticmethod
+    def load(path: Path) -> Features | None:
+        """The features in the file, or None if it is not there."""
+        if not path.exists():
+            return None
+        try:
+            with NpzReader(path, flag="--cache_dir") as reader:
+                return Features(
+                    reader.array("pool"),
+                    _read_gaussian(reader, "pool"),
+                    _read_gaussian(reader, "spatial"),
+                    reader.array("spatial") if "spatial" in reader.names else None,
+                )
+        except UserError as error:
+            warnings.warn(f"cached features are made anew: {error}", stacklevel=2)
+            return None
+
+    @staticmethod
+    def save(path: Path, features: Features) -> None:
+        arrays = {"pool": features.pool}
+        if features.spatial is not None:
+            arrays["spatial"] = features.spatial
+        for name in ("pool", "spatial"):
+            gaussian = getattr(features, f"{name}_gaussian")
+            for field in ("mean", "covariance", "rows", "count"):
+                value = getattr(gaussian, field)
+                if value is not None:
+                    arrays[f"{name}_{field}"] = np.asarray(value)
+        with atomic_path(path) as temporary:
+            np.savez(temporary, **arrays)
+
+
+def _read_gaussian(reader: NpzReader, name: str) -> Gaussian:
+    fields = {
+        field: reader.array(f"{name}_{field}")
+        for field in ("covariance", "rows")
+        if f"{name}_{field}" in reader.names
+    }
+    count = int(reader.array(f"{name}_count"))
+    return Gaussian(reader.array(f"{name}_mean"), count=count, **fields)

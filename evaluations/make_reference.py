@@ -1,0 +1,117 @@
+"""Make a reference batch of one's own images, in the published format.
+
+    python make_reference.py IMAGES OUT.npz
+
+OUT.npz gets `mu`, `sigma`, `mu_s`, `sigma_s` of all images and a random 10,000 of them as `arr_0`
+(with labels, if there are any, as `arr_1`).
+"""
+
+import argparse
+import os
+
+import numpy as np
+
+from esddpm_io.errors import UserError, run_main
+from esddpm_io.images import ImageSource
+from esddpm_io.npz import NpzWriter
+from evaluations.features import (
+    BACKENDS,
+    PRECISIONS,
+    Features,
+    choose_engine,
+    extract,
+    load_graph,
+)
+from evaluations.inputs import Images, open_set
+
+_ROWS = 256  # images copied at a time
+
+
+def make_reference(
+    images: Images,
+    out: str | os.PathLike,
+    *,
+    keep: int = 10_000,
+    seed: int = 0,
+    inception_path: str | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    precision: str = "float32",
+    batch_size: int = 64,
+) -> None:
+    """Write the reference batch of `images` (an .npz, .npy, folder or uint8 array) to `out`.
+
+    `keep` images are drawn with `seed`, all where there are no more. `UserError` for anything
+    the caller can put right.
+    """
+    if not str(out).endswith(".npz"):
+        raise UserError(f"OUT: {out} must end in .npz")
+    for flag, value in [("--keep", keep), ("--batch_size", batch_size)]:
+        if value < 1:
+            raise UserError(f"{flag} {value}: it must be at least 1")
+    source = open_set(images, flag="IMAGES").source
+    if len(source) < 2:
+        raise UserError("IMAGES: a covariance needs at least 2 images")
+    engine = choose_engine(load_graph(inception_path), backend, precision, device)
+    features = extract(
+        engine, source, name=os.path.basename(str(out)), batch_size=batch_size, keep_pool=False
+    )
+    rng = np.random.default_rng(seed)
+    # In rising order, so that compressed files are unpacked once.
+    kept = np.sort(rng.choice(len(source), min(keep, len(source)), replace=False))
+    _write(out, source, kept, features, precision)
+
+
+def _write(
+    out: str | os.PathLike, source: ImageSource, kept: np.ndarray, features: Features, precision
+) -> None:
+    statistics = {
+        "mu": features.pool_gaussian.mean,
+        "sigma": features.pool_gaussian.full_covariance(),
+        "mu_s": features.spatial_gaussian.mean,
+        "sigma_s": features.spatial_gaussian.full_covariance(),
+        "feature_precision": np.array([precision]),
+    }
+    arrays = {"arr_0": ((len(kept), *source.shape[1:]), np.uint8)}
+    if source.has_labels:
+        arrays["arr_1"] = ((len(kept),), np.int64)
+    arrays.update({name: (value.shape, value.dtype) for name, value in statistics.items()})
+    with NpzWriter(out, arrays) as writer:
+        for start in range(0, len(source), _ROWS):
+            stop = min(start + _ROWS, len(source))
+            rows = kept[(kept >= start) & (kept < stop)] - start
+            if len(rows):
+                writer.append("arr_0", source.read(start, stop)[rows])
+                if source.has_labels:
+                    writer.append("arr_1", source.labels(start, stop)[rows])
+        for name, value in statistics.items():
+            writer.append(name, value)
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", metavar="IMAGES", help="an .npz, an .npy or a folder of images")
+    parser.add_argument("out", metavar="OUT.npz")
+    parser.add_argument("--keep", type=int, default=10_000, help="images in arr_0")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of these")
+    parser.add_argument(
+        "--inception_path",
+        metavar="GRAPH",
+        help="frozen graph; default: as for evaluator.py",
+    )
+    parser.add_argument("--backend", choices=BACKENDS, default="auto")
+    parser.add_argument("--device", default="auto", help="torch only: cpu, cuda, cuda:1 …")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
+    parser.add_argument("--batch_size", type=int, default=64)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = vars(create_argparser().parse_args(argv))
+    make_reference(args.pop("images"), args.pop("out"), **args)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,142 @@
+"""Mean and covariance of features that stream by, and the Fréchet distance of two such Gaussians.
+
+Everything is float64: in float32 the distance loses its first digits (4e-2 at 2048 dimensions).
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import lapack
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean and covariance of D-dimensional features.
+
+    The covariance (ddof 1) is held either as `covariance` [D, D] or, for fewer samples than
+    dimensions, as `rows` [n, D] with covariance = rows^T rows: smaller, and exactly of its rank.
+    `count` is the number of samples, or None where statistics were given as they stand.
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray | None = None
+    rows: np.ndarray | None = None
+    count: int | None = None
+
+    @property
+    def dimensions(self) -> int:
+        return len(self.mean)
+
+    def is_finite(self) -> bool:
+        spread = self.covariance if self.rows is None else self.rows
+        return bool(np.isfinite(self.mean).all() and np.isfinite(spread).all())
+
+    def full_covariance(self) -> np.ndarray:
+        """The covariance as a float64 [D, D] matrix."""
+        return self.rows.T @ self.rows if self.covariance is None else self.covariance
+
+    @functools.cached_property
+    def root(self) -> np.ndarray:
+        """R float64 [rank, D] with covariance = R^T R.
+
+        From a matrix: Cholesky's decomposition with pivots, which ends at the matrix's rank.
+        """
+        if self.rows is not None:
+            return self.rows
+        upper, pivots, rank, status = lapack.dpstrf(self.covariance)
+        if status < 0:
+            raise ValueError(f"dpstrf refused its argument {-status}")
+        root = np.empty((rank, self.dimensions))
+        root[:, pivots - 1] = np.triu(upper[:rank])
+        return root
+
+
+class RunningMoments:
+    """Mean and covariance of rows that arrive in batches, without keeping them.
+
+    Until there are more rows than dimensions they are kept, since they are then the smaller and
+    exact form; after that they are folded into the mean and the sum of products about it (Chan,
+    Golub, LeVeque 1983), a block of as many rows as there are dimensions at a time.
+    """
+
+    def __init__(self):
+        self._pending: list[np.ndarray] = []
+        self._pending_rows = 0
+        self._count = 0
+        self._mean: np.ndarray | None = None
+        self._products: np.ndarray | None = None
+
+    def add(self, rows: np.ndarray) -> None:
+        """Take in rows [n, D] of any float type; they must be finite."""
+        self._pending.append(rows)
+        self._pending_rows += len(rows)
+        if self._pending_rows > rows.shape[1]:
+            self._fold()
+
+    def gaussian(self) -> Gaussian:
+        """The Gaussian of all rows so far. One row has no spread: its covariance is zero."""
+        if self._count == 0:
+            rows = np.concatenate(self._pending).astype(np.float64)
+            mean = rows.mean(axis=0)
+            spread = (rows - mean) / np.sqrt(max(len(rows) - 1, 1))
+            return Gaussian(mean, rows=spread, count=len(rows))
+        if self._pending:
+            self._fold()
+        return Gaussian(self._mean, self._products / (self._count - 1), count=self._count)
+
+    def _fold(self) -> None:
+        rows = np.concatenate(self._pending).astype(np.float64)
+        self._pending, self._pending_rows = [], 0
+        mean = rows.mean(axis=0)
+        rows -= mean
+        products = rows.T @ rows
+        if self._count == 0:
+            self._count, self._mean, self._products = len(rows), mean, products
+            return
+        total = self._count + len(rows)
+        shift = mean - self._mean
+        self._products += products
+        self._products += np.outer(shift, shift * (self._count * len(rows) / total))
+        self._mean = self._mean + shift * (len(rows) / total)
+        self._count = total
+
+
+def gaussian_of(features: np.ndarray) -> Gaussian:
+    """The Gaussian of the rows of `features` [N, D]."""
+    moments = RunningMoments()
+    block = max(1024, features.shape[1] + 1)
+    for start in range(0, len(features), block):
+        moments.add(features[start : start + block])
+    return moments.gaussian()
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """Squared Fréchet distance of two Gaussians (Dowson and Landau 1982; FID: Heusel et al. 2017).
+
+    |mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)) for covariances A and B.
+
+    With A = R^T R and B = S^T S the last trace is the sum of the singular values of R S^T, which
+    is also that of the roots of the eigenvalues of R B R^T. Neither can come out complex. The
+    first form is exact when both are singular (no roots of rounding errors) and is used then; the
+    second is twice as fast otherwise. `ValueError` if the dimensions differ or a value is not
+    finite.
+    """
+    if a.dimensions != b.dimensions:
+        raise ValueError(
+            f"the two sets have features of {a.dimensions} and {b.dimensions} dimensions: they "
+            "come from different graphs or image sizes"
+        )
+    if not (a.is_finite() and b.is_finite()):
+        raise ValueError("a mean or covariance holds NaN or infinite values")
+    root_a, root_b = a.root, b.root
+    shift = a.mean - b.mean
+    total = shift @ shift + np.sum(root_a**2) + np.sum(root_b**2)
+    if len(root_a) > len(root_b):
+        root_a, root_b, b = root_b, root_a, a
+    if len(root_b) < b.dimensions:
+        trace = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
+    else:
+        product = root_a @ b.full_covariance() @ root_a.T
+        trace = np.sqrt(np.maximum(np.linalg.eigvalsh(product), 0.0)).sum()
+    return float(total - 2.0 * trace)

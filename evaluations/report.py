@@ -1,0 +1,107 @@
+"""How results are printed and saved: under what names, as lines, JSON or a Markdown table."""
+
+import dataclasses
+import os
+import re
+
+from evaluations.evaluation import Evaluation, Result
+
+# For each metric: its published name, and its name and JSON key with another graph than Inception
+_NAMES = {
+    "inception_score": ("Inception Score", "Classifier score", "classifier_score"),
+    "fid": ("FID", "Frechet distance", "frechet_distance"),
+    "sfid": ("sFID", "Spatial Frechet distance", "spatial_frechet_distance"),
+    "precision": ("Precision", "Precision", "precision"),
+    "recall": ("Recall", "Recall", "recall"),
+    "kid": ("KID", "Kernel distance", "kernel_distance"),
+    "density": ("Density", "Density", "density"),
+    "coverage": ("Coverage", "Coverage", "coverage"),
+}
+
+
+class Names:
+    """What to call the metrics.
+
+    Figures of the 2015 Inception graph have their published names. With any other graph they are
+    not FID and must not be called so: they are `Frechet distance (FEATURES)` and the like, where
+    FEATURES is what stands in the brackets of `metric_name`, or else the graph's file name.
+    """
+
+    def __init__(self, evaluation: Evaluation, metric_name: str | None = None):
+        self._published = evaluation.is_inception if metric_name is None else metric_name == "FID"
+        self.features = "Inception 2015"
+        if not self._published:
+            stem = os.path.splitext(os.path.basename(evaluation.graph))[0].replace("_", " ")
+            given = re.search(r"\((.+)\)", metric_name or "")
+            self.features = given.group(1) if given else metric_name or stem
+
+    def label(self, metric: str) -> str:
+        published, other, _ = _NAMES[metric]
+        return published if self._published else f"{other} ({self.features})"
+
+    def key(self, metric: str) -> str:
+        return metric if self._published else _NAMES[metric][2]
+
+
+def lines(result: Result, names: Names) -> list[str]:
+    """`Name: value`, one a metric, in the order asked for; by default the five published lines."""
+    out = []
+    for metric, value in result.metrics.items():
+        text = f"{names.label(metric)}: {value.value}"
+        if metric in result.intervals:
+            low, high = result.intervals[metric]
+            text += f" (95 % interval {low:.6g} to {high:.6g})"
+        out.append(text)
+    return out
+
+
+def table(evaluation: Evaluation, names: Names) -> str:
+    """A Markdown table, one row a sample batch; deviations and intervals after the value."""
+    metrics = list(evaluation.results[0].metrics)
+    rows = [["Samples", "Images", *map(names.label, metrics)]]
+    for result in evaluation.results:
+        cells = [_cell(result, metric) for metric in metrics]
+        rows.append([result.sample, str(result.images), *cells])
+    rows.insert(1, ["---", *["---:"] * (len(metrics) + 1)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _cell(result: Result, metric: str) -> str:
+    value = result.metrics[metric]
+    text = f"{value.value:.5g}"
+    if value.deviation is not None:
+        text += f" ± {value.deviation:.2g}"
+    if metric in result.intervals:
+        text += " [{:.5g}, {:.5g}]".format(*result.intervals[metric])
+    return text
+
+
+def as_json(evaluation: Evaluation, names: Names) -> dict:
+    """Settings, graph and results as plain data: `results[i]["metrics"]` has one number a key."""
+    settings = dataclasses.asdict(evaluation.settings)
+    settings.update(backend=evaluation.backend, inception_path=evaluation.graph)
+    return {
+        "reference": evaluation.reference,
+        "features": names.features,
+        "graph_sha256": evaluation.graph_sha256,
+        "settings": settings,
+        "results": [_result_json(result, names) for result in evaluation.results],
+    }
+
+
+def _result_json(result: Result, names: Names) -> dict:
+    out = {
+        "sample": result.sample,
+        "images": result.images,
+        "metrics": {names.key(m): value.value for m, value in result.metrics.items()},
+        "labels": {names.key(m): names.label(m) for m in result.metrics},
+        "deviations": {
+            names.key(m): value.deviation
+            for m, value in result.metrics.items()
+            if value.deviation is not None
+        },
+        "warnings": list(result.warnings),
+    }
+    if result.intervals:
+        out["intervals"] = {names.key(m): list(i) for m, i in result.intervals.items()}
+    return out
