@@ -53,18 +53,23 @@ class Features:
     spatial: np.ndarray | None = None
 
 
+def cached_graph_path() -> Path:
+    """Where a downloaded graph is kept: in `ES_DDPM_CACHE`, else in `~/.cache/es-ddpm`."""
+    cache = Path(os.environ.get("ES_DDPM_CACHE") or Path.home() / ".cache" / "es-ddpm")
+    return cache / GRAPH_NAME
+
+
 def find_graph(path: str | None = None) -> str:
     """The graph to use: `path`, else the published one from the working directory or the cache.
 
-    The cache is `ES_DDPM_CACHE`, else `~/.cache/es-ddpm`; the graph is downloaded there (96 MB)
-    if it is in neither place. `UserError` says where to put the file if that fails.
+    The graph is downloaded into the cache (96 MB) if it is in neither place. `UserError` says
+    where to put the file if that fails.
     """
     if path is not None:
         return path
     if os.path.exists(GRAPH_NAME):
         return GRAPH_NAME
-    cache = Path(os.environ.get("ES_DDPM_CACHE") or Path.home() / ".cache" / "es-ddpm")
-    cached = cache / GRAPH_NAME
+    cached = cached_graph_path()
     if not cached.exists():
         try:
             download(GRAPH_URL, cached)
