@@ -1,15 +1,31 @@
 """One line for the user instead of a traceback."""
 
 import errno
+import signal
 import sys
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+EXIT_DISK_FULL = 74  # sysexits.h: an error of input or output
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+EXIT_TERMINATED = 143  # 128 + SIGTERM
 
 
 class UserError(ValueError):
     """Something the user can put right: the message is one line that names the flag or the file."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, treated as Ctrl-C is; `terminate_cleanly` has it raised."""
+
+
+def terminate_cleanly() -> None:
+    """From now on SIGTERM raises `Terminated`, so that `finally` blocks run."""
+
+    def handle(signum: int, frame: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, handle)
 
 
 def describe_os_error(error: OSError) -> str | None:
@@ -23,14 +39,17 @@ def describe_os_error(error: OSError) -> str | None:
 def run_main(main: Callable[[], object]) -> None:
     """Run a script's `main`, turning what the user can mend into one line and an exit code.
 
-    `UserError` ends in exit code 2, Ctrl-C in 130, a full disk in 1; any other exception is a
-    fault of the program and keeps its traceback.
+    `UserError` ends in exit code 2, Ctrl-C in 130, `Terminated` in 143, a full disk in 74; any
+    other exception is a fault of the program and keeps its traceback.
     """
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        sys.exit(EXIT_TERMINATED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
@@ -39,4 +58,4 @@ def run_main(main: Callable[[], object]) -> None:
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(EXIT_DISK_FULL)

@@ -9,7 +9,6 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -242,7 +241,7 @@ class NpzWriter:
     def __init__(
         self, path: str | os.PathLike, arrays: dict[str, tuple[tuple[int, ...], np.dtype | type]]
     ):
-        self._path = Path(path)
+        self._path = path
         self._arrays = {n: (tuple(shape), np.dtype(dtype)) for n, (shape, dtype) in arrays.items()}
         self._written = dict.fromkeys(arrays, 0)
 
@@ -253,7 +252,7 @@ class NpzWriter:
             self._zip = stack.enter_context(zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED))
             self._streams = {first: stack.enter_context(self._open_member(first))}
             for name in others:
-                spool = tempfile.TemporaryFile(dir=self._path.parent)
+                spool = tempfile.TemporaryFile(dir=temporary.parent)
                 self._streams[name] = stack.enter_context(spool)
             self._stack = stack.pop_all()
         return self

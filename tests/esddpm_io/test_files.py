@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from esddpm_io.atomic import atomic_path, write_json
-from esddpm_io.errors import UserError, run_main
+from esddpm_io.errors import Terminated, UserError, run_main
 from esddpm_io.progress import Progress, progress_text
 
 
@@ -34,7 +34,8 @@ def test_write_json(tmp_path):
     [
         (UserError("--x: bad"), 2, "error: --x: bad\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (OSError(errno.ENOSPC, "No space", "f.npz"), 1, "error: the disk is full while writing f"),
+        (Terminated(), 143, "terminated\n"),
+        (OSError(errno.ENOSPC, "No space", "f.npz"), 74, "error: the disk is full while writing f"),
     ],
 )
 def test_run_main_says_one_line(capsys, error, code, line):

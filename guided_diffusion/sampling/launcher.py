@@ -1,0 +1,158 @@
+"""The sampling processes of one machine: started, watched, retried, stopped."""
+
+import dataclasses
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+from esddpm_io.errors import EXIT_DISK_FULL, EXIT_USER_ERROR
+from guided_diffusion.sampling.chunks import ChunkFolder
+from guided_diffusion.sampling.claims import Observer
+from guided_diffusion.sampling.progress import Overseer, Screen
+from guided_diffusion.sampling.worker import LAUNCHER_VARIABLE
+
+_POLL_S = 0.1
+_PATIENCE_S = 15.0  # for a worker to end by itself after SIGTERM
+_DEATHS_OF_DEVICE = 2  # a device is retried once
+_DEATHS_OF_CHUNK = 2
+_LOG_LINES = 12
+
+
+class WorkersFailed(RuntimeError):
+    """The run cannot go on; the message says why, with the last lines of the worker's log."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerCommand:
+    """One process: its argv, its device, and the file that its output is appended to."""
+
+    argv: list[str]
+    device: str
+    log: Path
+
+    def __str__(self) -> str:
+        return shlex.join(self.argv)
+
+
+class Launcher:
+    """Runs workers on one folder of chunks until it is complete."""
+
+    def __init__(self, commands: list[WorkerCommand], folder: ChunkFolder):
+        self._commands = commands
+        self._folder = folder
+        self._observer = Observer(folder.folder)
+        self._running: dict[subprocess.Popen, WorkerCommand] = {}
+        self._deaths_of_device: Counter[WorkerCommand] = Counter()
+        self._deaths_of_chunk: Counter[int] = Counter()
+        self._screen = Screen()
+
+    def run(self) -> None:
+        """Return when all samples are there; WorkersFailed if that cannot be.
+
+        However it ends, by Ctrl-C too, no worker is left running.
+        """
+        overseer = Overseer(self._folder)
+        try:
+            for command in self._commands:
+                self._start(command)
+            while self._running:
+                self._reap()
+                if self._screen.is_due():
+                    self._screen.show(overseer.look())
+                time.sleep(_POLL_S)
+            self._screen.show(overseer.look())
+        finally:
+            self._stop_all()
+        if self._folder.missing():
+            raise WorkersFailed("the workers have ended, but samples are missing")
+
+    def _start(self, command: WorkerCommand) -> None:
+        command.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(command.log, "ab") as log:
+            log.write(f"\n{time.strftime('%F %T')} {command}\n".encode())
+            log.flush()
+            process = subprocess.Popen(
+                command.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                # Ctrl-C goes to us alone; we then stop the workers ourselves.
+                start_new_session=True,
+            )
+        self._running[process] = command
+
+    def _environment(self) -> dict[str, str]:
+        environment = {**os.environ, LAUNCHER_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        on_cpu = sum(command.device == "cpu" for command in self._commands)
+        if on_cpu:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // on_cpu)))
+        return environment
+
+    def _reap(self) -> None:
+        """Take note of the workers that have ended since the last time."""
+        for process, command in list(self._running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self._running[process]
+            if code:
+                self._after_death(process, command, code)
+
+    def _after_death(self, process: subprocess.Popen, command: WorkerCommand, code: int) -> None:
+        """Retry the device once; give up where another try would end the same way."""
+        chunk = self._chunk_of(process.pid)
+        self._deaths_of_device[command.log] += 1
+        self._deaths_of_chunk[chunk] += chunk is not None
+        how = f"the worker on device {command.device} {_describe_exit(code)}"
+        if code in (EXIT_USER_ERROR, EXIT_DISK_FULL):
+            raise WorkersFailed(f"{how}\n{_tail(command.log)}")
+        if self._deaths_of_chunk[chunk] >= _DEATHS_OF_CHUNK:
+            start, stop = self._folder.bounds(chunk)
+            raise WorkersFailed(
+                f"images {start}-{stop - 1} failed twice: {how}\n{_tail(command.log)}"
+            )
+        if self._deaths_of_device[command.log] < _DEATHS_OF_DEVICE:
+            self._screen.note(f"{how}; starting it once more (log: {command.log})")
+            self._start(command)
+        elif self._running:
+            self._screen.note(f"{how} again; going on without it (log: {command.log})")
+        else:
+            raise WorkersFailed(f"{how}, and no device is left\n{_tail(command.log)}")
+
+    def _chunk_of(self, pid: int) -> int | None:
+        """The chunk that a worker of ours was at when it ended, if it was at one."""
+        for worker in self._observer.workers():
+            if worker["pid"] == pid and not worker["alive"]:
+                return worker.get("chunk")
+        return None
+
+    def _stop_all(self) -> None:
+        for process in self._running:
+            process.terminate()
+        deadline = time.monotonic() + _PATIENCE_S
+        for process in self._running:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._running.clear()
+
+
+def _describe_exit(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = " (the system may have run out of memory)" if name == "SIGKILL" else ""
+    return f"was ended by {name}{hint}"
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+    return "\n".join([f"last lines of {log}:", *(f"  {line}" for line in lines)])

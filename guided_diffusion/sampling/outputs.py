@@ -1,0 +1,125 @@
+"""What is made of finished chunks: one .npz of all, one of a rank's block, PNGs, a grid."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from esddpm_io.errors import UserError
+from esddpm_io.files import exists, join
+from esddpm_io.images import image_grid, open_images, save_png
+from esddpm_io.npz import NpzReader, NpzWriter
+from esddpm_io.progress import Progress
+from guided_diffusion.sampling.chunks import ChunkFolder
+
+_ROWS_AT_ONCE = 64
+_GRID_COLUMNS, _GRID_ROWS = 8, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Rows start … stop-1 of an .npz that `open` opens."""
+
+    open: Callable[[], NpzReader]
+    start: int
+    stop: int
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """The rows of one array, a few at a time."""
+        with self.open() as reader:
+            for row in range(self.start, self.stop, _ROWS_AT_ONCE):
+                yield reader.rows(name, row, min(row + _ROWS_AT_ONCE, self.stop))
+
+
+def parts_of(folder: ChunkFolder, start: int, stop: int) -> list[Part]:
+    """The parts of finished chunks that make up samples start … stop-1."""
+    parts = []
+    for chunk in folder.chunks_of(start, stop):
+        first, last = folder.bounds(chunk)
+        rows = max(start, first) - first, min(stop, last) - first
+        parts.append(Part(lambda chunk=chunk: folder.reader(chunk), *rows))
+    return parts
+
+
+def parts_of_files(paths: Iterable[str]) -> list[Part]:
+    """Whole .npz files in the order given."""
+    parts = []
+    for path in paths:
+        with NpzReader(path) as reader:
+            parts.append(Part(lambda path=path: NpzReader(path), 0, reader.shape("arr_0")[0]))
+    return parts
+
+
+def join_parts(parts: list[Part], path: str) -> None:
+    """Stream parts into one .npz (`arr_0`, and `arr_1` if they are labelled), atomically."""
+    rows = sum(part.stop - part.start for part in parts)
+    with parts[0].open() as reader:
+        layout = {
+            name: ((rows, *reader.shape(name)[1:]), reader.dtype(name))
+            for name in ("arr_0", "arr_1")
+            if name in reader.names
+        }
+    with Progress(rows, "images", "gathering") as progress, NpzWriter(path, layout) as writer:
+        for part in parts:
+            for name in layout:
+                for block in part.blocks(name):
+                    writer.append(name, block)
+            progress.update(part.stop - part.start)
+
+
+def export_npz(folder: ChunkFolder, start: int, stop: int, rank: int) -> str:
+    """Write a rank's block as `samples_{N}x{H}x{W}x{C}_rank_{r}.npz`; return the path."""
+    if start == stop:
+        raise UserError(f"rank {rank} has no samples: --world_size is larger than their number")
+    parts = parts_of(folder, start, stop)
+    with parts[0].open() as reader:
+        size = "x".join(map(str, (stop - start, *reader.shape("arr_0")[1:])))
+    path = join(folder.folder, f"samples_{size}_rank_{rank}.npz")
+    join_parts(parts, path)
+    return path
+
+
+def export_pngs(folder: ChunkFolder, start: int, stop: int) -> str:
+    """Write samples as `images/{index}_label_{label}.png` where missing; return the folder."""
+    target = join(folder.folder, "images")
+    for chunk in folder.chunks_of(start, stop):
+        first, last = folder.bounds(chunk)
+        with folder.reader(chunk) as reader:
+            images = reader.array("arr_0")
+            labels = reader.array("arr_1") if "arr_1" in reader.names else None
+        for index in range(max(first, start), min(last, stop)):
+            label = "" if labels is None else f"_label_{labels[index - first]}"
+            path = join(target, f"{index}{label}.png")
+            if not exists(path):
+                save_png(path, images[index - first])
+    return target
+
+
+def save_grid(samples: str, starts: str | None, path: str) -> None:
+    """Write a grid of samples picked at even distances, under the images they started from.
+
+    samples: an .npz; starts: the generator's images with the same indices, or None.
+    """
+    results = open_images(samples, flag="samples")
+    count = min(len(results), _GRID_COLUMNS * _GRID_ROWS)
+    picked = np.linspace(0, len(results) - 1, count).astype(int)
+    sources = [results] if starts is None else [open_images(starts, flag="--dataset_path"), results]
+    cells = []
+    for row in range(0, count, _GRID_COLUMNS):
+        indices = picked[row : row + _GRID_COLUMNS]
+        for source in sources:
+            images = [source.read(index, index + 1)[0] for index in indices]
+            blank = np.full_like(images[0], 255)
+            cells += images + [blank] * (_GRID_COLUMNS - len(images))
+    save_png(path, image_grid(cells, _GRID_COLUMNS))
+
+
+def rank_files(folder: str | Path) -> list[str]:
+    """The `samples_…_rank_{r}.npz` files of a folder, in order of rank."""
+    by_rank = {}
+    for path in Path(folder).glob("samples_*_rank_*.npz"):
+        rank = path.stem.rpartition("_rank_")[2]
+        if rank.isdecimal():
+            by_rank[int(rank)] = str(path)
+    return [by_rank[rank] for rank in sorted(by_rank)]

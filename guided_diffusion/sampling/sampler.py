@@ -1,0 +1,189 @@
+"""The models on a device: a range of indices in, finished images out."""
+
+import contextlib
+import inspect
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from esddpm_io.errors import UserError
+from guided_diffusion.checkpoints import load_weights
+from guided_diffusion.sampling.random_streams import RandomStreams
+from guided_diffusion.sampling.settings import LOCAL_RANKS, Job, diffusion_from
+from guided_diffusion.sampling.sources import Start
+from guided_diffusion.script_util import (
+    classifier_defaults,
+    create_classifier,
+    create_model,
+)
+
+Report = Callable[[int], None]
+
+
+class Sampler:
+    """Samples index ranges of one job on one device.
+
+    A sample depends on the job's settings and its own index alone, whatever range it is in.
+    """
+
+    def __init__(self, job: Job, log: Callable[[str], None] = print):
+        self._job = job
+        settings = job.settings
+        self.device = choose_device(job.device)
+        self.diffusion = diffusion_from(settings)
+        model = self._load(create_model, _model_flags(settings), job.info["model_path"])
+        self._model = self._on_device(model, settings["use_fp16"], "--use_fp16", log)
+        self._cond_fn = self._make_cond_fn(log) if job.is_guided else None
+        self.steps = settings["denoise_steps"] or self.diffusion.num_timesteps
+
+    @torch.inference_mode()
+    def sample(self, start: int, stop: int, report: Report = lambda step: None):
+        """Samples start … stop-1: images uint8 [n, H, W, 3], labels int64 [n] or None.
+
+        `report` is told the number of steps done. Raises UserError, naming index and step, if a
+        sample is NaN or infinite.
+        """
+        settings = self._job.settings
+        begin = self._job.source.start(start, stop)
+        streams = RandomStreams(settings["seed"], start, stop)
+        loop = self.diffusion.p_sample_loop_progressive
+        if settings["use_ddim"]:
+            loop = self.diffusion.ddim_sample_loop_progressive
+        size = settings["image_size"]
+        finite = []
+        for done, out in enumerate(
+            loop(
+                self._model,
+                (stop - start, 3, size, size),
+                noise=self._to_device(begin.images),
+                clip_denoised=settings["clip_denoised"],
+                cond_fn=self._cond_fn,
+                model_kwargs=self._model_kwargs(begin),
+                device=self.device,
+                denoise_steps=settings["denoise_steps"],
+                randn=streams.randn,
+            ),
+            start=1,
+        ):
+            # Looked at only after the last step, so that the device never waits for the CPU.
+            finite.append(out["sample"].isfinite().flatten(1).all(dim=1))
+            report(done)
+        self._check_finite(torch.stack(finite).cpu().numpy(), start)
+        return to_uint8(out["sample"]), begin.labels
+
+    def free_memory(self) -> None:
+        """Give memory that a failed batch has left behind back to the device."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _model_kwargs(self, begin: Start) -> dict:
+        if self._job.settings["class_cond"] or self._cond_fn:
+            return {"y": torch.from_numpy(begin.labels).to(self.device)}
+        return {}
+
+    def _to_device(self, images: torch.Tensor | None) -> torch.Tensor | None:
+        if images is None:
+            return None
+        if self.device.type == "cuda":
+            images = images.pin_memory()
+        return images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+
+    def _check_finite(self, finite: np.ndarray, start: int) -> None:
+        """finite: bool [steps, n], in the order of the chain."""
+        if finite.all():
+            return
+        step, row = np.argwhere(~finite)[0]
+        left = len(finite) - 1 - step
+        raise UserError(
+            f"sample {start + row} became NaN or infinite at step {step + 1} of {len(finite)} "
+            f"(index {left} of the chain, original timestep {self.diffusion.timestep_map[left]}); "
+            "try --use_fp16 False, and check that the checkpoint fits the flags"
+        )
+
+    def _load(self, create: Callable, flags: dict, path: str, flag: str = "--model_path"):
+        try:
+            # No time for random weights: every one is read from the file.
+            with torch.device("meta"):
+                model = create(**flags)
+        except ValueError as error:
+            raise UserError(f"model flags: {error}") from error
+        model = model.to_empty(device="cpu")
+        load_weights(model, path, flag=flag)
+        return model.eval().requires_grad_(False)
+
+    def _on_device(self, model, half: bool, flag: str, log: Callable[[str], None]):
+        model = model.to(self.device, memory_format=torch.channels_last)
+        if half and self.device.type == "cpu":
+            dtype = torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+            log(f"{flag} True on a CPU: computing in {str(dtype).removeprefix('torch.')}")
+            model.convert_to(dtype)
+        elif half:
+            model.convert_to_fp16()
+        return model
+
+    def _make_cond_fn(self, log: Callable[[str], None]) -> Callable:
+        settings = self._job.settings
+        flags = {key: settings[key] for key in classifier_defaults()}
+        classifier = self._load(
+            create_classifier, flags, self._job.info["classifier_path"], "--classifier_path"
+        )
+        half = settings["classifier_use_fp16"]
+        classifier = self._on_device(classifier, half, "--classifier_use_fp16", log)
+        scale = settings["classifier_scale"]
+
+        def gradient(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            """scale × the gradient of log p(y | x_t) with respect to x_t (guidance, alg. 1)."""
+            with torch.inference_mode(False), torch.enable_grad():
+                x, t, y = x.clone().requires_grad_(), t.clone(), y.clone()
+                log_probabilities = classifier(x, t).float().log_softmax(dim=-1)
+                chosen = log_probabilities.gather(1, y[:, None]).sum()
+                return torch.autograd.grad(chosen, x)[0] * scale
+
+        return gradient
+
+
+def _model_flags(settings: dict) -> dict:
+    names = inspect.signature(create_model).parameters
+    return {name: settings[name] for name in names if name in settings}
+
+
+def to_uint8(samples: torch.Tensor) -> np.ndarray:
+    """Images in [-1, 1], [n, 3, H, W], as uint8 [n, H, W, 3]: (x + 1) × 127.5, truncated."""
+    pixels = ((samples.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def choose_device(text: str) -> torch.device:
+    """The device that `--device` names: `cpu`, an index or `cuda:INDEX`; empty = one for the rank.
+
+    Raises UserError, listing the valid values, if it is not there.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not text:
+        local = next((int(os.environ[name]) for name in LOCAL_RANKS if name in os.environ), 0)
+        return torch.device("cuda", local % count) if count else torch.device("cpu")
+    if text == "cpu":
+        return torch.device("cpu")
+    index = text.removeprefix("cuda:")
+    if not index.isdecimal() or int(index) >= count:
+        valid = ", ".join(["cpu", *map(str, range(count))])
+        raise UserError(f"--device {text} is not there; valid on this machine: {valid}")
+    device = torch.device("cuda", int(index))
+    torch.cuda.set_device(device)
+    return device
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor computes in bfloat16 rather than imitating it (known on Linux only)."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as info:
+        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(info.read().split())
+    return False
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device, or the machine for the CPU, had no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )

@@ -1,0 +1,255 @@
+"""The flags of a sampling script, checked and turned into one record, before anything expensive."""
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Mapping
+
+from esddpm_io.errors import UserError
+from esddpm_io.files import exists, fingerprint_file
+from guided_diffusion.sampling.chunks import default_chunk_size
+from guided_diffusion.sampling.sources import PureNoise, Source, open_generator_images
+from guided_diffusion.script_util import (
+    NUM_CLASSES,
+    add_dict_to_argparser,
+    args_to_dict,
+    classifier_defaults,
+    create_gaussian_diffusion,
+    model_and_diffusion_defaults,
+    str2bool,
+)
+
+# Model flags that change how a model computes, but not what.
+_WITHOUT_EFFECT = ("use_checkpoint", "dropout")
+_LARGEST_SEED = 2**64 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One process's part in sampling a folder.
+
+    settings: all that the samples depend on, as plain values; info: where it came from.
+    rank, world_size: this process's place. With `any_chunk` it does whatever chunk is missing,
+    beginning with its own block; without it only its block.
+    """
+
+    settings: dict
+    info: dict
+    source: Source
+    save_dir: str
+    device: str
+    rank: int
+    world_size: int
+    any_chunk: bool
+    batch_size: int
+    chunk_size: int
+    save_numpy_array: bool
+    save_png_files: bool
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """This rank's own block of indices: ceil(N / world_size) from rank × that."""
+        share = -(-len(self.source) // self.world_size)
+        start = min(self.rank * share, len(self.source))
+        return start, min(start + share, len(self.source))
+
+    @property
+    def is_guided(self) -> bool:
+        return self.settings["classifier_scale"] != 0
+
+
+def sampling_defaults(guided: bool) -> dict:
+    """All flags of a sampling script that take a value, and their defaults."""
+    defaults = {
+        "clip_denoised": True,
+        "num_samples": 10000,
+        "batch_size": 16,
+        "use_ddim": False,
+        "model_path": "",
+        "dataset_path": "",
+        "denoise_steps": 25,
+        "save_dir": "",
+        "device": "",
+        "global_rank": None,
+        "world_size": None,
+        "any_chunk": None,
+        "chunk_size": 0,
+        "seed": 0,
+        **model_and_diffusion_defaults(),
+    }
+    if guided:
+        defaults |= {"classifier_path": "", "classifier_scale": 1.0, **classifier_defaults()}
+    return defaults
+
+
+_TYPES_OF_UNSET = {"global_rank": int, "world_size": int, "any_chunk": str2bool}
+_SWITCHES = ("start_from_scratch", "save_numpy_array", "save_png_files")
+
+
+def build_parser(guided: bool, prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line of a sampling script; switches may be given a truth value too."""
+    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
+    defaults = sampling_defaults(guided)
+    add_dict_to_argparser(parser, {k: v for k, v in defaults.items() if k not in _TYPES_OF_UNSET})
+    for name, kind in _TYPES_OF_UNSET.items():
+        parser.add_argument(f"--{name}", type=kind, default=None)
+    for name in _SWITCHES:
+        parser.add_argument(f"--{name}", nargs="?", const=True, default=False, type=str2bool)
+    return parser
+
+
+def read_job(argv: list[str] | None, *, guided: bool) -> Job:
+    """Parse and check a sampling script's command line.
+
+    Raises UserError, naming the flag and the valid values, for anything that could only fail
+    later; reads no more of the input files than their headers and labels.
+    """
+    args = build_parser(guided).parse_args(argv)
+    scale = args.classifier_scale if guided else 0.0
+    for name in ("num_samples", "batch_size"):
+        _require(getattr(args, name) >= 1, f"--{name} must be at least 1")
+    _require(args.chunk_size >= 0, "--chunk_size must be at least 1, or 0 to choose by itself")
+    _require(0 <= args.seed <= _LARGEST_SEED, f"--seed must be in 0 … {_LARGEST_SEED}")
+    _require(bool(args.save_dir), "--save_dir: name the folder for the samples")
+    start_timestep = _check_steps(args)
+    _require_file(args.model_path, "--model_path")
+    if scale:
+        _require_file(args.classifier_path, "--classifier_path")
+    source = _open_source(args, needs_labels=args.class_cond or bool(scale))
+    rank, world_size, launched = _place(args, os.environ)
+    return Job(
+        settings=_settings(args, source, scale),
+        info={
+            "model_path": os.path.abspath(args.model_path),
+            "classifier_path": os.path.abspath(args.classifier_path) if scale else None,
+            "dataset_path": _generator_path(args),
+            "start_timestep": start_timestep,
+        },
+        source=source,
+        save_dir=args.save_dir,
+        device=args.device,
+        rank=rank,
+        world_size=world_size,
+        any_chunk=launched if args.any_chunk is None else args.any_chunk,
+        batch_size=args.batch_size,
+        chunk_size=args.chunk_size or default_chunk_size(len(source), args.batch_size),
+        save_numpy_array=args.save_numpy_array,
+        save_png_files=args.save_png_files,
+    )
+
+
+def diffusion_from(settings: Mapping):
+    """The diffusion process that the settings (or parsed flags) name."""
+    return create_gaussian_diffusion(
+        steps=settings["diffusion_steps"],
+        **{
+            key: settings[key]
+            for key in (
+                "learn_sigma",
+                "noise_schedule",
+                "use_kl",
+                "predict_xstart",
+                "rescale_timesteps",
+                "rescale_learned_sigmas",
+                "timestep_respacing",
+            )
+        },
+    )
+
+
+def _check_steps(args: argparse.Namespace) -> int:
+    """Check chain and number of steps; return the original timestep that sampling starts at."""
+    try:
+        diffusion = diffusion_from(vars(args))
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"--timestep_respacing, --noise_schedule: {error}") from error
+    steps = diffusion.num_timesteps
+    if args.start_from_scratch:
+        return diffusion.timestep_map[-1]
+    _require(
+        1 <= args.denoise_steps <= steps,
+        f"--denoise_steps must be in 1 … {steps}, the chain's length, not {args.denoise_steps}",
+    )
+    return diffusion.timestep_map[args.denoise_steps - 1]
+
+
+def _open_source(args: argparse.Namespace, needs_labels: bool) -> Source:
+    classes = NUM_CLASSES if needs_labels else None
+    if args.start_from_scratch:
+        return PureNoise(args.num_samples, args.seed, classes)
+    return open_generator_images(args.dataset_path, image_size=args.image_size, num_classes=classes)
+
+
+def _settings(args: argparse.Namespace, source: Source, scale: float) -> dict:
+    flags = args_to_dict(args, model_and_diffusion_defaults())
+    settings = {key: value for key, value in flags.items() if key not in _WITHOUT_EFFECT}
+    settings |= {
+        "num_samples": len(source),
+        "seed": args.seed,
+        "start_from_scratch": args.start_from_scratch,
+        "denoise_steps": None if args.start_from_scratch else args.denoise_steps,
+        "use_ddim": args.use_ddim,
+        "clip_denoised": args.clip_denoised,
+        "classifier_scale": scale,
+        "checkpoint": fingerprint_file(args.model_path, flag="--model_path"),
+        "generator_images": source.fingerprint(),
+    }
+    if scale:
+        settings |= args_to_dict(args, classifier_defaults())
+        settings["classifier"] = fingerprint_file(args.classifier_path, flag="--classifier_path")
+    return settings
+
+
+def _generator_path(args: argparse.Namespace) -> str | None:
+    if args.start_from_scratch:
+        return None
+    return os.path.abspath(args.dataset_path)
+
+
+def _place(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[int, int, bool]:
+    """Rank, world size, and whether a launcher set them: flags first, then the environment."""
+    if args.global_rank is not None or args.world_size is not None:
+        rank, size, launched = args.global_rank or 0, args.world_size or 1, False
+    else:
+        rank, size, launched = rank_from_environment(environ)
+    _require(size >= 1, f"--world_size must be at least 1, not {size}")
+    _require(0 <= rank < size, f"--global_rank must be in 0 … {size - 1}, not {rank}")
+    return rank, size, launched
+
+
+# Variables of rank and size by launcher: torchrun, Open MPI, MPICH and its kin, Slurm.
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+)
+LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+
+
+def rank_from_environment(environ: Mapping[str, str]) -> tuple[int, int, bool]:
+    """Rank and size that torchrun, mpiexec or srun gave, and whether one of them did.
+
+    The tasks of a Slurm job array count as one world: task a of process p has rank a × size + p.
+    """
+    rank, size, launched = 0, 1, False
+    for rank_name, size_name in _LAUNCHERS:
+        if rank_name in environ and size_name in environ:
+            rank, size, launched = int(environ[rank_name]), int(environ[size_name]), True
+            break
+    if "SLURM_ARRAY_TASK_ID" in environ:
+        tasks = int(environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
+        first = int(environ.get("SLURM_ARRAY_TASK_MIN", "0"))
+        task = min(int(environ["SLURM_ARRAY_TASK_ID"]) - first, tasks - 1)
+        return task * size + rank, tasks * size, True
+    return rank, size, launched
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _require_file(path: str, flag: str) -> None:
+    _require(bool(path), f"{flag}: name the checkpoint file")
+    _require(exists(path), f"{flag}: there is no file {path}")
