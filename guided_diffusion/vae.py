@@ -8,7 +8,7 @@ section 4). Images are NCHW float in [-1, 1], labels int64 [N].
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import torch
@@ -65,6 +65,23 @@ def create_vae(
     if num_channels % 8:
         raise ValueError(f"num_channels is {num_channels}, but must be a multiple of 8")
     return VAE(image_size, num_channels, latent_dim, prior_components, num_classes)
+
+
+def vae_loss(latent_dim: int, kl_weight: float) -> Callable:
+    """A loss for `train_util.Trainer`: (reconstruction + kl_weight · KL), in nats per pixel value.
+
+    kl_weight 1 is the ELBO; less gives sharper images whose codes fill N(0, I) less evenly, which
+    the fitted prior then has to describe.
+    """
+
+    def loss(model, batch: torch.Tensor, cond: dict, draw) -> dict[str, torch.Tensor]:
+        noise = draw.noise(batch.new_empty(len(batch), latent_dim))
+        terms = model(batch, cond.get("y"), noise)
+        values = batch[0].numel()
+        terms = {**terms, "reconstruction": terms["reconstruction"] / values}
+        return {"loss": terms["reconstruction"] + kl_weight * terms["kl"] / values, **terms}
+
+    return loss
 
 
 class ResidualBlock(nn.Module):
@@ -232,16 +249,18 @@ class VAE(nn.Module):
         return self.decoder(h)[:, :, : self.image_size, : self.image_size]
 
     def forward(
-        self, x: torch.Tensor, labels: torch.Tensor | None = None
+        self, x: torch.Tensor, labels: torch.Tensor | None, noise: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """Terms of the negative ELBO, float [N] each, in nats up to a constant.
+
+        `noise`: N(0, 1), float [N, latent_dim], makes z of q's mean and sigma.
 
         `reconstruction` = |x - x̂| / PIXEL_SCALE summed over the image, with x̂ decoded from one z
         of q (a Laplace likelihood); `kl` = KL(q(z | x, y) || N(0, I)); `mse` of x̂ over its pixels,
         for the log.
         """
         mean, log_sigma = self.encode(x, labels)
-        z = mean + torch.exp(log_sigma) * torch.randn_like(mean)
+        z = mean + torch.exp(log_sigma) * noise
         error = self.decode(z, labels) - x
         kl = 0.5 * (mean**2 + torch.exp(2 * log_sigma) - 1.0) - log_sigma
         return {

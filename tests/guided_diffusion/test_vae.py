@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from guided_diffusion.train_util import Draws
 from guided_diffusion.vae import (
     IMAGES_PER_COMPONENT,
     PIXEL_SCALE,
@@ -12,6 +13,7 @@ from guided_diffusion.vae import (
     create_vae,
     fit_mixture,
     vae_defaults,
+    vae_loss,
 )
 
 TINY = {"num_channels": 8, "latent_dim": 5, "prior_components": 3}
@@ -42,20 +44,22 @@ def test_any_size_with_and_without_labels(size, num_classes):
 def test_terms_of_the_bound():
     vae = tiny_vae(num_classes=3)
     x, labels = images(4, 16), torch.tensor([0, 1, 2, 2])
-    torch.manual_seed(7)
-    terms = vae(x, labels)
+    noise = torch.randn(4, 5)
+    terms = vae(x, labels, noise)
     mean, log_sigma = vae.encode(x, labels)
     posterior = torch.distributions.Normal(mean, log_sigma.exp())
     standard = torch.distributions.Normal(torch.zeros(5), torch.ones(5))
     kl = torch.distributions.kl_divergence(posterior, standard).sum(dim=1)
     torch.testing.assert_close(terms["kl"], kl)
-    torch.manual_seed(7)
-    decoded = vae.decode(mean + log_sigma.exp() * torch.randn(4, 5), labels)
+    decoded = vae.decode(mean + log_sigma.exp() * noise, labels)
     laplace = torch.distributions.Laplace(decoded, PIXEL_SCALE)
     nats = -laplace.log_prob(x).flatten(1).sum(dim=1)
     constant = 3 * 16 * 16 * np.log(2 * PIXEL_SCALE)
     torch.testing.assert_close(terms["reconstruction"], nats - constant)
     torch.testing.assert_close(terms["mse"], (decoded - x).pow(2).mean(dim=(1, 2, 3)))
+    with_loss = vae_loss(5, 0.3)(vae, x, {"y": labels}, Draws(0, 0, 4, 0))
+    expected = with_loss["reconstruction"] + 0.3 * with_loss["kl"] / (3 * 16 * 16)
+    torch.testing.assert_close(with_loss["loss"], expected)
 
 
 def test_labels_change_codes_and_images():
@@ -71,7 +75,7 @@ def test_labels_change_codes_and_images():
 def test_labels_must_fit_the_vae(num_classes):
     labels = None if num_classes else torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match=f"num_classes {num_classes}"):
-        tiny_vae(num_classes=num_classes)(images(1, 16), labels)
+        tiny_vae(num_classes=num_classes)(images(1, 16), labels, torch.zeros(1, 5))
 
 
 @pytest.mark.parametrize(
