@@ -105,13 +105,13 @@ def bootstrap_interval(
     """Confidence interval of a metric by drawing its `count` points anew (Efron 1979).
 
     `estimate` takes row indices int64 [count] and returns the metric of these rows. The interval
-    is the basic one, 2 t - (upper, lower quantile), with t the metric of all rows: a distance
-    between distributions grows when rows are drawn twice, which this form corrects for and plain
-    quantiles do not.
+    is t - (upper, lower quantile of d - mean d), with t the metric of all rows and d those of
+    rows drawn with replacement. Distances between distributions grow when rows come twice, hence
+    the mean: the interval is about t, the figure one gets from `count` rows.
     """
     rng = np.random.default_rng(seed)
     whole = estimate(np.arange(count))
-    drawn = [estimate(rng.integers(0, count, count)) for _ in range(repeats)]
+    drawn = np.array([estimate(rng.integers(0, count, count)) for _ in range(repeats)])
     tail = (1.0 - level) / 2.0
-    low, high = np.quantile(drawn, [tail, 1.0 - tail])
-    return float(2.0 * whole - high), float(2.0 * whole - low)
+    low, high = np.quantile(drawn - drawn.mean(), [tail, 1.0 - tail])
+    return float(whole - high), float(whole - low)

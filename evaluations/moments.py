@@ -139,4 +139,4 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     else:
         product = root_a @ b.full_covariance() @ root_a.T
         trace = np.sqrt(np.maximum(np.linalg.eigvalsh(product), 0.0)).sum()
-    return float(total - 2.0 * trace)
+    return max(float(total - 2.0 * trace), 0.0)  # rounding can leave -1e-14 of equal sets
