@@ -7,13 +7,13 @@ _LOG_EVERY_S = 30.0
 
 
 class Progress:
-    """Counts to `total` with rate and time left; use as a context manager.
+    """Counts to `total` (None: no end) with rate and time left; use as a context manager.
 
     On a terminal this is a bar; anywhere else a line at the start, every half minute and at the
     end, so that a log stays short.
     """
 
-    def __init__(self, total: int, unit: str, desc: str):
+    def __init__(self, total: int | None, unit: str, desc: str):
         self._total, self._unit, self._desc = total, unit, desc
         self._done = 0
         self._started = self._last_line = time.monotonic()
@@ -31,7 +31,7 @@ class Progress:
             self._bar.update(n)
             return
         now = time.monotonic()
-        if now - self._last_line >= _LOG_EVERY_S or self._done >= self._total:
+        if now - self._last_line >= _LOG_EVERY_S or self._done == self._total:
             self._last_line = now
             print(self._line(now, note), file=sys.stderr, flush=True)
 
@@ -48,8 +48,10 @@ class Progress:
         return f"{self._desc}: {text}{'; ' + note if note else ''}"
 
 
-def progress_text(done: int, total: int, unit: str, rate: float) -> str:
+def progress_text(done: int, total: int | None, unit: str, rate: float) -> str:
     """One line of figures: `rate` is in units a second."""
+    if total is None:
+        return f"{done} {unit}, {rate:.3g} {unit}/s"
     share = 100 * done / max(total, 1)
     text = f"{done}/{total} {unit} ({share:.0f}%), {rate:.3g} {unit}/s"
     if rate > 0 and done < total:

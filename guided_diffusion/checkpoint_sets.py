@@ -1,0 +1,105 @@
+"""The files that one save of a training run leaves: names, order of writing, search, removal."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from esddpm_io.errors import UserError
+from esddpm_io.files import blobfile, is_blob
+
+from .checkpoints import save_checkpoint, write_sidecar
+
+_MODEL_NAME = re.compile(r"model(\d{6,})\.pt$")
+_SET_MEMBER = re.compile(r"(?:model|opt|state|ema_[\d.e+-]+_)(\d{6,})\.(?:pt|json)$")
+
+
+@dataclass(frozen=True)
+class CheckpointSet:
+    """modelNNNNNN.pt and its siblings; `step` is NNNNNN, the number of steps done."""
+
+    folder: Path | str
+    step: int
+
+    @classmethod
+    def of_model(cls, path: str) -> "CheckpointSet | None":
+        """The set of a modelNNNNNN.pt, None for a file of another name (weights alone).
+
+        UserError if there is no such file.
+        """
+        if not exists(path):
+            raise UserError(f'--resume_checkpoint: there is no file {path} (or say "auto")')
+        match = _MODEL_NAME.search(Path(path).name)
+        if match is None:
+            return None
+        return cls(path.rsplit("/", 1)[0] if is_blob(path) else Path(path).parent, int(match[1]))
+
+    @property
+    def model(self) -> str:
+        return self._path("model")
+
+    @property
+    def opt(self) -> str:
+        return self._path("opt")
+
+    @property
+    def state(self) -> str:
+        return self._path("state")
+
+    def ema(self, rate: float) -> str:
+        return self._path(f"ema_{rate}_")
+
+    def _path(self, prefix: str) -> str:
+        return f"{self.folder}/{prefix}{self.step:06d}.pt"
+
+    def write(
+        self,
+        *,
+        model: dict,
+        emas: dict[float, dict],
+        opt: dict,
+        state: dict[str, Any],
+        sidecar: dict | None,
+    ) -> None:
+        """Write all files, each under a temporary name, the model last: it marks a whole set."""
+        for rate, params in emas.items():
+            save_checkpoint(params, self.ema(rate))
+        save_checkpoint(opt, self.opt)
+        save_checkpoint(state, self.state)
+        if sidecar is not None:
+            for path in (*map(self.ema, emas), self.model):
+                write_sidecar(path, **sidecar)
+        save_checkpoint(model, self.model)
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file, on a disk or in a blob store."""
+    return blobfile().exists(path) if is_blob(path) else Path(path).is_file()
+
+
+def newest_set(folder: Path, ema_rates: Iterable[float]) -> CheckpointSet | None:
+    """The newest set in `folder` of which model, optimiser and these averages are there."""
+    rates = list(ema_rates)
+    for found in sorted(_sets(folder), key=lambda s: s.step, reverse=True):
+        if all(Path(path).exists() for path in (found.opt, *map(found.ema, rates))):
+            return found
+    return None
+
+
+def prune_sets(folder: Path, keep: int) -> None:
+    """Remove all files of sets older than the newest `keep`."""
+    steps = sorted((found.step for found in _sets(folder)), reverse=True)
+    if len(steps) <= keep:
+        return
+    oldest_kept = steps[keep - 1]
+    # The model first: without it the rest of a set cut short does not look whole.
+    for path in sorted(folder.iterdir(), key=lambda p: not p.name.startswith("model")):
+        match = _SET_MEMBER.fullmatch(path.name)
+        if match and int(match[1]) < oldest_kept:
+            path.unlink()
+
+
+def _sets(folder: Path) -> list[CheckpointSet]:
+    matches = (_MODEL_NAME.fullmatch(path.name) for path in Path(folder).glob("model*.pt"))
+    return [CheckpointSet(folder, int(match[1])) for match in matches if match]

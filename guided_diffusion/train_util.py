@@ -1,0 +1,674 @@
+"""The training loop: one for all models.
+
+`Trainer` trains any module with any loss:
+
+    def loss(model, batch, cond, draw):
+        # batch: NCHW float in [-1, 1] on the device; cond: dict of tensors [N], {"y": labels} …
+        # draw.noise(like) is N(0, 1) like `like`, draw.uniforms(n) n numbers in [0, 1):
+        # take random numbers from there, then runs repeat whatever the number of processes.
+        # Call `model(...)` itself, not its submodules: gradients are synchronised in its forward.
+        return {"loss": per_example_losses, "kl": another_figure_to_log}   # each [N]
+
+    trainer = Trainer(model=model, loss=loss, data=load_data(...), batch_size=64, lr=2e-4,
+                      ema_rate="0.999", iterations=20000, save_interval=1000, seed=0,
+                      resume_checkpoint="auto", sidecar={"kind": "vae", "flags": {...}})
+    trainer.run_loop()
+
+Two keys of the loss's dict are special: "t" (timesteps [N], figures are then also logged by quarter
+of `num_timesteps`) and "weight" (importance weights [N] of the losses). `model` is moved to
+`dist_util.dev()`. Files go to `logger.get_dir()`: modelNNNNNN.pt, ema_RATE_NNNNNN.pt,
+optNNNNNN.pt and stateNNNNNN.pt, where NNNNNN is the number of steps done.
+
+`TrainLoop` is this loop with the diffusion loss, under guided-diffusion's keyword names.
+"""
+
+import contextlib
+import math
+import random
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from esddpm_io.errors import UserError
+from esddpm_io.progress import Progress
+
+from . import dist_util, logger
+from .checkpoint_sets import CheckpointSet, exists, newest_set, prune_sets
+from .checkpoints import load_weights
+from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
+from .nn import update_ema
+from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+# A single bad batch is survivable; three in a row mean that the run has diverged.
+MAX_NON_FINITE_STEPS = 3
+
+Loss = Callable[[nn.Module, torch.Tensor, dict, "Draws"], dict[str, torch.Tensor]]
+
+
+class Draws:
+    """Random numbers for some rows of one step's global batch.
+
+    With a seed they are a function of (seed, step, position in the global batch): N processes with
+    batch B draw what one process with batch N·B draws, and a resumed run draws on as before. With
+    seed None they come from the global generators of NumPy and torch, in the order of the calls.
+    """
+
+    def __init__(self, seed: int | None, step: int, global_batch: int, first_row: int):
+        self._seed, self._step = seed, step
+        self._global_batch, self._first_row = global_batch, first_row
+        self._calls = 0
+
+    def uniforms(self, n: int) -> np.ndarray | None:
+        """Numbers in [0, 1), float64 [n]; None (the sampler's own draw) without a seed."""
+        if self._seed is None:
+            return None
+        return self._stream().random(self._global_batch)[self._first_row :][:n]
+
+    def noise(self, like: torch.Tensor) -> torch.Tensor:
+        """N(0, 1) in the shape, dtype and device of `like` [n, …]."""
+        if self._seed is None:
+            return torch.randn_like(like)
+        seeds = self._stream().integers(0, 2**63, self._global_batch)[self._first_row :]
+        generator = torch.Generator(like.device)
+        noise = torch.empty_like(like)
+        for row, seed in zip(noise, seeds.tolist(), strict=False):
+            generator.manual_seed(seed)
+            row.copy_(
+                torch.randn(row.shape, dtype=like.dtype, device=like.device, generator=generator)
+            )
+        return noise
+
+    def _stream(self) -> np.random.Generator:
+        self._calls += 1
+        key = np.array([self._seed, self._step], np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, self._calls]))
+
+
+class StopSignals:
+    """Notes SIGTERM and SIGINT while it is entered, so that a step is never cut in two.
+
+    A second SIGINT interrupts at once.
+    """
+
+    def __init__(self):
+        self.name = ""
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # only the main thread may set handlers
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+
+class Trainer:
+    """AdamW on a per-example loss, with EMAs, microbatches, checkpoints, resume and figures.
+
+    Args:
+        model: the module; its parameters are trained.
+        data: iterator of (batch NCHW float in [-1, 1] [N, …], dict of tensors [N]). If it has a
+            method `seek(step)`, a resumed run calls it, so that the data go on where they were.
+        batch_size: N, of this process; the global batch is N × number of processes.
+        loss: see the top of this file.
+        microbatch: rows that go through the model at once (-1: all); gradients are those of the
+            whole batch.
+        lr, weight_decay: of AdamW. lr_anneal_steps: lr falls linearly to 0 at this step, where
+            training ends (0: constant).
+        iterations: steps in all, resumed ones included (0: lr_anneal_steps; both 0: no end).
+        ema_rate: one rate, or a comma list of rates.
+        log_interval, save_interval: in steps.
+        resume_checkpoint: a modelNNNNNN.pt with its siblings beside it, "auto" for the newest
+            complete set in the log folder (none: start anew), any other checkpoint for its weights.
+        use_fp16: float16 torso with dynamic loss scale (the model needs `convert_to_fp16`).
+        precision: "float32", "bfloat16" (autocast) or "float16"; "" follows use_fp16.
+        keep_checkpoints: remove all but the newest K sets after a save (0: keep all).
+        seed: see `Draws`; None leaves all random numbers to the global generators.
+        channels_last: keep images and weights in NHWC memory; faster for convolutions on CPUs.
+        sidecar: keyword arguments of `checkpoints.write_sidecar` (flags, kind, early_stop_steps)
+            for the JSON beside model and EMA files.
+        num_timesteps: T (or T') of "t", for the figures by quarter.
+        sample_interval, draw_samples: every that many steps `draw_samples(model)`, with the first
+            EMA's weights in the model, returns a uint8 [H, W, 3] image for samplesNNNNNN.png.
+
+    Raises UserError for a checkpoint that cannot be read or does not fit, and after three
+    non-finite losses in a row; ValueError for impossible arguments.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        data: Iterator[tuple[torch.Tensor, dict]],
+        batch_size: int,
+        loss: Loss | None = None,
+        microbatch: int = -1,
+        lr: float = 1e-4,
+        weight_decay: float = 0.0,
+        lr_anneal_steps: int = 0,
+        iterations: int = 0,
+        ema_rate: float | str = "0.9999",
+        log_interval: int = 10,
+        save_interval: int = 10000,
+        resume_checkpoint: str = "",
+        use_fp16: bool = False,
+        fp16_scale_growth: float = 1e-3,
+        initial_lg_loss_scale: float = INITIAL_LOG_LOSS_SCALE,
+        precision: str = "",
+        keep_checkpoints: int = 0,
+        seed: int | None = None,
+        channels_last: bool = False,
+        sidecar: dict | None = None,
+        num_timesteps: int | None = None,
+        sample_interval: int = 0,
+        draw_samples: Callable[[nn.Module], np.ndarray] | None = None,
+    ):
+        dist_util.setup_dist()
+        self.rank, self.world_size = dist_util.rank(), dist_util.world_size()
+        self.device = dist_util.dev()
+        self.data = data
+        self.batch_size = batch_size
+        self.global_batch = batch_size * self.world_size
+        self.microbatch = microbatch if microbatch > 0 else batch_size
+        self.lr, self.weight_decay = lr, weight_decay
+        self.lr_anneal_steps = lr_anneal_steps
+        self.iterations = iterations or lr_anneal_steps
+        self.ema_rate = _parse_rates(ema_rate)
+        self.log_interval, self.save_interval = log_interval, save_interval
+        self.resume_checkpoint = resume_checkpoint
+        self.precision = _checked_precision(precision, use_fp16)
+        self.keep_checkpoints = keep_checkpoints
+        self.seed = seed
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.sidecar = sidecar
+        self.num_timesteps = num_timesteps
+        self.sample_interval, self.draw_samples = sample_interval, draw_samples
+        self._loss = loss
+        self.step = 0  # done by this process …
+        self.resume_step = 0  # … and before it started
+        self._non_finite_steps = 0
+        self._last_loss = math.nan
+
+        self.model = model.to(self.device, memory_format=self.memory_format)
+        self._resume_set = self._find_resume_set()
+        self._load_weights()
+        self.mp_trainer = MixedPrecisionTrainer(
+            model=self.model,
+            use_fp16=self.precision == "float16",
+            fp16_scale_growth=fp16_scale_growth,
+            initial_lg_loss_scale=initial_lg_loss_scale,
+        )
+        self.opt = torch.optim.AdamW(
+            self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay, fused=True
+        )
+        self.ema_params = [self._load_ema(rate) for rate in self.ema_rate]
+        self._load_optimizer()
+        self._load_state()
+        self.ddp_model = self._distribute()
+
+    # What a subclass may define.
+
+    def compute_losses(
+        self, batch: torch.Tensor, cond: dict[str, torch.Tensor], draw: Draws
+    ) -> dict[str, torch.Tensor]:
+        """Losses of a microbatch as `loss` returns them, through `self.ddp_model`."""
+        return self._loss(self.ddp_model, batch, cond, draw)
+
+    def sampler_state(self) -> dict[str, torch.Tensor]:
+        """State beside the model's that a resumed run needs."""
+        return {}
+
+    def load_sampler_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take up what `sampler_state` gave."""
+
+    # The loop.
+
+    @property
+    def global_step(self) -> int:
+        """Optimiser steps done since the model was new."""
+        return self.step + self.resume_step
+
+    @property
+    def master_params(self) -> list[torch.Tensor]:
+        return self.mp_trainer.master_params
+
+    @property
+    def model_params(self) -> list[nn.Parameter]:
+        return self.mp_trainer.model_params
+
+    def run_loop(self) -> None:
+        """Train to the last step, or until SIGTERM or SIGINT, and save."""
+        if self.resume_step and hasattr(self.data, "seek"):
+            self.data.seek(self.global_step)
+        first, total = self.global_step, self.iterations
+        images = (total - first) * self.global_batch if total else None
+        saved_at = first if self.resume_step else None
+        with StopSignals() as stop, self._progress(images) as progress:
+            while not total or self.global_step < total:
+                batch, cond = next(self.data)
+                self.run_step(batch, cond)
+                self.step += 1
+                progress.update(self.global_batch, note=f"loss {self._last_loss:.4g}")
+                if self.global_step % self.log_interval == 0:
+                    self._dump_figures()
+                if self.draw_samples and self.global_step % self.sample_interval == 0:
+                    self.save_samples()
+                (stopping,) = dist_util.any_rank(bool(stop.name))
+                if stopping or self.global_step % self.save_interval == 0:
+                    self.save()
+                    saved_at = self.global_step
+                if stopping:
+                    logger.log(
+                        f"stopped by {stop.name or 'a signal to another process'} after step"
+                        f" {self.global_step}; --resume_checkpoint auto goes on from here"
+                    )
+                    return
+            if saved_at != self.global_step:
+                self.save()
+
+    def run_step(self, batch: torch.Tensor, cond: dict[str, torch.Tensor]) -> bool:
+        """One optimiser step on a batch; does not count `step` up. Returns whether it was taken."""
+        losses = self.forward_backward(batch, cond)
+        grad_norm, figures = self._to_host(self.mp_trainer.gather_gradients(), losses)
+        if self._any_non_finite(figures, grad_norm):
+            taken = False
+            self.mp_trainer.zero_grad()
+            if self.precision == "float16":
+                self.mp_trainer.apply(self.opt, math.nan)
+        else:
+            self._anneal_lr()
+            taken = self.mp_trainer.apply(self.opt, grad_norm)
+        if taken:
+            logger.logkv_mean("grad_norm", grad_norm)
+            self._update_ema()
+        self._log_losses(figures)
+        self.log_step()
+        return taken
+
+    def forward_backward(
+        self, batch: torch.Tensor, cond: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Add the batch's gradients; returns its loss terms [N], detached, on the device."""
+        self.mp_trainer.zero_grad()
+        if self.seed is not None:
+            self._seed_global_generators()
+        total, parts = len(batch), []
+        for start in range(0, total, self.microbatch):
+            rows = slice(start, start + self.microbatch)
+            micro = batch[rows].to(self.device, memory_format=self.memory_format, non_blocking=True)
+            micro_cond = {k: v[rows].to(self.device, non_blocking=True) for k, v in cond.items()}
+            draw = Draws(
+                self.seed, self.global_step, self.global_batch, self.rank * self.batch_size + start
+            )
+            last = start + self.microbatch >= total
+            with self._no_sync(not last):
+                with self._autocast():
+                    terms = self.compute_losses(micro, micro_cond, draw)
+                weighted = terms["loss"] * terms["weight"] if "weight" in terms else terms["loss"]
+                self.mp_trainer.backward(weighted.mean() * (len(micro) / total))
+            parts.append({name: value.detach() for name, value in terms.items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def log_step(self) -> None:
+        """Figures that say how far the run is."""
+        logger.logkv("step", self.global_step + 1)
+        logger.logkv("samples", (self.global_step + 1) * self.global_batch)
+        if self.precision == "float16":
+            logger.logkv("lg_loss_scale", self.mp_trainer.lg_loss_scale)
+
+    def save(self) -> None:
+        """Write a checkpoint set; only when its last file, the model's, is there does it count."""
+        rng = dist_util.gather_objects(_random_state() if self.seed is None else None)
+        if self.rank == 0:
+            files = CheckpointSet(Path(self._folder()), self.global_step)
+            logger.log(f"saving step {self.global_step}")
+            state = {
+                "step": self.global_step,
+                "lg_loss_scale": self.mp_trainer.lg_loss_scale,
+                "sampler": self.sampler_state(),
+                "random": rng,
+            }
+            to_state_dict = self.mp_trainer.master_params_to_state_dict
+            emas = zip(self.ema_rate, self.ema_params, strict=True)
+            files.write(
+                model=to_state_dict(self.master_params),
+                emas={rate: to_state_dict(params) for rate, params in emas},
+                opt=self.opt.state_dict(),
+                state=state,
+                sidecar=self.sidecar,
+            )
+            if self.keep_checkpoints:
+                prune_sets(files.folder, self.keep_checkpoints)
+        # Nobody goes on, or ends, before the files are there.
+        dist_util.any_rank(False)
+
+    def save_samples(self) -> None:
+        """Draw `draw_samples` with the first EMA's weights into samplesNNNNNN.png."""
+        if self.rank == 0:
+            from esddpm_io.images import save_png
+
+            with self._ema_weights(), torch.random.fork_rng():
+                image = self.draw_samples(self.model)
+            save_png(Path(self._folder()) / f"samples{self.global_step:06d}.png", image)
+
+    # Inside a step.
+
+    def _autocast(self):
+        if self.precision == "bfloat16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _no_sync(self, hold: bool):
+        """Synchronise gradients with the other processes in the last microbatch only."""
+        return (
+            self.ddp_model.no_sync() if hold and self.world_size > 1 else contextlib.nullcontext()
+        )
+
+    def _seed_global_generators(self) -> None:
+        """Dropout and the like repeat in a resumed run; every process has masks of its own."""
+        key = [self.seed, self.global_step, self.rank]
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+    def _to_host(
+        self, grad_norm: torch.Tensor, losses: dict[str, torch.Tensor]
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        """One copy from the device a step: everything that decisions and figures need."""
+        packed = [grad_norm.reshape(1), *losses.values()]
+        values = torch.cat([part.double() for part in packed]).cpu().numpy()
+        columns = values[1:].reshape(len(losses), -1)
+        return float(values[0]), dict(zip(losses, columns, strict=True))
+
+    def _any_non_finite(self, figures: dict[str, np.ndarray], grad_norm: float) -> bool:
+        """Report losses that are not finite; UserError at the third time in a row.
+
+        In float16 infinite gradients of finite losses are the loss scale's affair.
+        """
+        bad = ~np.isfinite(figures["loss"])
+        here = bool(bad.any()) or (self.precision != "float16" and not math.isfinite(grad_norm))
+        (anywhere,) = dist_util.any_rank(here)
+        if not anywhere:
+            self._non_finite_steps = 0
+            return False
+        self._non_finite_steps += 1
+        step = self.global_step + 1
+        if here:
+            where = ""
+            if "t" in figures:
+                steps = figures["t"][bad] if bad.any() else figures["t"]
+                where = f" at timesteps {sorted(steps.astype(int).tolist())}"
+            what = "loss" if bad.any() else "gradient"
+            logger.warn(f"step {step}: the {what} is not finite{where}; no update")
+        logger.logkv_mean("non_finite", 1.0)
+        if self._non_finite_steps >= MAX_NON_FINITE_STEPS:
+            raise UserError(
+                f"the loss was not finite in {MAX_NON_FINITE_STEPS} steps in a row, up to step"
+                f" {step}: lower --lr, or resume from an earlier checkpoint"
+            )
+        return True
+
+    def _anneal_lr(self) -> None:
+        if self.lr_anneal_steps:
+            lr = self.lr * max(0.0, 1 - self.global_step / self.lr_anneal_steps)
+            for group in self.opt.param_groups:
+                group["lr"] = lr
+
+    def _update_ema(self) -> None:
+        for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
+            update_ema(params, self.master_params, rate=rate)
+
+    def _log_losses(self, figures: dict[str, np.ndarray]) -> None:
+        """Means of all terms, and of each quarter of the timesteps."""
+        weights = figures.get("weight", 1.0)
+        terms = {k: v * weights for k, v in figures.items() if k not in ("t", "weight")}
+        self._last_loss = float(terms["loss"].mean())
+        for name, values in terms.items():
+            logger.logkv_mean(name, float(values.mean()))
+        if "t" not in figures or not self.num_timesteps:
+            return
+        quarters = (4 * figures["t"] / self.num_timesteps).astype(int)
+        for quarter, *values in zip(quarters, *terms.values(), strict=True):
+            for name, value in zip(terms, values, strict=True):
+                logger.logkv_mean(f"{name}_q{quarter}", float(value))
+
+    # Between steps.
+
+    def _progress(self, images: int | None):
+        if self.rank:
+            return contextlib.nullcontext(_NoProgress())
+        return Progress(images, "images", "training")
+
+    def _dump_figures(self) -> None:
+        logger.logkv("param_norm", self.mp_trainer.param_norm())
+        logger.logkv("lr", self.opt.param_groups[0]["lr"])
+        for name, value in getattr(self.data, "figures", dict)().items():
+            logger.logkv(name, value)
+        logger.dumpkvs()
+
+    @contextlib.contextmanager
+    def _ema_weights(self):
+        """The first EMA's weights in the model, in evaluation mode, for the length of a block."""
+        before = [p.detach().clone() for p in self.model_params]
+        training = self.model.training
+        with torch.no_grad():
+            torch._foreach_copy_(self.model_params, self.ema_params[0])
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+            with torch.no_grad():
+                torch._foreach_copy_(self.model_params, before)
+
+    def _folder(self) -> str:
+        folder = logger.get_dir()
+        if folder is None:
+            raise UserError("call logger.configure() first: checkpoints go to its folder")
+        return folder
+
+    # Start and resume.
+
+    def _find_resume_set(self) -> CheckpointSet | None:
+        """The set to resume from; rank 0 looks, for all."""
+        found = dist_util.on_rank_zero(self._look_for_set)
+        self.resume_step = found.step if found else 0
+        return found
+
+    def _look_for_set(self) -> CheckpointSet | None:
+        if not self.resume_checkpoint:
+            return None
+        if self.resume_checkpoint != "auto":
+            return CheckpointSet.of_model(self.resume_checkpoint)
+        found = newest_set(Path(self._folder()), self.ema_rate)
+        if found is None:
+            logger.log(
+                f"--resume_checkpoint auto: no checkpoint in {self._folder()}, starting anew"
+            )
+        return found
+
+    def _load_weights(self) -> None:
+        path = self._resume_set.model if self._resume_set else self.resume_checkpoint
+        if path and path != "auto":
+            logger.log(f"loading the model from {path}")
+            dist_util.on_rank_zero(
+                lambda: load_weights(self.model, path, flag="--resume_checkpoint")
+            )
+        dist_util.sync_params([*self.model.parameters(), *self.model.buffers()])
+
+    def _load_ema(self, rate: float) -> list[torch.Tensor]:
+        """This rate's average from the set, or a copy of the parameters."""
+        params = [p.detach().clone() for p in self.master_params]
+        if self._resume_set and self._is_there(path := self._resume_set.ema(rate)):
+            values = self.mp_trainer.state_dict_to_master_params(self._read(path))
+            for target, value in zip(params, values, strict=True):
+                target.copy_(value)
+        elif self._resume_set:
+            logger.warn(f"no {path}: this average starts from the model's weights")
+        return params
+
+    def _load_optimizer(self) -> None:
+        if self._resume_set is None:
+            return
+        if not self._is_there(self._resume_set.opt):
+            logger.warn(f"no {self._resume_set.opt}: the optimiser starts anew")
+            return
+        state = self._read(self._resume_set.opt)
+        try:
+            self.opt.load_state_dict(state)
+        except ValueError as error:
+            raise UserError(
+                f"--resume_checkpoint: {self._resume_set.opt} does not fit the model ({error})"
+            ) from error
+        for group in self.opt.param_groups:  # what the user asks for now goes before what was saved
+            group.update(lr=self.lr, weight_decay=self.weight_decay, fused=True, foreach=None)
+
+    def _load_state(self) -> None:
+        if self._resume_set is None or not self._is_there(self._resume_set.state):
+            return
+        state = self._read(self._resume_set.state)
+        self.mp_trainer.lg_loss_scale = state["lg_loss_scale"]
+        self.load_sampler_state(state["sampler"])
+        if self.seed is None and len(state["random"]) == self.world_size:
+            _restore_random_state(state["random"][self.rank])
+
+    def _is_there(self, path: str) -> bool:
+        return dist_util.on_rank_zero(lambda: exists(path))
+
+    def _read(self, path: str) -> Any:
+        return dist_util.load_state_dict(path, flag="--resume_checkpoint")
+
+    def _distribute(self) -> nn.Module:
+        if self.world_size == 1:
+            return self.model
+        return nn.parallel.DistributedDataParallel(
+            self.model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+
+class TrainLoop(Trainer):
+    """`Trainer` on the loss of a diffusion model; guided-diffusion's class, extended.
+
+    `schedule_sampler` (default uniform) decides the timesteps; all other keywords are `Trainer`'s.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        diffusion,
+        data: Iterator[tuple[torch.Tensor, dict]],
+        batch_size: int,
+        microbatch: int,
+        lr: float,
+        ema_rate: float | str,
+        log_interval: int,
+        save_interval: int,
+        resume_checkpoint: str,
+        use_fp16: bool = False,
+        fp16_scale_growth: float = 1e-3,
+        schedule_sampler: ScheduleSampler | None = None,
+        weight_decay: float = 0.0,
+        lr_anneal_steps: int = 0,
+        **options: Any,
+    ):
+        self.diffusion = diffusion
+        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
+        options.setdefault("num_timesteps", self.schedule_sampler_steps())
+        super().__init__(
+            model=model,
+            data=data,
+            batch_size=batch_size,
+            microbatch=microbatch,
+            lr=lr,
+            ema_rate=ema_rate,
+            log_interval=log_interval,
+            save_interval=save_interval,
+            resume_checkpoint=resume_checkpoint,
+            use_fp16=use_fp16,
+            fp16_scale_growth=fp16_scale_growth,
+            weight_decay=weight_decay,
+            lr_anneal_steps=lr_anneal_steps,
+            **options,
+        )
+
+    def schedule_sampler_steps(self) -> int:
+        """T' of early-stopped training, or all steps of the diffusion."""
+        return getattr(self.schedule_sampler, "num_timesteps", self.diffusion.num_timesteps)
+
+    def compute_losses(
+        self, batch: torch.Tensor, cond: dict[str, torch.Tensor], draw: Draws
+    ) -> dict[str, torch.Tensor]:
+        n = len(batch)
+        t, weights = self.schedule_sampler.sample(n, self.device, draw.uniforms(n))
+        terms = self.diffusion.training_losses(
+            self.ddp_model, batch, t, model_kwargs=cond, noise=draw.noise(batch)
+        )
+        if isinstance(self.schedule_sampler, LossAwareSampler):
+            self.schedule_sampler.update_with_local_losses(t, terms["loss"].detach())
+        return {**terms, "t": t, "weight": weights}
+
+    def sampler_state(self) -> dict[str, torch.Tensor]:
+        return self.schedule_sampler.state_dict()
+
+    def load_sampler_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.schedule_sampler.load_state_dict(state)
+
+
+class _NoProgress:
+    """The other ranks' share of the progress bar."""
+
+    def update(self, n: int, note: str = "") -> None:
+        pass
+
+
+def _parse_rates(ema_rate: float | str) -> list[float]:
+    try:
+        rates = [float(rate) for rate in str(ema_rate).split(",")]
+    except ValueError:
+        rates = [math.nan]
+    if not all(0 <= rate <= 1 for rate in rates):
+        raise ValueError(f'ema_rate must be a comma list of numbers in [0, 1], not "{ema_rate}"')
+    return rates
+
+
+def _checked_precision(precision: str, use_fp16: bool) -> str:
+    precision = precision or ("float16" if use_fp16 else "float32")
+    if precision not in PRECISIONS:
+        raise ValueError(f'precision must be one of {", ".join(PRECISIONS)}, not "{precision}"')
+    return precision
+
+
+def _random_state() -> dict[str, Any]:
+    """States of the global generators, in types that `weights_only` loading accepts."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
