@@ -1,0 +1,166 @@
+"""The set-up script's checks; installing itself is what ran before these tests."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*words, path=os.environ["PATH"], **environment):
+    return subprocess.run(
+        [shutil.which("bash"), *words],
+        env={"PATH": str(path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def write_tool(folder, name, script):
+    tool = folder / name
+    tool.write_text(f"#!{shutil.which('bash')}\n{script}\n")
+    tool.chmod(0o755)
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A copy of the set-up script beside a PATH that has no Python but those a test writes."""
+    shutil.copy(ROOT / "setup_env.sh", tmp_path)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("dirname", "sed", "grep", "cat", "sha256sum"):
+        (tools / name).symlink_to(shutil.which(name))
+    return tmp_path
+
+
+def test_shellcheck_is_clean():
+    lint = subprocess.run(
+        ["shellcheck", ROOT / "setup_env.sh", ROOT / ".ci/run"],
+        env={"PATH": f"{ROOT / '.venv/bin'}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert lint.returncode == 0, lint.stdout
+
+
+def test_without_a_known_job_the_usage_is_shown(clone):
+    for words in ([], ["nonsense"]):
+        result = run(clone / "setup_env.sh", *words)
+        assert result.returncode == 2
+        assert "bash setup_env.sh demo [driver flags]" in result.stderr
+        assert "set -euo" not in result.stderr
+
+
+def test_a_python_of_another_version_is_refused(clone):
+    write_tool(clone / "bin", "python3", "exit 1")
+    result = run(clone / "setup_env.sh", "demo", path=clone / "bin")
+    assert result.returncode == 1
+    assert result.stderr == (
+        "setup_env.sh: Python 3.11, 3.12 or 3.13 is needed: on Debian and Ubuntu, "
+        "apt install python3 python3-venv\n"
+    )
+    result = run(clone / "setup_env.sh", "demo", path=clone / "bin", PYTHON="bin/python3")
+    assert "PYTHON=bin/python3 is not Python 3.11, 3.12 or 3.13" in result.stderr
+    assert not (clone / ".venv").exists()
+
+
+def test_a_python_without_venv_names_the_package(clone):
+    write_tool(
+        clone / "bin",
+        "python3",
+        "case $2 in *sys.exit*) exit 0 ;; *ensurepip*) exit 1 ;; *) echo 3.12 ;; esac",
+    )
+    result = run(clone / "setup_env.sh", "test", path=clone / "bin")
+    assert result.returncode == 1
+    assert result.stderr == (
+        "setup_env.sh: python3 cannot make virtual environments: apt install python3.12-venv\n"
+    )
+
+
+@pytest.fixture
+def recorded_pip(clone):
+    """A .venv whose Python writes down what it is asked to do; pip fails from a CPU index."""
+    (clone / ".venv/bin").mkdir(parents=True)
+    write_tool(
+        clone / ".venv/bin",
+        "python",
+        f'echo "$*" >>{clone}/asked\n'
+        'case "$*" in\n'
+        f'  "- "*) [[ -e {clone}/reachable ]] ;;\n'
+        f"  *--index-url*) [[ ! -e {clone}/no-wheel ]] ;;\n"
+        "esac",
+    )
+    for name in ("requirements.txt", "requirements-dev.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, clone)
+
+    def asked(*words):
+        (clone / "asked").unlink(missing_ok=True)
+        result = run(clone / "setup_env.sh", *words, path=clone / "bin")
+        assert result.returncode == 0, result.stderr
+        return [
+            line.replace("--quiet --disable-pip-version-check ", "")
+            for line in (clone / "asked").read_text().splitlines()
+            if not line.startswith("- ")
+        ]
+
+    return asked
+
+
+TORCH = next(
+    line for line in (ROOT / "requirements.txt").read_text().splitlines() if "torch==" in line
+)
+CHECK = "-m pip --version"
+CPU_TORCH = f"-m pip install --index-url https://download.pytorch.org/whl/cpu {TORCH}"
+PLAIN_TORCH = f"-m pip install {TORCH}"
+PROJECT = "-m pip install --no-deps --editable ."
+
+
+def demo(devices):
+    return (
+        "scripts/generate_processes_diffusion_and_reverse.py --execute --dataset emoji32 "
+        f"--devices {devices}"
+    )
+
+
+def test_the_first_run_installs_and_the_second_does_not(recorded_pip, clone):
+    packages = "-m pip install -r requirements.txt"
+    assert recorded_pip("demo") == [CHECK, PLAIN_TORCH, packages, PROJECT, demo("cpu,cpu")]
+    assert recorded_pip("demo", "--seed", "3") == [CHECK, demo("cpu,cpu") + " --seed 3"]
+    with (clone / "requirements.txt").open("a") as requirements:
+        requirements.write("one-more\n")
+    assert packages in recorded_pip("demo")
+
+
+def test_the_cpu_build_of_torch_where_its_index_can_be_reached(recorded_pip, clone):
+    (clone / "reachable").touch()
+    assert recorded_pip("demo")[1:3] == [CPU_TORCH, "-m pip install -r requirements.txt"]
+
+
+def test_the_plain_torch_where_the_cpu_index_has_none(recorded_pip, clone):
+    (clone / "reachable").touch()
+    (clone / "no-wheel").touch()
+    assert recorded_pip("demo")[1:3] == [CPU_TORCH, PLAIN_TORCH]
+
+
+def test_the_plain_torch_and_one_gpu_where_there_is_one(recorded_pip, clone):
+    (clone / "reachable").touch()
+    write_tool(clone / "bin", "nvidia-smi", "echo 'GPU 0: a GPU (UUID: GPU-0)'")
+    asked = recorded_pip("demo")
+    assert asked[1] == PLAIN_TORCH
+    assert asked[-1] == demo("0")
+
+
+def test_tests_are_linted_first_and_pytest_comes_last(recorded_pip):
+    asked = recorded_pip("test", "-k", "unet")
+    assert asked[-3:] == [
+        "-m ruff check .",
+        "-m ruff format --check --quiet .",
+        "-m pytest -k unet",
+    ]
+    assert "-m pip install -r requirements-dev.txt" in asked
