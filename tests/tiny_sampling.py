@@ -1,5 +1,6 @@
 """A tiny real model, classifier, and generator images, for tests of the sampling command lines."""
 
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from guided_diffusion.script_util import (
 from tests.golden_values import fill
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+FEATURE_GRAPH = SCRIPTS.parent / "evaluations" / "precomputed" / "emoji32_features.pb"
 IMAGE_SIZE = 8
 NUM_IMAGES = 10
 MODEL = {
@@ -55,6 +57,31 @@ class TinyFiles:
         np.savez(self.images, pixels, labels)
         for index, (image, label) in enumerate(zip(pixels, labels, strict=True)):
             save_png(self.folder / f"{index}_label_{label}.png", image)
+
+    def preset(self) -> Path:
+        """A preset file for these files, scored in emoji32 features; images are the reference."""
+        path = self.root / "tiny.toml"
+        lines = [
+            'sampler_script = "classifier_sample_diffusion_and_reverse.py"',
+            'checkpoint = "model.pt"',
+            'classifier = "classifier.pt"',
+            'generator_images = "images.npz"',
+            'reference_batch = "images.npz"',
+            f'feature_graph = "{FEATURE_GRAPH}"',
+            'metric_name = "Frechet distance (emoji32 features)"',
+            "[model_flags]",
+            *(
+                f"{key} = {json.dumps(value)}"
+                for key, value in MODEL.items()
+                if key != "learn_sigma"
+            ),
+            "[diffusion_flags]",
+            "learn_sigma = true",
+            "[classifier_flags]",
+            *(f"{key} = {json.dumps(value)}" for key, value in CLASSIFIER.items()),
+        ]
+        path.write_text("\n".join(lines))
+        return path
 
     def worker_flags(self, save_dir: Path, **changes: object) -> list[str]:
         """Flags of a sampling worker: 2 of 5 steps, batches of 4 unless `changes` say otherwise."""

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import time
+from typing import TextIO
 
 from esddpm_io.files import join, list_names, read_json
 from esddpm_io.progress import progress_text
@@ -16,7 +17,7 @@ _COLUMNS = "{:>5} {:<14} {:<8} {:<9} {:>9} {:>10}  {}"
 
 @dataclasses.dataclass(frozen=True)
 class Overview:
-    """Where a folder of samples stands. rate: images a second of all live workers together."""
+    """Where a folder of samples stands. rate: images a second of all workers together."""
 
     total: int
     done: int
@@ -58,6 +59,7 @@ class Overseer:
     def __init__(self, folder: ChunkFolder):
         self._folder = folder
         self._observer = Observer(folder.folder)
+        self._began, self._done_then = time.monotonic(), folder.count_done()
 
     def look(self) -> Overview:
         """The state of this moment."""
@@ -67,8 +69,10 @@ class Overseer:
             for worker in self._observer.workers()
             if worker["alive"] or worker["worker"] in owners
         ]
-        rate = sum(worker.get("rate", 0.0) for worker in workers if worker["alive"])
         done = self._folder.count_done()
+        rate = sum(worker.get("rate", 0.0) for worker in workers if worker["alive"])
+        if not rate:  # nobody is at work (any more): what we saw ourselves
+            rate = (done - self._done_then) / max(time.monotonic() - self._began, 1e-9)
         return Overview(self._folder.num_samples, done, rate, workers)
 
     def _owners(self) -> set[str]:
@@ -78,12 +82,14 @@ class Overseer:
 
 
 class Screen:
-    """Shows overviews on stderr: a table in place on a terminal, else a line now and then."""
+    """Shows overviews: a table in place on a terminal, else a line now and then."""
 
-    def __init__(self):
-        self._on_terminal = sys.stderr.isatty()
+    def __init__(self, stream: TextIO | None = None):
+        self._stream = stream or sys.stderr
+        self._on_terminal = self._stream.isatty()
         self._lines_up = 0
-        self._next = 0.0
+        # A terminal has its table at once; a log's first line has something to tell.
+        self._next = 0.0 if self._on_terminal else time.monotonic() + _LOG_EVERY_S
 
     def is_due(self) -> bool:
         """Whether it is time to look and show again."""
@@ -95,19 +101,19 @@ class Screen:
         self._next = time.monotonic() + every
         if not self._on_terminal:
             live = sum(worker["alive"] for worker in overview.workers)
-            print(f"{overview.headline()}; {live} workers", file=sys.stderr, flush=True)
+            print(f"{overview.headline()}; {live} workers", file=self._stream, flush=True)
             return
         lines = overview.table()
         up = f"\x1b[{self._lines_up}A" if self._lines_up else ""
         # Each line is cleared to its end, and what is below the last one too.
         text = "".join(f"{line}\x1b[K\n" for line in lines)
-        print(f"{up}{text}\x1b[J", end="", file=sys.stderr, flush=True)
+        print(f"{up}{text}\x1b[J", end="", file=self._stream, flush=True)
         self._lines_up = len(lines)
 
     def note(self, message: str) -> None:
         """Print a message that stays, above the table."""
         up = f"\x1b[{self._lines_up}A\x1b[J" if self._lines_up else ""
-        print(f"{up}{message}", file=sys.stderr, flush=True)
+        print(f"{up}{message}", file=self._stream, flush=True)
         self._lines_up = 0
         self._next = 0.0 if self._on_terminal else self._next
 

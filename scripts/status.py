@@ -1,0 +1,39 @@
+"""Show where a folder of samples stands: done, missing, rate, time left, who does what."""
+
+import argparse
+import sys
+import time
+
+from esddpm_io.errors import run_main
+from guided_diffusion.sampling.chunks import ChunkFolder
+from guided_diffusion.sampling.progress import Overseer, Screen
+
+_EVERY_S = 1.0
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dir", help="the folder that the sampling processes write to")
+    parser.add_argument("--watch", action="store_true", help="keep showing it until it is complete")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = create_argparser().parse_args(argv)
+    overseer = Overseer(ChunkFolder.load(args.dir))
+    overview = overseer.look()
+    if not args.watch:
+        print("\n".join(overview.table()))
+        return
+    screen = Screen(sys.stdout)
+    screen.show(overview)
+    while not overview.complete:
+        time.sleep(_EVERY_S)
+        overview = overseer.look()
+        if screen.is_due():
+            screen.show(overview)
+    screen.show(overview)
+
+
+if __name__ == "__main__":
+    run_main(main)
