@@ -122,11 +122,13 @@ class CSVOutputFormat(KVWriter):
         with open(self._path, encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file))[1:]
         self._columns += added
-        with atomic_path(self._path) as temporary:
-            with open(temporary, "w", encoding="utf-8", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(self._columns)
-                writer.writerows(row + [""] * (len(self._columns) - len(row)) for row in rows)
+        with (
+            atomic_path(self._path) as temporary,
+            open(temporary, "w", encoding="utf-8", newline="") as file,
+        ):
+            writer = csv.writer(file)
+            writer.writerow(self._columns)
+            writer.writerows(row + [""] * (len(self._columns) - len(row)) for row in rows)
         self._file = open(self._path, "a", encoding="utf-8", newline="")
 
 

@@ -43,7 +43,7 @@ _HELP = {
     "early_stop_steps": "train on timesteps below this one only (0: all)",
     "precision": "float32, bfloat16 or float16 (default: float16 with use_fp16, else float32)",
     "keep_checkpoints": "remove all but this many checkpoints (0: keep all)",
-    "channels_last": "images and weights in NHWC memory, faster for convolutions (default: on CPUs)",
+    "channels_last": "NHWC memory, faster for convolutions (default: on CPUs)",
     "label_from": "name: label is the file name up to _; folder: the folder's name",
     "num_workers": "processes that decode images (-1: as many as cores, at most 8)",
     "sample_interval": "draw samples of the averaged weights every so many steps (0: never)",
@@ -52,15 +52,15 @@ _HELP = {
 
 def loop_defaults() -> dict:
     """Flags of the loop that guided-diffusion does not have, for all training scripts."""
-    return dict(
-        precision="",
-        keep_checkpoints=0,
-        seed=0,
-        random_crop=False,
-        random_flip=True,
-        label_from="name",
-        num_workers=-1,
-    )
+    return {
+        "precision": "",
+        "keep_checkpoints": 0,
+        "seed": 0,
+        "random_crop": False,
+        "random_flip": True,
+        "label_from": "name",
+        "num_workers": -1,
+    }
 
 
 def diffusion_training_defaults() -> dict:

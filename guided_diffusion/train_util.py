@@ -421,10 +421,11 @@ class Trainer:
         return True
 
     def _anneal_lr(self) -> None:
+        """Set lr for this step. guided-diffusion anneals after a step, so step 1 counts as 0 too."""
         if self.lr_anneal_steps:
-            lr = self.lr * max(0.0, 1 - self.global_step / self.lr_anneal_steps)
+            done = max(self.global_step - 1, 0) / self.lr_anneal_steps
             for group in self.opt.param_groups:
-                group["lr"] = lr
+                group["lr"] = self.lr * max(0.0, 1 - done)
 
     def _update_ema(self) -> None:
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
