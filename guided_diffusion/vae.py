@@ -8,7 +8,7 @@ section 4). Images are NCHW float in [-1, 1], labels int64 [N].
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -109,7 +109,7 @@ class MixturePrior(nn.Module):
     """p(z | y): for each class a mixture of up to K Gaussians with diagonal covariances.
 
     Buffers, not parameters: nothing here is trained by gradients. Until `fit` is called it is the
-    standard normal distribution.
+    standard normal distribution, and `fitted` is False.
     """
 
     def __init__(self, num_classes: int, components: int, latent_dim: int):
@@ -119,6 +119,10 @@ class MixturePrior(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("mean", torch.zeros(num_classes, components, latent_dim))
         self.register_buffer("variance", torch.ones(num_classes, components, latent_dim))
+
+    @property
+    def fitted(self) -> bool:
+        return bool(self.mean.any())
 
     def codes(
         self, labels: torch.Tensor, uniform: torch.Tensor, normal: torch.Tensor
@@ -271,19 +275,16 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def fit_prior(
-        self, batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]], seed: int = 0
+        self,
+        labels: torch.Tensor | None,
+        mean: torch.Tensor,
+        variance: torch.Tensor,
+        seed: int = 0,
     ) -> None:
-        """Fit the prior and the label frequencies to (images, labels) batches of training data."""
-        labels, means, variances = [], [], []
-        for x, y in batches:
-            mean, log_sigma = self.encode(x, y)
-            labels.append(self._labels(y, len(x)))
-            means.append(mean.float())
-            variances.append(torch.exp(2 * log_sigma.float()))
-        every = torch.cat(labels).cpu()
-        self.label_counts.copy_(torch.bincount(every, minlength=len(self.label_counts)))
+        """Fit the prior to q's of training images: means and variances float [N, latent_dim]."""
         rng = torch.Generator().manual_seed(seed)
-        self.prior.cpu().fit(every, torch.cat(means).cpu(), torch.cat(variances).cpu(), rng)
+        labels = self._labels(labels, len(mean))
+        self.prior.cpu().fit(labels.cpu(), mean.cpu(), variance.cpu(), rng)
         self.prior.to(self.label_counts.device)
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ Image number i depends on --seed and i alone, whatever the batch size.
 """
 
 import argparse
+import sys
 
 import numpy as np
 import torch
@@ -36,6 +37,12 @@ def load_vae(path: str) -> VAE:
         )
     vae = create_vae(**sidecar["flags"])
     load_weights(vae, path, flag="--model_path")
+    if not vae.prior.fitted:
+        print(
+            f"note: {path} is from the middle of a training; its prior is plain N(0, I). The "
+            "vaeNNNNNN.pt that vae_train.py writes at its end has the fitted one",
+            file=sys.stderr,
+        )
     return vae.eval()
 
 

@@ -1,0 +1,175 @@
+"""Train a VAE on your own images: the generator that early-stopped diffusion starts from.
+
+    OPENAI_LOGDIR=exps/my_vae python scripts/vae_train.py --data_dir my_images --image_size 64
+
+Checkpoints and logs go to the folder in OPENAI_LOGDIR. At the end it gets vaeNNNNNN.pt, all that
+vae_sample.py needs: the averaged (EMA) weights, and the prior fitted to the codes of the training
+images. With --resume_checkpoint auto, a run that was stopped goes on; one that was through fits
+the prior anew. Starts alone, or under torchrun, mpiexec or srun as image_train.py does.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from esddpm_io.errors import UserError, run_main
+from esddpm_io.images import image_grid
+from guided_diffusion import dist_util, logger
+from guided_diffusion.checkpoints import save_checkpoint, write_sidecar
+from guided_diffusion.image_datasets import BatchStream, load_data
+from guided_diffusion.script_util import args_to_dict
+from guided_diffusion.train_options import (
+    check_ranges,
+    data_options,
+    explained_flags,
+    loop_defaults,
+    loop_options,
+    settle_device_options,
+    training_parser,
+)
+from guided_diffusion.train_util import Trainer
+from guided_diffusion.vae import VAE, create_vae, vae_defaults, vae_loss
+
+_MOST_CLASSES = 2**31  # labels are numbered by the data here, not by a published model
+_GRID_COLUMNS = 16
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = create_argparser().parse_args(argv)
+    check_vae_ranges(args)
+    dist_util.setup_dist()
+    logger.configure()
+    settle_device_options(args, "use_fp16")
+    torch.manual_seed(args.seed)
+
+    data = training_data(args)
+    classes = data.images.classes
+    flags = args_to_dict(args, [name for name in vae_defaults() if name != "num_classes"])
+    flags["num_classes"] = 0 if classes is None else int(classes.max()) + 1
+    with explained_flags():
+        vae = create_vae(**flags)
+        if classes is not None:
+            vae.label_counts.copy_(torch.from_numpy(np.bincount(classes)))
+        trainer = Trainer(
+            model=vae,
+            data=data,
+            loss=vae_loss(args.latent_dim, args.kl_weight),
+            ema_rate=args.ema_rate,
+            lr_anneal_steps=args.iterations if args.anneal_lr else 0,
+            sidecar={"flags": flags, "kind": "vae"},
+            sample_interval=args.sample_interval,
+            draw_samples=reconstructions(data) if args.sample_interval else None,
+            **loop_options(args),
+        )
+    trainer.run_loop()
+    if trainer.global_step >= args.iterations:
+        finish(trainer, flags, training_data(args), args.prior_images, args.seed)
+
+
+def training_data(args: argparse.Namespace) -> BatchStream:
+    """The data from its start, labels included with --class_cond."""
+    return load_data(
+        image_size=args.image_size,
+        class_cond=args.class_cond,
+        num_classes=_MOST_CLASSES,
+        **data_options(args),
+    )
+
+
+def check_vae_ranges(args: argparse.Namespace) -> None:
+    """UserError for numbers that no VAE can be trained with."""
+    check_ranges(args)
+    for name in ("iterations", "prior_images"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}, it must be at least 1")
+    if args.kl_weight < 0:
+        raise UserError(f"--kl_weight is {args.kl_weight}, it must not be negative")
+    if args.precision == "float16":
+        raise UserError("--precision float16: a VAE trains in float32 or bfloat16")
+
+
+def reconstructions(data: BatchStream) -> Callable[[VAE], np.ndarray]:
+    """A function that draws the first images of the data, and below them what the VAE makes of
+    them, as one uint8 [H, W, 3] image."""
+    batch, cond = next(data)
+    data.seek(0)
+    batch = batch[:_GRID_COLUMNS]
+    labels = cond["y"][:_GRID_COLUMNS] if cond else None
+
+    @torch.no_grad()
+    def draw(vae: VAE) -> np.ndarray:
+        device = vae.label_counts.device
+        y = None if labels is None else labels.to(device)
+        decoded = vae.decode(vae.encode(batch.to(device), y)[0], y).cpu()
+        pixels = ((torch.cat([batch, decoded]) + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+        return image_grid(pixels.permute(0, 2, 3, 1).numpy(), len(batch))
+
+    return draw
+
+
+def finish(trainer: Trainer, flags: dict, data: BatchStream, prior_images: int, seed: int) -> None:
+    """Fit the prior of the averaged weights and write vaeNNNNNN.pt with its sidecar."""
+    vae = create_vae(**flags).to(trainer.device).eval()
+    vae.load_state_dict(trainer.mp_trainer.master_params_to_state_dict(trainer.ema_params[0]))
+    shares = dist_util.gather_objects(encode_share(vae, data, prior_images))
+    if dist_util.rank() == 0:
+        labels, mean, variance = (torch.cat(parts) for parts in zip(*shares, strict=True))
+        logger.log(f"fitting the prior to the codes of {len(mean)} images")
+        vae.fit_prior(labels if vae.num_classes else None, mean, variance, seed)
+        path = str(Path(logger.get_dir()) / f"vae{trainer.global_step:06d}.pt")
+        write_sidecar(path, flags, kind="vae")
+        save_checkpoint(vae.cpu().state_dict(), path)
+        logger.log(f"the VAE is in {path}")
+
+
+@torch.no_grad()
+def encode_share(
+    vae: VAE, data: BatchStream, most: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Labels (0 without), means and variances of q for this process's share of `most` images of
+    the shuffled data, each image at most once."""
+    n = min(len(data.images), most)
+    rows = torch.arange(data.batch_size) + data.batch_size * dist_util.rank()
+    step_rows = data.batch_size * dist_util.world_size()
+    parts = []
+    for first in range(0, n, step_rows):
+        batch, cond = next(data)
+        wanted = first + rows < n  # the stream goes on into its next round
+        x, y = batch[wanted].to(vae.label_counts.device), cond.get("y")
+        y = y[wanted].to(x.device) if y is not None else None
+        mean, log_sigma = vae.encode(x, y)
+        labels = y if y is not None else torch.zeros(len(x), dtype=torch.int64)
+        parts.append((labels.cpu(), mean.cpu(), torch.exp(2 * log_sigma).cpu()))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    defaults = dict(
+        data_dir="",
+        class_cond=False,
+        kl_weight=1.0,
+        prior_images=50000,
+        iterations=20000,
+        lr=1e-3,
+        anneal_lr=True,
+        weight_decay=0.0,
+        batch_size=32,
+        microbatch=-1,
+        ema_rate="0.999",
+        log_interval=100,
+        save_interval=1000,
+        sample_interval=0,
+        resume_checkpoint="",
+        **loop_defaults(),
+    )
+    model = {name: value for name, value in vae_defaults().items() if name != "num_classes"}
+    parser = training_parser(__doc__, defaults, model)
+    parser.set_defaults(use_fp16=False)  # never: `settle_device_options` asks
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main)
