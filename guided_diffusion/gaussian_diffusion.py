@@ -149,9 +149,13 @@ class GaussianDiffusion:
         """
         key = (name, t.device)
         if key not in self._tables:
-            table = torch.from_numpy(getattr(self, name)).float()
-            self._tables[key] = table.to(t.device)
+            self._keep_table(key, torch.from_numpy(getattr(self, name)).float())
         return self._tables[key][t].view(-1, *[1] * (like.ndim - 1))
+
+    def _keep_table(self, key: tuple[str, torch.device], table: torch.Tensor) -> None:
+        # A table made in inference mode could not take part in a later training step.
+        with torch.inference_mode(False):
+            self._tables[key] = table.to(key[1], copy=True)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_tables": {}}

@@ -100,5 +100,5 @@ class SpacedDiffusion(GaussianDiffusion):
     def _original_timesteps(self, t: torch.Tensor) -> torch.Tensor:
         key = ("timestep_map", t.device)
         if key not in self._tables:
-            self._tables[key] = torch.tensor(self.timestep_map, device=t.device, dtype=t.dtype)
+            self._keep_table(key, torch.tensor(self.timestep_map, dtype=t.dtype))
         return self._tables[key][t]

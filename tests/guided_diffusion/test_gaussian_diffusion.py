@@ -256,6 +256,15 @@ def test_a_process_copies_without_its_device_tables():
     assert not copy.deepcopy(diffusion)._tables
 
 
+def test_a_process_trains_after_it_has_sampled_in_inference_mode():
+    model, diffusion = small_model("lsun_like")
+    x, t = torch.zeros(1, 3, 16, 16), torch.tensor([3])
+    with torch.inference_mode():
+        diffusion.p_sample(model, x, t)
+    diffusion.training_losses(model, x, t)["loss"].mean().backward()
+    assert model.out[2].weight.grad.abs().max() > 0
+
+
 def test_loop_signatures_are_frozen():
     common = [
         "self",
