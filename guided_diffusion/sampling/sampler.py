@@ -11,12 +11,18 @@ import torch
 from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import load_weights
 from guided_diffusion.sampling.random_streams import RandomStreams
-from guided_diffusion.sampling.settings import LOCAL_RANKS, Job, diffusion_from
+from guided_diffusion.sampling.settings import (
+    LOCAL_RANKS,
+    WITHOUT_EFFECT,
+    Job,
+    diffusion_from,
+)
 from guided_diffusion.sampling.sources import Start
 from guided_diffusion.script_util import (
     classifier_defaults,
     create_classifier,
     create_model,
+    sr_create_model,
 )
 
 Report = Callable[[int], None]
@@ -33,7 +39,8 @@ class Sampler:
         settings = job.settings
         self.device = choose_device(job.device)
         self.diffusion = diffusion_from(settings)
-        model = self._load(create_model, _model_flags(settings), job.info["model_path"])
+        create = sr_create_model if "large_size" in settings else create_model
+        model = self._load(create, _flags_of(create, settings), job.info["model_path"])
         self._model = self._on_device(model, settings["use_fp16"], "--use_fp16", log)
         self._cond_fn = self._make_cond_fn(log) if job.is_guided else None
         self.steps = settings["denoise_steps"] or self.diffusion.num_timesteps
@@ -51,11 +58,11 @@ class Sampler:
         loop = self.diffusion.p_sample_loop_progressive
         if settings["use_ddim"]:
             loop = self.diffusion.ddim_sample_loop_progressive
-        size = settings["image_size"]
+        size = settings.get("large_size") or settings["image_size"]
         finite = []
         for done, out in enumerate(
             loop(
-                self._model,
+                self._predict,
                 (stop - start, 3, size, size),
                 noise=self._to_device(begin.images),
                 clip_denoised=settings["clip_denoised"],
@@ -78,10 +85,19 @@ class Sampler:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _predict(self, x: torch.Tensor, t: torch.Tensor, **kwargs) -> torch.Tensor:
+        """The model's output; labels that are there for the classifier alone are left out."""
+        if not self._job.settings["class_cond"]:
+            kwargs.pop("y", None)
+        return self._model(x, t, **kwargs)
+
     def _model_kwargs(self, begin: Start) -> dict:
+        kwargs = {}
         if self._job.settings["class_cond"] or self._cond_fn:
-            return {"y": torch.from_numpy(begin.labels).to(self.device)}
-        return {}
+            kwargs["y"] = torch.from_numpy(begin.labels).to(self.device)
+        if begin.low_res is not None:
+            kwargs["low_res"] = self._to_device(begin.low_res)
+        return kwargs
 
     def _to_device(self, images: torch.Tensor | None) -> torch.Tensor | None:
         if images is None:
@@ -144,9 +160,10 @@ class Sampler:
         return gradient
 
 
-def _model_flags(settings: dict) -> dict:
-    names = inspect.signature(create_model).parameters
-    return {name: settings[name] for name in names if name in settings}
+def _flags_of(create: Callable, settings: dict) -> dict:
+    """The settings that `create` takes."""
+    known = {**WITHOUT_EFFECT, **settings}
+    return {name: known[name] for name in inspect.signature(create).parameters if name in known}
 
 
 def to_uint8(samples: torch.Tensor) -> np.ndarray:

@@ -3,12 +3,18 @@
 import argparse
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from esddpm_io.errors import UserError
 from esddpm_io.files import exists, fingerprint_file
+from guided_diffusion.checkpoints import explicit_flags, read_sidecar, settle_flags
 from guided_diffusion.sampling.chunks import default_chunk_size
-from guided_diffusion.sampling.sources import PureNoise, Source, open_generator_images
+from guided_diffusion.sampling.sources import (
+    PureNoise,
+    Source,
+    open_generator_images,
+    open_images_to_enlarge,
+)
 from guided_diffusion.script_util import (
     NUM_CLASSES,
     add_dict_to_argparser,
@@ -16,11 +22,12 @@ from guided_diffusion.script_util import (
     classifier_defaults,
     create_gaussian_diffusion,
     model_and_diffusion_defaults,
+    sr_model_and_diffusion_defaults,
     str2bool,
 )
 
-# Model flags that change how a model computes, but not what.
-_WITHOUT_EFFECT = ("use_checkpoint", "dropout")
+# Model flags that sampling does not depend on, and what they are while it runs.
+WITHOUT_EFFECT = {"use_checkpoint": False, "dropout": 0.0}
 _LARGEST_SEED = 2**64 - 1
 
 
@@ -61,20 +68,9 @@ class Job:
 def sampling_defaults(guided: bool) -> dict:
     """All flags of a sampling script that take a value, and their defaults."""
     defaults = {
-        "clip_denoised": True,
-        "num_samples": 10000,
-        "batch_size": 16,
-        "use_ddim": False,
-        "model_path": "",
+        **_common_defaults(),
         "dataset_path": "",
         "denoise_steps": 25,
-        "save_dir": "",
-        "device": "",
-        "global_rank": None,
-        "world_size": None,
-        "any_chunk": None,
-        "chunk_size": 0,
-        "seed": 0,
         **model_and_diffusion_defaults(),
     }
     if guided:
@@ -82,14 +78,46 @@ def sampling_defaults(guided: bool) -> dict:
     return defaults
 
 
+def super_resolution_defaults() -> dict:
+    """The same for a super-resolution script."""
+    return {**_common_defaults(), "base_samples": "", **sr_model_and_diffusion_defaults()}
+
+
+def _common_defaults() -> dict:
+    return {
+        "clip_denoised": True,
+        "num_samples": 10000,
+        "batch_size": 16,
+        "use_ddim": False,
+        "model_path": "",
+        "save_dir": "",
+        "device": "",
+        "global_rank": None,
+        "world_size": None,
+        "any_chunk": None,
+        "chunk_size": 0,
+        "seed": 0,
+    }
+
+
 _TYPES_OF_UNSET = {"global_rank": int, "world_size": int, "any_chunk": str2bool}
-_SWITCHES = ("start_from_scratch", "save_numpy_array", "save_png_files")
+_SWITCHES = ("save_numpy_array", "save_png_files")
 
 
 def build_parser(guided: bool, prog: str | None = None) -> argparse.ArgumentParser:
     """The command line of a sampling script; switches may be given a truth value too."""
+    parser = _parser(sampling_defaults(guided), prog)
+    parser.add_argument("--start_from_scratch", nargs="?", const=True, default=False, type=str2bool)
+    return parser
+
+
+def build_super_resolution_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line of a super-resolution script."""
+    return _parser(super_resolution_defaults(), prog)
+
+
+def _parser(defaults: dict, prog: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
-    defaults = sampling_defaults(guided)
     add_dict_to_argparser(parser, {k: v for k, v in defaults.items() if k not in _TYPES_OF_UNSET})
     for name, kind in _TYPES_OF_UNSET.items():
         parser.add_argument(f"--{name}", type=kind, default=None)
@@ -104,27 +132,63 @@ def read_job(argv: list[str] | None, *, guided: bool) -> Job:
     Raises UserError, naming the flag and the valid values, for anything that could only fail
     later; reads no more of the input files than their headers and labels.
     """
-    args = build_parser(guided).parse_args(argv)
+    parser = build_parser(guided)
+    args = parser.parse_args(argv)
     scale = args.classifier_scale if guided else 0.0
-    for name in ("num_samples", "batch_size"):
-        _require(getattr(args, name) >= 1, f"--{name} must be at least 1")
-    _require(args.chunk_size >= 0, "--chunk_size must be at least 1, or 0 to choose by itself")
-    _require(0 <= args.seed <= _LARGEST_SEED, f"--seed must be in 0 … {_LARGEST_SEED}")
-    _require(bool(args.save_dir), "--save_dir: name the folder for the samples")
-    start_timestep = _check_steps(args)
-    _require_file(args.model_path, "--model_path")
+    _check_common(args)
+    typed = {name: getattr(args, name) for name in explicit_flags(parser, argv)}
+    remarks = _settle_flags(args, typed, "model")
     if scale:
-        _require_file(args.classifier_path, "--classifier_path")
+        remarks += _settle_flags(args, typed, "classifier")
+    start_timestep = _check_steps(args)
     source = _open_source(args, needs_labels=args.class_cond or bool(scale))
+    settings = _settings(args, source, model_and_diffusion_defaults())
+    settings["classifier_scale"] = scale
+    if scale:
+        settings |= args_to_dict(args, classifier_defaults())
+        settings["classifier"] = fingerprint_file(args.classifier_path, flag="--classifier_path")
+    info = {
+        "model_path": os.path.abspath(args.model_path),
+        "classifier_path": os.path.abspath(args.classifier_path) if scale else None,
+        "dataset_path": _generator_path(args),
+        "start_timestep": start_timestep,
+        "flags": remarks,
+    }
+    return _job(args, settings, info, source)
+
+
+def read_super_resolution_job(argv: list[str] | None) -> Job:
+    """The same for a super-resolution script, which enlarges `--base_samples`."""
+    parser = build_super_resolution_parser()
+    args = parser.parse_args(argv)
+    _check_common(args)
+    typed = {name: getattr(args, name) for name in explicit_flags(parser, argv)}
+    remarks = _settle_flags(args, typed, "sr")
+    args.start_from_scratch = True
+    start_timestep = _check_steps(args)
+    source = open_images_to_enlarge(
+        args.base_samples,
+        small_size=args.small_size,
+        num_samples=args.num_samples,
+        num_classes=NUM_CLASSES if args.class_cond else None,
+    )
+    settings = _settings(args, source, sr_model_and_diffusion_defaults())
+    settings["classifier_scale"] = 0.0
+    info = {
+        "model_path": os.path.abspath(args.model_path),
+        "base_samples": os.path.abspath(args.base_samples),
+        "dataset_path": None,
+        "start_timestep": start_timestep,
+        "flags": remarks,
+    }
+    return _job(args, settings, info, source)
+
+
+def _job(args: argparse.Namespace, settings: dict, info: dict, source: Source) -> Job:
     rank, world_size, launched = _place(args, os.environ)
     return Job(
-        settings=_settings(args, source, scale),
-        info={
-            "model_path": os.path.abspath(args.model_path),
-            "classifier_path": os.path.abspath(args.classifier_path) if scale else None,
-            "dataset_path": _generator_path(args),
-            "start_timestep": start_timestep,
-        },
+        settings=settings,
+        info=info,
         source=source,
         save_dir=args.save_dir,
         device=args.device,
@@ -136,6 +200,28 @@ def read_job(argv: list[str] | None, *, guided: bool) -> Job:
         save_numpy_array=args.save_numpy_array,
         save_png_files=args.save_png_files,
     )
+
+
+def _check_common(args: argparse.Namespace) -> None:
+    for name in ("num_samples", "batch_size"):
+        _require(getattr(args, name) >= 1, f"--{name} must be at least 1")
+    _require(args.chunk_size >= 0, "--chunk_size must be at least 1, or 0 to choose by itself")
+    _require(0 <= args.seed <= _LARGEST_SEED, f"--seed must be in 0 … {_LARGEST_SEED}")
+    _require(bool(args.save_dir), "--save_dir: name the folder for the samples")
+
+
+def _settle_flags(args: argparse.Namespace, typed: dict, kind: str) -> list[str]:
+    """Fill in the flags of a network that its sidecar or its file tells; remarks for the log."""
+    flag = "classifier_path" if kind == "classifier" else "model_path"
+    path = getattr(args, flag)
+    _require_file(path, f"--{flag}")
+    if kind == "classifier":
+        typed = {name: value for name, value in typed.items() if name in classifier_defaults()}
+    flags, remarks = settle_flags(path, kind, typed, flag=f"--{flag}")
+    own = [name for name in flags if kind != "classifier" or name.startswith("classifier_")]
+    for name in own:
+        setattr(args, name, flags[name])
+    return remarks
 
 
 def diffusion_from(settings: Mapping):
@@ -165,12 +251,29 @@ def _check_steps(args: argparse.Namespace) -> int:
         raise UserError(f"--timestep_respacing, --noise_schedule: {error}") from error
     steps = diffusion.num_timesteps
     if args.start_from_scratch:
-        return diffusion.timestep_map[-1]
+        args.denoise_steps = None
+        return _trained_start(args, diffusion.timestep_map, steps)
     _require(
         1 <= args.denoise_steps <= steps,
         f"--denoise_steps must be in 1 … {steps}, the chain's length, not {args.denoise_steps}",
     )
-    return diffusion.timestep_map[args.denoise_steps - 1]
+    return _trained_start(args, diffusion.timestep_map, args.denoise_steps)
+
+
+def _trained_start(args: argparse.Namespace, timestep_map: list[int], steps: int) -> int:
+    """The original timestep that `steps` steps start at, if the network was trained on it."""
+    start = timestep_map[steps - 1]
+    sidecar = read_sidecar(args.model_path)
+    trained = sidecar["early_stop_steps"] if sidecar else None
+    if trained is None or start < trained:
+        return start
+    most = sum(timestep < trained for timestep in timestep_map)
+    flag = "--start_from_scratch" if args.denoise_steps is None else "--denoise_steps"
+    raise UserError(
+        f"{flag}: sampling would start at original timestep {start}, but {args.model_path} was "
+        f"trained on timesteps below {trained} only; --denoise_steps can be 1 … {most} here "
+        "(--reverse_steps of the driver)"
+    )
 
 
 def _open_source(args: argparse.Namespace, needs_labels: bool) -> Source:
@@ -180,24 +283,20 @@ def _open_source(args: argparse.Namespace, needs_labels: bool) -> Source:
     return open_generator_images(args.dataset_path, image_size=args.image_size, num_classes=classes)
 
 
-def _settings(args: argparse.Namespace, source: Source, scale: float) -> dict:
-    flags = args_to_dict(args, model_and_diffusion_defaults())
-    settings = {key: value for key, value in flags.items() if key not in _WITHOUT_EFFECT}
-    settings |= {
+def _settings(args: argparse.Namespace, source: Source, flags: Iterable[str]) -> dict:
+    settings = {
+        key: value for key, value in args_to_dict(args, flags).items() if key not in WITHOUT_EFFECT
+    }
+    return settings | {
         "num_samples": len(source),
         "seed": args.seed,
         "start_from_scratch": args.start_from_scratch,
-        "denoise_steps": None if args.start_from_scratch else args.denoise_steps,
+        "denoise_steps": args.denoise_steps,
         "use_ddim": args.use_ddim,
         "clip_denoised": args.clip_denoised,
-        "classifier_scale": scale,
         "checkpoint": fingerprint_file(args.model_path, flag="--model_path"),
         "generator_images": source.fingerprint(),
     }
-    if scale:
-        settings |= args_to_dict(args, classifier_defaults())
-        settings["classifier"] = fingerprint_file(args.classifier_path, flag="--classifier_path")
-    return settings
 
 
 def _generator_path(args: argparse.Namespace) -> str | None:

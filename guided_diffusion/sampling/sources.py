@@ -1,6 +1,7 @@
 """Where samples start: a generator's images, or pure noise with drawn labels."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ class Start:
 
     images: clean images, float32 [n, 3, H, W] in [-1, 1], or None to start from pure noise.
     labels: int64 [n], or None where there are none.
+    low_res: images to enlarge, float32 [n, 3, h, w] in [-1, 1], for a super-resolution model.
     """
 
     images: torch.Tensor | None
     labels: np.ndarray | None
+    low_res: torch.Tensor | None = None
 
 
 class GeneratorImages:
@@ -36,9 +39,7 @@ class GeneratorImages:
 
     def start(self, start: int, stop: int) -> Start:
         """Images and labels start … stop-1."""
-        pixels = torch.from_numpy(self._images.read(start, stop))
-        images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-        return Start(images, self._images.labels(start, stop))
+        return Start(to_float(self._images.read(start, stop)), self._images.labels(start, stop))
 
     def fingerprint(self) -> str:
         return self._images.fingerprint()
@@ -64,7 +65,43 @@ class PureNoise:
         return None
 
 
-Source = GeneratorImages | PureNoise
+class ImagesToEnlarge:
+    """Pure noise with small images beside it; sample i enlarges image i modulo their number."""
+
+    def __init__(self, images: ImageSource, num_samples: int):
+        self._images, self._num_samples = images, num_samples
+        self.has_labels = images.has_labels
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def start(self, start: int, stop: int) -> Start:
+        """No images to start from; small images and labels of samples start … stop-1."""
+        pieces = list(self._pieces(start, stop))
+        pixels = np.concatenate([self._images.read(*piece) for piece in pieces])
+        labels = None
+        if self.has_labels:
+            labels = np.concatenate([self._images.labels(*piece) for piece in pieces])
+        return Start(None, labels, to_float(pixels))
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Ranges of the file that follow each other in start … stop-1."""
+        count = len(self._images)
+        while start < stop:
+            length = min(stop - start, count - start % count)
+            yield start % count, start % count + length
+            start += length
+
+    def fingerprint(self) -> str:
+        return self._images.fingerprint()
+
+
+Source = GeneratorImages | PureNoise | ImagesToEnlarge
+
+
+def to_float(pixels: np.ndarray) -> torch.Tensor:
+    """Pixels uint8 [n, H, W, 3] as the models take them: float32 [n, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def open_generator_images(
@@ -77,16 +114,39 @@ def open_generator_images(
     """
     if not path:
         raise UserError(f"{flag}: name the .npz file or folder with the generator's images")
+    return GeneratorImages(
+        _open_checked(path, image_size, num_classes, flag, "makes", "image_size")
+    )
+
+
+def open_images_to_enlarge(
+    path: str,
+    *,
+    small_size: int,
+    num_samples: int,
+    num_classes: int | None,
+    flag: str = "--base_samples",
+) -> ImagesToEnlarge:
+    """Open the images that a super-resolution model enlarges; errors as `open_generator_images`."""
+    if not path:
+        raise UserError(f"{flag}: name the .npz file or folder with the images to enlarge")
+    images = _open_checked(path, small_size, num_classes, flag, "takes", "small_size")
+    return ImagesToEnlarge(images, num_samples)
+
+
+def _open_checked(
+    path: str, size: int, num_classes: int | None, flag: str, verb: str, size_flag: str
+) -> ImageSource:
     images = open_images(path, flag=flag)
     height, width = images.shape[1:3]
-    if (height, width) != (image_size, image_size):
+    if (height, width) != (size, size):
         raise UserError(
-            f"{flag}: the images of {path} are {width}x{height}, the model makes "
-            f"{image_size}x{image_size} (--image_size)"
+            f"{flag}: the images of {path} are {width}x{height}, the model {verb} "
+            f"{size}x{size} (--{size_flag})"
         )
     if num_classes is not None:
         _check_labels(images, path, num_classes, flag)
-    return GeneratorImages(images)
+    return images
 
 
 def _check_labels(images: ImageSource, path: str, num_classes: int, flag: str) -> None:

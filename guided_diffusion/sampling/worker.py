@@ -37,6 +37,8 @@ def run(job: Job, log: Callable[[str], None] = print) -> None:
     """
     folder = ChunkFolder.open(job.save_dir, job.settings, job.info, job.chunk_size)
     log(f"rank {job.rank} of {job.world_size}: {folder.num_samples} samples in {job.save_dir}")
+    for remark in job.info["flags"]:
+        log(remark)
     log(_describe_chain(job))
     with Heart(folder.folder, rank=job.rank, device=job.device or "auto") as heart:
         Worker(job, folder, heart, log).run()
