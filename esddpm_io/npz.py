@@ -233,15 +233,21 @@ class NpzWriter:
     """Write arrays of known shape row by row into an .npz that appears only when it is complete.
 
     `arrays` maps each name to (shape, dtype). Rows may be appended to the arrays in any
-    alternation. Members are stored, not compressed, so that readers can read them in place. The
-    first array is streamed to its place, the others wait in a temporary file on the same disk:
-    give the largest one first. Leaving the block with rows missing is a `ValueError`.
+    alternation. Members are stored, so that readers can read them in place, or deflated with
+    `compressed`, for files that ship where a few megabytes count. The first array is streamed to
+    its place, the others wait in a temporary file on the same disk: give the largest one first.
+    Leaving the block with rows missing is a `ValueError`.
     """
 
     def __init__(
-        self, path: str | os.PathLike, arrays: dict[str, tuple[tuple[int, ...], np.dtype | type]]
+        self,
+        path: str | os.PathLike,
+        arrays: dict[str, tuple[tuple[int, ...], np.dtype | type]],
+        *,
+        compressed: bool = False,
     ):
         self._path = path
+        self._compression = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
         self._arrays = {n: (tuple(shape), np.dtype(dtype)) for n, (shape, dtype) in arrays.items()}
         self._written = dict.fromkeys(arrays, 0)
 
@@ -249,7 +255,7 @@ class NpzWriter:
         first, *others = self._arrays
         with contextlib.ExitStack() as stack:
             temporary = stack.enter_context(atomic_path(self._path))
-            self._zip = stack.enter_context(zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED))
+            self._zip = stack.enter_context(zipfile.ZipFile(temporary, "w"))
             self._streams = {first: stack.enter_context(self._open_member(first))}
             for name in others:
                 spool = tempfile.TemporaryFile(dir=temporary.parent)
@@ -291,6 +297,7 @@ class NpzWriter:
     def _open_member(self, name: str):
         shape, dtype = self._arrays[name]
         info = zipfile.ZipInfo(f"{name}.npy")  # dated 1980: the same arrays give the same file
+        info.compress_type = self._compression
         info.file_size = dtype.itemsize * math.prod(shape) + 4096
         stream = self._zip.open(info, "w")
         header = {

@@ -38,6 +38,7 @@ def make_reference(
     device: str = "auto",
     precision: str = "float32",
     batch_size: int = 64,
+    compressed: bool = False,
 ) -> None:
     """Write the reference batch of `images` (an .npz, .npy, folder or uint8 array) to `out`.
 
@@ -59,11 +60,16 @@ def make_reference(
     rng = np.random.default_rng(seed)
     # In rising order, so that compressed files are unpacked once.
     kept = np.sort(rng.choice(len(source), min(keep, len(source)), replace=False))
-    _write(out, source, kept, features, precision)
+    _write(out, source, kept, features, precision, compressed)
 
 
 def _write(
-    out: str | os.PathLike, source: ImageSource, kept: np.ndarray, features: Features, precision
+    out: str | os.PathLike,
+    source: ImageSource,
+    kept: np.ndarray,
+    features: Features,
+    precision: str,
+    compressed: bool,
 ) -> None:
     statistics = {
         "mu": features.pool_gaussian.mean,
@@ -76,7 +82,7 @@ def _write(
     if source.has_labels:
         arrays["arr_1"] = ((len(kept),), np.int64)
     arrays.update({name: (value.shape, value.dtype) for name, value in statistics.items()})
-    with NpzWriter(out, arrays) as writer:
+    with NpzWriter(out, arrays, compressed=compressed) as writer:
         for start in range(0, len(source), _ROWS):
             stop = min(start + _ROWS, len(source))
             rows = kept[(kept >= start) & (kept < stop)] - start
@@ -105,6 +111,7 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="torch only: cpu, cuda, cuda:1 …")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--compressed", action="store_true", help="deflate the file's arrays")
     return parser
 
 

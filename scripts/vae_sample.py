@@ -75,6 +75,7 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="vae_samples.npz", help="npz to write")
+    parser.add_argument("--compressed", action="store_true", help="deflate the file's arrays")
     return parser
 
 
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     if vae.num_classes:
         arrays["arr_1"] = ((args.num_samples,), np.int64)
     with (
-        NpzWriter(args.out, arrays) as writer,
+        NpzWriter(args.out, arrays, compressed=args.compressed) as writer,
         Progress(args.num_samples, "images", "vae") as progress,
     ):
         for start in range(0, args.num_samples, args.batch_size):

@@ -47,10 +47,13 @@ def main(argv: list[str] | None = None) -> None:
 
     data = training_data(args)
     classes = data.images.classes
-    flags = args_to_dict(args, [name for name in vae_defaults() if name != "num_classes"])
+    flags = args_to_dict(args, model_flags())
     flags["num_classes"] = 0 if classes is None else int(classes.max()) + 1
+    # The prior comes last, so its size may still be changed when a finished run is resumed.
+    training_flags = {**flags, "prior_components": 1}
     with explained_flags():
-        vae = create_vae(**flags)
+        create_vae(**flags)
+        vae = create_vae(**training_flags)
         if classes is not None:
             vae.label_counts.copy_(torch.from_numpy(np.bincount(classes)))
         trainer = Trainer(
@@ -59,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
             loss=vae_loss(args.latent_dim, args.kl_weight),
             ema_rate=args.ema_rate,
             lr_anneal_steps=args.iterations if args.anneal_lr else 0,
-            sidecar={"flags": flags, "kind": "vae"},
+            sidecar={"flags": training_flags, "kind": "vae"},
             sample_interval=args.sample_interval,
             draw_samples=reconstructions(data) if args.sample_interval else None,
             **loop_options(args),
@@ -67,6 +70,11 @@ def main(argv: list[str] | None = None) -> None:
     trainer.run_loop()
     if trainer.global_step >= args.iterations:
         finish(trainer, flags, training_data(args), args.prior_images, args.seed)
+
+
+def model_flags() -> dict:
+    """Flags of the network that the user sets; the number of classes comes from the data."""
+    return {name: value for name, value in vae_defaults().items() if name != "num_classes"}
 
 
 def training_data(args: argparse.Namespace) -> BatchStream:
@@ -113,7 +121,9 @@ def reconstructions(data: BatchStream) -> Callable[[VAE], np.ndarray]:
 def finish(trainer: Trainer, flags: dict, data: BatchStream, prior_images: int, seed: int) -> None:
     """Fit the prior of the averaged weights and write vaeNNNNNN.pt with its sidecar."""
     vae = create_vae(**flags).to(trainer.device).eval()
-    vae.load_state_dict(trainer.mp_trainer.master_params_to_state_dict(trainer.ema_params[0]))
+    trained = trainer.mp_trainer.master_params_to_state_dict(trainer.ema_params[0])
+    own_prior = {k: v for k, v in vae.state_dict().items() if k.startswith("prior.")}
+    vae.load_state_dict({**trained, **own_prior})
     shares = dist_util.gather_objects(encode_share(vae, data, prior_images))
     if dist_util.rank() == 0:
         labels, mean, variance = (torch.cat(parts) for parts in zip(*shares, strict=True))
@@ -165,8 +175,7 @@ def create_argparser() -> argparse.ArgumentParser:
         resume_checkpoint="",
         **loop_defaults(),
     )
-    model = {name: value for name, value in vae_defaults().items() if name != "num_classes"}
-    parser = training_parser(__doc__, defaults, model)
+    parser = training_parser(__doc__, defaults, model_flags())
     parser.set_defaults(use_fp16=False)  # never: `settle_device_options` asks
     return parser
 

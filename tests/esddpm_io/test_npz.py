@@ -51,6 +51,20 @@ def test_writer_appends_in_any_alternation_and_numpy_reads_it(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["out.npz"]
 
 
+def test_writer_deflates_where_asked(tmp_path):
+    array = np.zeros((100, 50), np.uint8)
+    for compressed in (False, True):
+        arrays = {"arr_0": (array.shape, array.dtype), "arr_1": ((2,), np.int64)}
+        with NpzWriter(tmp_path / f"{compressed}.npz", arrays, compressed=compressed) as writer:
+            writer.append("arr_0", array)
+            writer.append("arr_1", np.array([3, 4]))
+        with np.load(tmp_path / f"{compressed}.npz") as data:
+            np.testing.assert_array_equal(data["arr_0"], array)
+            assert data["arr_1"].tolist() == [3, 4]
+    sizes = [(tmp_path / f"{compressed}.npz").stat().st_size for compressed in (False, True)]
+    assert sizes[1] < 1000 < array.nbytes < sizes[0]
+
+
 def test_writer_leaves_nothing_behind_when_it_fails(tmp_path):
     def write(rows, then: Exception | None = None):
         with NpzWriter(tmp_path / "a.npz", {"arr_0": ((3, 2), np.uint8)}) as writer:
