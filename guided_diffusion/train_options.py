@@ -10,7 +10,7 @@ import torch
 from esddpm_io.errors import UserError
 
 from . import dist_util, logger
-from .script_util import add_dict_to_argparser, str2bool
+from .script_util import add_dict_to_argparser
 
 # Workers beyond this only cost memory: one decodes some hundred images a second.
 _MOST_WORKERS = 8
@@ -43,7 +43,7 @@ _HELP = {
     "early_stop_steps": "train on timesteps below this one only (0: all)",
     "precision": "float32, bfloat16 or float16 (default: float16 with use_fp16, else float32)",
     "keep_checkpoints": "remove all but this many checkpoints (0: keep all)",
-    "channels_last": "NHWC memory, faster for convolutions (default: on CPUs)",
+    "channels_last": "NHWC memory: faster convolutions in half precision on GPUs",
     "label_from": "name: label is the file name up to _; folder: the folder's name",
     "num_workers": "processes that decode images (-1: as many as cores, at most 8)",
     "sample_interval": "draw samples of the averaged weights every so many steps (0: never)",
@@ -55,6 +55,7 @@ def loop_defaults() -> dict:
     return {
         "precision": "",
         "keep_checkpoints": 0,
+        "channels_last": False,
         "seed": 0,
         "random_crop": False,
         "random_flip": True,
@@ -95,8 +96,6 @@ def training_parser(description: str, *defaults: dict) -> argparse.ArgumentParse
     for group in defaults:
         merged.update(group)
     add_dict_to_argparser(parser, merged)
-    # A three-valued flag: unset, it depends on the device.
-    parser.add_argument("--channels_last", default=None, type=str2bool)
     for action in parser._actions:
         if action.dest in _HELP:
             action.help = _HELP[action.dest]
@@ -128,7 +127,7 @@ def settle_device_options(args: argparse.Namespace, fp16_flag: str) -> None:
     """Turn `fp16_flag` and --precision into a precision that this device has, and say so.
 
     float16 needs CUDA: on a CPU it becomes bfloat16 where the processor computes in it, else
-    float32. --channels_last unset is on for CPUs.
+    float32.
     """
     device = dist_util.dev()
     wanted = args.precision or ("float16" if getattr(args, fp16_flag) else "float32")
@@ -137,8 +136,6 @@ def settle_device_options(args: argparse.Namespace, fp16_flag: str) -> None:
         logger.log(f"float16 needs CUDA: training in {wanted} on this CPU")
     args.precision = wanted
     setattr(args, fp16_flag, wanted == "float16")
-    if args.channels_last is None:
-        args.channels_last = device.type == "cpu"
 
 
 def loop_options(args: argparse.Namespace) -> dict:

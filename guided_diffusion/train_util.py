@@ -59,8 +59,10 @@ class Draws:
     seed None they come from the global generators of NumPy and torch, in the order of the calls.
     """
 
-    def __init__(self, seed: int | None, step: int, global_batch: int, first_row: int):
-        self._seed, self._step = seed, step
+    def __init__(
+        self, seed: int | None, step: int, global_batch: int, first_row: int, purpose: int = 0
+    ):
+        self._seed, self._step, self._purpose = seed, step, purpose
         self._global_batch, self._first_row = global_batch, first_row
         self._calls = 0
 
@@ -87,7 +89,9 @@ class Draws:
     def _stream(self) -> np.random.Generator:
         self._calls += 1
         key = np.array([self._seed, self._step], np.uint64)
-        return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, self._calls]))
+        return np.random.Generator(
+            np.random.Philox(key=key, counter=[0, 0, self._purpose, self._calls])
+        )
 
 
 class StopSignals:
@@ -130,7 +134,7 @@ class Trainer:
         lr, weight_decay: of AdamW. lr_anneal_steps: lr falls linearly to 0 at this step, where
             training ends (0: constant).
         iterations: steps in all, resumed ones included (0: lr_anneal_steps; both 0: no end).
-        ema_rate: one rate, or a comma list of rates.
+        ema_rate: one rate, or a comma list of rates ("": no averages).
         log_interval, save_interval: in steps.
         resume_checkpoint: a modelNNNNNN.pt with its siblings beside it, "auto" for the newest
             complete set in the log folder (none: start anew), any other checkpoint for its weights.
@@ -138,7 +142,7 @@ class Trainer:
         precision: "float32", "bfloat16" (autocast) or "float16"; "" follows use_fp16.
         keep_checkpoints: remove all but the newest K sets after a save (0: keep all).
         seed: see `Draws`; None leaves all random numbers to the global generators.
-        channels_last: keep images and weights in NHWC memory; faster for convolutions on CPUs.
+        channels_last: keep images and weights in NHWC memory; faster on GPUs in half precision.
         sidecar: keyword arguments of `checkpoints.write_sidecar` (flags, kind, early_stop_steps)
             for the JSON beside model and EMA files.
         num_timesteps: T (or T') of "t", for the figures by quarter.
@@ -222,6 +226,11 @@ class Trainer:
 
     # What a subclass may define.
 
+    figure_prefix = ""  # of the names of logged figures
+
+    def after_step(self) -> None:
+        """Called by `run_loop` after each step, before figures are written."""
+
     def compute_losses(
         self, batch: torch.Tensor, cond: dict[str, torch.Tensor], draw: Draws
     ) -> dict[str, torch.Tensor]:
@@ -262,6 +271,7 @@ class Trainer:
                 batch, cond = next(self.data)
                 self.run_step(batch, cond)
                 self.step += 1
+                self.after_step()
                 progress.update(self.global_batch, note=f"loss {self._last_loss:.4g}")
                 if self.global_step % self.log_interval == 0:
                     self._dump_figures()
@@ -295,7 +305,8 @@ class Trainer:
         if taken:
             logger.logkv_mean("grad_norm", grad_norm)
             self._update_ema()
-        self._log_losses(figures)
+        self._last_loss = float((figures["loss"] * figures.get("weight", 1.0)).mean())
+        self._log_losses(figures, self.figure_prefix)
         self.log_step()
         return taken
 
@@ -306,22 +317,28 @@ class Trainer:
         self.mp_trainer.zero_grad()
         if self.seed is not None:
             self._seed_global_generators()
-        total, parts = len(batch), []
-        for start in range(0, total, self.microbatch):
-            rows = slice(start, start + self.microbatch)
-            micro = batch[rows].to(self.device, memory_format=self.memory_format, non_blocking=True)
-            micro_cond = {k: v[rows].to(self.device, non_blocking=True) for k, v in cond.items()}
-            draw = Draws(
-                self.seed, self.global_step, self.global_batch, self.rank * self.batch_size + start
-            )
-            last = start + self.microbatch >= total
-            with self._no_sync(not last):
+        parts = []
+        for rows, *inputs in self._microbatches(batch, cond):
+            with self._no_sync(rows.stop < len(batch)):
                 with self._autocast():
-                    terms = self.compute_losses(micro, micro_cond, draw)
+                    terms = self.compute_losses(*inputs)
                 weighted = terms["loss"] * terms["weight"] if "weight" in terms else terms["loss"]
-                self.mp_trainer.backward(weighted.mean() * (len(micro) / total))
+                self.mp_trainer.backward(weighted.sum() / len(batch))
             parts.append({name: value.detach() for name, value in terms.items()})
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return _concatenated(parts)
+
+    @torch.no_grad()
+    def evaluate(self, batch: torch.Tensor, cond: dict[str, torch.Tensor], prefix: str) -> None:
+        """Log the figures of a batch under names that start with `prefix`; nothing is learned."""
+        self.model.eval()
+        with self._autocast():
+            parts = [
+                self.compute_losses(*inputs)
+                for _, *inputs in self._microbatches(batch, cond, purpose=1)
+            ]
+        self.model.train()
+        terms = _concatenated(parts)
+        self._log_losses({name: value.cpu().numpy() for name, value in terms.items()}, prefix)
 
     def log_step(self) -> None:
         """Figures that say how far the run is."""
@@ -366,6 +383,22 @@ class Trainer:
             save_png(Path(self._folder()) / f"samples{self.global_step:06d}.png", image)
 
     # Inside a step.
+
+    def _microbatches(
+        self, batch: torch.Tensor, cond: dict[str, torch.Tensor], purpose: int = 0
+    ) -> Iterator[tuple[slice, torch.Tensor, dict[str, torch.Tensor], Draws]]:
+        """Rows, and what `compute_losses` takes for them, on the device."""
+        for start in range(0, len(batch), self.microbatch):
+            rows = slice(start, start + self.microbatch)
+            micro = batch[rows].to(self.device, memory_format=self.memory_format, non_blocking=True)
+            micro_cond = {k: v[rows].to(self.device, non_blocking=True) for k, v in cond.items()}
+            first_row = self.rank * self.batch_size + start
+            yield (
+                rows,
+                micro,
+                micro_cond,
+                Draws(self.seed, self.global_step, self.global_batch, first_row, purpose),
+            )
 
     def _autocast(self):
         if self.precision == "bfloat16":
@@ -421,7 +454,7 @@ class Trainer:
         return True
 
     def _anneal_lr(self) -> None:
-        """Set lr for this step. guided-diffusion anneals after a step, so step 1 counts as 0 too."""
+        """Set lr; guided-diffusion lowers it after a step, so that the first two have the same."""
         if self.lr_anneal_steps:
             done = max(self.global_step - 1, 0) / self.lr_anneal_steps
             for group in self.opt.param_groups:
@@ -431,19 +464,18 @@ class Trainer:
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
             update_ema(params, self.master_params, rate=rate)
 
-    def _log_losses(self, figures: dict[str, np.ndarray]) -> None:
+    def _log_losses(self, figures: dict[str, np.ndarray], prefix: str) -> None:
         """Means of all terms, and of each quarter of the timesteps."""
         weights = figures.get("weight", 1.0)
         terms = {k: v * weights for k, v in figures.items() if k not in ("t", "weight")}
-        self._last_loss = float(terms["loss"].mean())
         for name, values in terms.items():
-            logger.logkv_mean(name, float(values.mean()))
+            logger.logkv_mean(prefix + name, float(values.mean()))
         if "t" not in figures or not self.num_timesteps:
             return
         quarters = (4 * figures["t"] / self.num_timesteps).astype(int)
         for quarter, *values in zip(quarters, *terms.values(), strict=True):
             for name, value in zip(terms, values, strict=True):
-                logger.logkv_mean(f"{name}_q{quarter}", float(value))
+                logger.logkv_mean(f"{prefix}{name}_q{quarter}", float(value))
 
     # Between steps.
 
@@ -533,6 +565,11 @@ class Trainer:
             raise UserError(
                 f"--resume_checkpoint: {self._resume_set.opt} does not fit the model ({error})"
             ) from error
+        for param, moments in self.opt.state.items():
+            for name, value in moments.items():
+                if value.shape == param.shape:
+                    # In the parameter's memory order: the fused kernel walks both as they lie.
+                    moments[name] = torch.empty_like(param).copy_(value)
         for group in self.opt.param_groups:  # what the user asks for now goes before what was saved
             group.update(lr=self.lr, weight_decay=self.weight_decay, fused=True, foreach=None)
 
@@ -620,7 +657,7 @@ class TrainLoop(Trainer):
         terms = self.diffusion.training_losses(
             self.ddp_model, batch, t, model_kwargs=cond, noise=draw.noise(batch)
         )
-        if isinstance(self.schedule_sampler, LossAwareSampler):
+        if isinstance(self.schedule_sampler, LossAwareSampler) and torch.is_grad_enabled():
             self.schedule_sampler.update_with_local_losses(t, terms["loss"].detach())
         return {**terms, "t": t, "weight": weights}
 
@@ -629,6 +666,10 @@ class TrainLoop(Trainer):
 
     def load_sampler_state(self, state: dict[str, torch.Tensor]) -> None:
         self.schedule_sampler.load_state_dict(state)
+
+
+def _concatenated(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 class _NoProgress:
@@ -640,7 +681,7 @@ class _NoProgress:
 
 def _parse_rates(ema_rate: float | str) -> list[float]:
     try:
-        rates = [float(rate) for rate in str(ema_rate).split(",")]
+        rates = [float(rate) for rate in str(ema_rate).split(",") if rate]
     except ValueError:
         rates = [math.nan]
     if not all(0 <= rate <= 1 for rate in rates):

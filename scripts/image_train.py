@@ -8,58 +8,24 @@ only t < T', all that sampling from a generator's images diffused to T' needs.
 """
 
 import argparse
-
-import torch
+import functools
 
 from esddpm_io.errors import run_main
-from guided_diffusion import dist_util, logger
 from guided_diffusion.image_datasets import load_data
-from guided_diffusion.resample import create_named_schedule_sampler
-from guided_diffusion.script_util import (
-    args_to_dict,
-    create_model_and_diffusion,
-    model_and_diffusion_defaults,
-)
-from guided_diffusion.train_options import (
-    check_ranges,
-    data_options,
-    diffusion_training_defaults,
-    explained_flags,
-    loop_options,
-    settle_device_options,
-    training_parser,
-)
-from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.train_diffusion import train_diffusion
+from guided_diffusion.train_options import diffusion_training_defaults, training_parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    check_ranges(args)
-    dist_util.setup_dist()
-    logger.configure()
-    settle_device_options(args, "use_fp16")
-    torch.manual_seed(args.seed)
-
-    flags = args_to_dict(args, model_and_diffusion_defaults())
-    early_stop_steps = args.early_stop_steps or None
-    with explained_flags():
-        model, diffusion = create_model_and_diffusion(**flags)
-        sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion, early_stop_steps)
-        data = load_data(
-            image_size=args.image_size, class_cond=args.class_cond, **data_options(args)
-        )
-        loop = TrainLoop(
-            model=model,
-            diffusion=diffusion,
-            data=data,
-            schedule_sampler=sampler,
-            ema_rate=args.ema_rate,
-            lr_anneal_steps=args.lr_anneal_steps,
-            fp16_scale_growth=args.fp16_scale_growth,
-            sidecar={"flags": flags, "kind": "model", "early_stop_steps": early_stop_steps},
-            **loop_options(args),
-        )
-    loop.run_loop()
+    train_diffusion(
+        args,
+        kind="model",
+        flag_names=model_and_diffusion_defaults(),
+        create=create_model_and_diffusion,
+        load=functools.partial(load_data, image_size=args.image_size),
+    )
 
 
 def create_argparser() -> argparse.ArgumentParser:

@@ -1,0 +1,141 @@
+"""Train a classifier of noisy images, for guidance.
+
+    python scripts/classifier_train.py --data_dir FOLDER_OR_NPZ --val_data_dir … --batch_size 256 …
+
+Started, stopped, resumed and logged like image_train.py, with the same loop.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+
+from esddpm_io.errors import run_main
+from guided_diffusion import dist_util, logger
+from guided_diffusion.image_datasets import load_data
+from guided_diffusion.resample import LossAwareSampler, create_named_schedule_sampler
+from guided_diffusion.script_util import (
+    args_to_dict,
+    classifier_and_diffusion_defaults,
+    create_classifier_and_diffusion,
+)
+from guided_diffusion.train_options import (
+    check_ranges,
+    data_options,
+    explained_flags,
+    loop_defaults,
+    loop_options,
+    settle_device_options,
+    training_parser,
+)
+from guided_diffusion.train_util import Draws, Trainer
+
+
+class ClassifierTrainer(Trainer):
+    """`Trainer` on the cross entropy of q(x_t | x_0) at random t (or of clean images)."""
+
+    figure_prefix = "train_"
+
+    def __init__(
+        self, *, diffusion, sampler, noised: bool, val_data, eval_interval: int, **options
+    ):
+        self.diffusion, self.sampler, self.noised = diffusion, sampler, noised
+        self.val_data, self.eval_interval = val_data, eval_interval
+        super().__init__(num_timesteps=sampler.num_timesteps, **options)
+
+    def compute_losses(
+        self, batch: torch.Tensor, cond: dict[str, torch.Tensor], draw: Draws
+    ) -> dict[str, torch.Tensor]:
+        n, labels = len(batch), cond["y"]
+        if self.noised:
+            t, weight = self.sampler.sample(n, self.device, draw.uniforms(n))
+            batch = self.diffusion.q_sample(batch, t, noise=draw.noise(batch))
+        else:
+            t = torch.zeros(n, dtype=torch.long, device=self.device)
+            weight = torch.ones(n, device=self.device)
+        logits = self.ddp_model(batch, t).float()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        learns = isinstance(self.sampler, LossAwareSampler) and torch.is_grad_enabled()
+        if self.noised and learns:
+            self.sampler.update_with_local_losses(t, losses.detach())
+        hits = logits.topk(5, dim=1).indices == labels[:, None]
+        return {
+            "loss": losses,
+            "acc@1": hits[:, 0].float(),
+            "acc@5": hits.any(dim=1).float(),
+            "t": t,
+            "weight": weight,
+        }
+
+    def after_step(self) -> None:
+        if self.val_data is not None and self.global_step % self.eval_interval == 0:
+            self.evaluate(*next(self.val_data), prefix="val_")
+
+    def sampler_state(self) -> dict[str, torch.Tensor]:
+        return self.sampler.state_dict()
+
+    def load_sampler_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.sampler.load_state_dict(state)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = create_argparser().parse_args(argv)
+    check_ranges(args)
+    dist_util.setup_dist()
+    logger.configure()
+    settle_device_options(args, "classifier_use_fp16")
+    torch.manual_seed(args.seed)
+
+    flags = args_to_dict(args, classifier_and_diffusion_defaults())
+    stop = args.early_stop_steps or None
+    with explained_flags():
+        model, diffusion = create_classifier_and_diffusion(**flags)
+        common = {"image_size": args.image_size, "class_cond": True}
+        options = data_options(args)
+        data = load_data(**common, **options)
+        val_data = None
+        if args.val_data_dir:
+            options |= {"data_dir": args.val_data_dir, "random_crop": False}
+            val_data = load_data(**common, **options)
+        loop = ClassifierTrainer(
+            model=model,
+            diffusion=diffusion,
+            sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion, stop),
+            noised=args.noised,
+            data=data,
+            val_data=val_data,
+            eval_interval=args.eval_interval,
+            ema_rate="",
+            lr_anneal_steps=args.iterations if args.anneal_lr else 0,
+            initial_lg_loss_scale=16.0,  # gradients of a cross entropy are larger than of an MSE
+            sidecar={"flags": flags, "kind": "classifier", "early_stop_steps": stop},
+            **loop_options(args),
+        )
+    loop.run_loop()
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    defaults = {
+        "data_dir": "",
+        "val_data_dir": "",
+        "noised": True,
+        "iterations": 150000,
+        "lr": 3e-4,
+        "weight_decay": 0.0,
+        "anneal_lr": False,
+        "batch_size": 4,
+        "microbatch": -1,
+        "schedule_sampler": "uniform",
+        "resume_checkpoint": "",
+        "log_interval": 10,
+        "eval_interval": 5,
+        "save_interval": 10000,
+        "early_stop_steps": 0,
+        **loop_defaults(),
+        "random_crop": True,
+    }
+    return training_parser(__doc__, defaults, classifier_and_diffusion_defaults())
+
+
+if __name__ == "__main__":
+    run_main(main)
