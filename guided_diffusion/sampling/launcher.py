@@ -6,7 +6,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from esddpm_io.errors import EXIT_DISK_FULL, EXIT_USER_ERROR
@@ -18,7 +18,7 @@ from guided_diffusion.sampling.worker import LAUNCHER_VARIABLE
 _POLL_S = 0.1
 _PATIENCE_S = 15.0  # for a worker to end by itself after SIGTERM
 _DEATHS_OF_DEVICE = 2  # a device is retried once
-_DEATHS_OF_CHUNK = 2
+_DEVICES_BEATEN_BY_CHUNK = 2  # a chunk that ends workers on so many devices is at fault itself
 _LOG_LINES = 12
 
 
@@ -46,8 +46,8 @@ class Launcher:
         self._folder = folder
         self._observer = Observer(folder.folder)
         self._running: dict[subprocess.Popen, WorkerCommand] = {}
-        self._deaths_of_device: Counter[WorkerCommand] = Counter()
-        self._deaths_of_chunk: Counter[int] = Counter()
+        self._deaths: Counter[int] = Counter()  # by number of the command
+        self._beaten: defaultdict[int, set[int]] = defaultdict(set)  # commands by chunk
         self._screen = Screen()
 
     def run(self) -> None:
@@ -106,18 +106,20 @@ class Launcher:
 
     def _after_death(self, process: subprocess.Popen, command: WorkerCommand, code: int) -> None:
         """Retry the device once; give up where another try would end the same way."""
-        chunk = self._chunk_of(process.pid)
-        self._deaths_of_device[command.log] += 1
-        self._deaths_of_chunk[chunk] += chunk is not None
+        number = self._commands.index(command)
+        self._deaths[number] += 1
         how = f"the worker on device {command.device} {_describe_exit(code)}"
         if code in (EXIT_USER_ERROR, EXIT_DISK_FULL):
             raise WorkersFailed(f"{how}\n{_tail(command.log)}")
-        if self._deaths_of_chunk[chunk] >= _DEATHS_OF_CHUNK:
-            start, stop = self._folder.bounds(chunk)
-            raise WorkersFailed(
-                f"images {start}-{stop - 1} failed twice: {how}\n{_tail(command.log)}"
-            )
-        if self._deaths_of_device[command.log] < _DEATHS_OF_DEVICE:
+        chunk = self._chunk_of(process.pid)
+        if chunk is not None:
+            self._beaten[chunk].add(number)
+            if len(self._beaten[chunk]) == _DEVICES_BEATEN_BY_CHUNK:
+                start, stop = self._folder.bounds(chunk)
+                raise WorkersFailed(
+                    f"images {start}-{stop - 1} failed twice: {how}\n{_tail(command.log)}"
+                )
+        if self._deaths[number] < _DEATHS_OF_DEVICE:
             self._screen.note(f"{how}; starting it once more (log: {command.log})")
             self._start(command)
         elif self._running:
@@ -133,15 +135,18 @@ class Launcher:
         return None
 
     def _stop_all(self) -> None:
+        """Ask the workers to end and see to it that they do; a second Ctrl-C ends the patience."""
         for process in self._running:
             process.terminate()
         deadline = time.monotonic() + _PATIENCE_S
-        for process in self._running:
-            try:
+        try:
+            for process in self._running:
                 process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            for process in self._running:
                 process.kill()
-                process.wait()
+        for process in self._running:
+            process.wait()
         self._running.clear()
 
 

@@ -40,8 +40,14 @@ class Sampler:
         self.device = choose_device(job.device)
         self.diffusion = diffusion_from(settings)
         create = sr_create_model if "large_size" in settings else create_model
-        model = self._load(create, _flags_of(create, settings), job.info["model_path"])
-        self._model = self._on_device(model, settings["use_fp16"], "--use_fp16", log)
+        self._model = load_network(
+            create,
+            flags_of(create, settings),
+            job.info["model_path"],
+            self.device,
+            half=settings["use_fp16"],
+            log=log,
+        )
         self._cond_fn = self._make_cond_fn(log) if job.is_guided else None
         self.steps = settings["denoise_steps"] or self.diffusion.num_timesteps
 
@@ -118,35 +124,18 @@ class Sampler:
             "try --use_fp16 False, and check that the checkpoint fits the flags"
         )
 
-    def _load(self, create: Callable, flags: dict, path: str, flag: str = "--model_path"):
-        try:
-            # No time for random weights: every one is read from the file.
-            with torch.device("meta"):
-                model = create(**flags)
-        except ValueError as error:
-            raise UserError(f"model flags: {error}") from error
-        model = model.to_empty(device="cpu")
-        load_weights(model, path, flag=flag)
-        return model.eval().requires_grad_(False)
-
-    def _on_device(self, model, half: bool, flag: str, log: Callable[[str], None]):
-        model = model.to(self.device, memory_format=torch.channels_last)
-        if half and self.device.type == "cpu":
-            dtype = torch.bfloat16 if cpu_has_bfloat16() else torch.float32
-            log(f"{flag} True on a CPU: computing in {str(dtype).removeprefix('torch.')}")
-            model.convert_to(dtype)
-        elif half:
-            model.convert_to_fp16()
-        return model
-
     def _make_cond_fn(self, log: Callable[[str], None]) -> Callable:
         settings = self._job.settings
         flags = {key: settings[key] for key in classifier_defaults()}
-        classifier = self._load(
-            create_classifier, flags, self._job.info["classifier_path"], "--classifier_path"
+        classifier = load_network(
+            create_classifier,
+            flags,
+            self._job.info["classifier_path"],
+            self.device,
+            half=settings["classifier_use_fp16"],
+            kind="classifier",
+            log=log,
         )
-        half = settings["classifier_use_fp16"]
-        classifier = self._on_device(classifier, half, "--classifier_use_fp16", log)
         scale = settings["classifier_scale"]
 
         def gradient(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -160,7 +149,39 @@ class Sampler:
         return gradient
 
 
-def _flags_of(create: Callable, settings: dict) -> dict:
+def load_network(
+    create: Callable[..., torch.nn.Module],
+    flags: dict,
+    path: str,
+    device: torch.device,
+    *,
+    half: bool,
+    kind: str = "model",
+    log: Callable[[str], None] = print,
+) -> torch.nn.Module:
+    """Make a network with `create(**flags)`, load the checkpoint at `path`, put it on the device.
+
+    With `half` it computes in float16 on CUDA, and on a CPU in bfloat16 where the processor has it
+    and float32 elsewhere. `kind` is "model" or "classifier", for the flags that errors name.
+    """
+    try:
+        network = create(**flags)
+    except ValueError as error:
+        raise UserError(f"{kind} flags: {error}") from error
+    load_weights(network, path, flag=f"--{kind}_path")
+    network = network.eval().requires_grad_(False)
+    network = network.to(device, memory_format=torch.channels_last)
+    if half and device.type == "cpu":
+        dtype = torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+        flag = "--use_fp16" if kind == "model" else "--classifier_use_fp16"
+        log(f"{flag} True on a CPU: computing in {str(dtype).removeprefix('torch.')}")
+        network.convert_to(dtype)
+    elif half:
+        network.convert_to_fp16()
+    return network
+
+
+def flags_of(create: Callable, settings: dict) -> dict:
     """The settings that `create` takes."""
     known = {**WITHOUT_EFFECT, **settings}
     return {name: known[name] for name in inspect.signature(create).parameters if name in known}
@@ -199,8 +220,12 @@ def cpu_has_bfloat16() -> bool:
     return False
 
 
+# What torch's CPU allocator, and oneDNN (which gives no reason), say when memory runs out.
+_OUT_OF_MEMORY = ("allocate memory", "could not create a primitive", "could not create a memory")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device, or the machine for the CPU, had no memory left."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
     )

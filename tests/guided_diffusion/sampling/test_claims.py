@@ -1,0 +1,83 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+from guided_diffusion.sampling import claims
+from guided_diffusion.sampling.claims import Claims, Heart, Observer, process_runs
+
+
+@pytest.fixture
+def fast_beats(monkeypatch):
+    monkeypatch.setattr(claims, "BEAT_S", 0.05)
+
+
+def test_one_live_worker_has_a_chunk(tmp_path, fast_beats):
+    with Heart(tmp_path, rank=0) as first, Heart(tmp_path, rank=1) as second:
+        ours, theirs = Claims(tmp_path, first.worker_id), Claims(tmp_path, second.worker_id)
+        assert ours.take(3) and not theirs.take(3) and theirs.take(4)
+        ours.release(3)
+        assert theirs.take(3)
+
+
+def test_the_claim_of_a_stopped_worker_is_taken_over(tmp_path, fast_beats):
+    with Heart(tmp_path, rank=0) as heart:
+        assert Claims(tmp_path, heart.worker_id).take(0)
+    with Heart(tmp_path, rank=1) as heart:
+        assert Claims(tmp_path, heart.worker_id).take(0)
+
+
+def killed_worker(folder) -> subprocess.Popen:
+    """A process that claims chunk 0 and is killed with its claim."""
+    code = (
+        "import sys, time; from guided_diffusion.sampling.claims import Claims, Heart\n"
+        f"heart = Heart({str(folder)!r}, rank=7).__enter__()\n"
+        f"assert Claims({str(folder)!r}, heart.worker_id).take(0)\n"
+        "print('claimed', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "claimed\n"
+    return process
+
+
+def test_a_killed_process_is_dead_at_once_even_as_a_zombie(tmp_path):
+    process = killed_worker(tmp_path)
+    [record] = Observer(tmp_path).workers()
+    with Heart(tmp_path, rank=1) as heart:
+        mine = Claims(tmp_path, heart.worker_id)
+        assert record["alive"] and not mine.take(0)
+        process.kill()
+        while process_runs(process.pid):  # a zombie: nobody has waited for it yet
+            time.sleep(0.01)
+        assert mine.take(0)
+    process.wait()
+    process.stdout.close()
+
+
+def test_on_another_machine_a_heart_that_stands_still_is_dead(tmp_path, fast_beats, monkeypatch):
+    monkeypatch.setattr(claims, "DEAD_AFTER_S", 0.3)
+    monkeypatch.setattr(claims, "machine_id", lambda: "there")
+    heart = Heart(tmp_path, rank=0)
+    heart.__enter__()
+    monkeypatch.setattr(claims, "machine_id", lambda: "here")
+    observer = Observer(tmp_path)
+    for _ in range(10):  # slow, but it beats
+        time.sleep(0.05)
+        assert observer.workers()[0]["alive"]
+    heart._stop.set()  # as if the machine had lost its power: no last word
+    heart._thread.join()
+    observer.workers()
+    time.sleep(0.4)
+    assert not observer.workers()[0]["alive"]
+
+
+def test_a_full_disk_under_the_heart_reaches_the_worker(tmp_path, fast_beats):
+    with Heart(tmp_path / "gone", rank=0) as heart:
+        (tmp_path / "gone" / "workers").rename(tmp_path / "moved")
+        (tmp_path / "gone" / "workers").write_text("a file in the way")
+        deadline = time.monotonic() + 10
+        with pytest.raises(OSError, match="exists|directory"):
+            while time.monotonic() < deadline:
+                heart.set(state="sampling")
+                time.sleep(0.02)

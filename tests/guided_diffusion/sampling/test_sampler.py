@@ -1,0 +1,119 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from esddpm_io.errors import UserError
+from guided_diffusion.checkpoints import load_weights
+from guided_diffusion.sampling import sampler as sampler_module
+from guided_diffusion.sampling.random_streams import RandomStreams
+from guided_diffusion.sampling.sampler import Sampler, choose_device, to_uint8
+from guided_diffusion.sampling.settings import read_job
+from guided_diffusion.script_util import (
+    classifier_defaults,
+    create_classifier,
+    create_model_and_diffusion,
+    model_and_diffusion_defaults,
+)
+from tests.tiny_sampling import CLASSIFIER, IMAGE_SIZE, MODEL
+
+
+def by_the_library(tiny, start: int, stop: int, loop: str, scale: float) -> np.ndarray:
+    """Samples start … stop-1 by the library's own loops, without the engine."""
+    flags = {**model_and_diffusion_defaults(), **MODEL, "timestep_respacing": "5"}
+    model, diffusion = create_model_and_diffusion(**flags)
+    load_weights(model, str(tiny.model), flag="")
+    classifier = create_classifier(
+        **{**classifier_defaults(), **CLASSIFIER, "image_size": IMAGE_SIZE}
+    )
+    load_weights(classifier, str(tiny.classifier), flag="")
+
+    def gradient(x, t, y):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            log_probability = -torch.nn.functional.cross_entropy(
+                classifier(x, t), y, reduction="sum"
+            )
+            return torch.autograd.grad(log_probability, x)[0] * scale
+
+    with np.load(tiny.images) as npz:
+        images, labels = npz["arr_0"][start:stop], npz["arr_1"][start:stop]
+    clean = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    samples = getattr(diffusion, loop)(
+        model.eval(),
+        clean.shape,
+        noise=clean,
+        cond_fn=gradient if scale else None,
+        model_kwargs={"y": torch.from_numpy(labels)},
+        denoise_steps=2,
+        randn=RandomStreams(0, start, stop).randn,
+    )
+    return to_uint8(samples)
+
+
+@pytest.mark.parametrize("scale", [0.0, 50.0])
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+def test_samples_are_those_of_the_library(tiny, tmp_path, loop, scale):
+    changes = {"use_ddim": loop.startswith("ddim"), "classifier_scale": scale}
+    job = read_job(tiny.guided_flags(tmp_path, **changes), guided=True)
+    images, labels = Sampler(job).sample(3, 7)
+    expected = by_the_library(tiny, 3, 7, loop, scale)
+    # Truncation to bytes may turn a rounding of 1e-6 into 1.
+    assert np.abs(images.astype(int) - expected).max() <= 1
+    assert (images == expected).mean() > 0.99
+    np.testing.assert_array_equal(labels, np.load(tiny.images)["arr_1"][3:7])
+
+
+def test_guidance_changes_the_samples(tiny, tmp_path):
+    plain, guided = (
+        Sampler(read_job(tiny.guided_flags(tmp_path, classifier_scale=scale), guided=True)).sample(
+            0, 2
+        )[0]
+        for scale in (0.0, 50.0)
+    )
+    assert (plain != guided).mean() > 0.5
+
+
+def test_nan_names_index_and_step(tiny, tmp_path):
+    state = torch.load(tiny.model, weights_only=True)
+    state["label_emb.weight"][np.load(tiny.images)["arr_1"][5]] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    flags = tiny.worker_flags(tmp_path, model_path=tmp_path / "nan.pt", clip_denoised=False)
+    message = "sample 5 became NaN or infinite at step 1 of 2 (index 1 of the chain"
+    with pytest.raises(UserError, match=re.escape(message)):
+        Sampler(read_job(flags, guided=False)).sample(4, 8)
+
+
+def test_half_precision_on_a_cpu_says_what_it_does(tiny, tmp_path, monkeypatch):
+    job = read_job(tiny.worker_flags(tmp_path, use_fp16=True), guided=False)
+    samples = {}
+    for has, name in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(sampler_module, "cpu_has_bfloat16", lambda has=has: has)
+        said = []
+        samples[name] = Sampler(job, said.append).sample(0, 4)[0].astype(int)
+        assert said == [f"--use_fp16 True on a CPU: computing in {name}"]
+    difference = np.abs(samples["bfloat16"] - samples["float32"])
+    assert 0 < difference.mean() < 4  # of 255: the same pictures, coarser
+
+
+def test_a_checkpoint_of_other_flags_is_refused(tiny, tmp_path):
+    flags = tiny.worker_flags(tmp_path, num_channels=64)
+    with pytest.raises(UserError, match=r"--model_path: .* does not fit the model flags"):
+        Sampler(read_job(flags, guided=False))
+    flags = tiny.worker_flags(tmp_path, channel_mult="1,x")
+    with pytest.raises(UserError, match="model flags: channel_mult must be"):
+        Sampler(read_job(flags, guided=False))
+
+
+def test_devices():
+    assert choose_device("cpu") == torch.device("cpu")
+    for absent in ("99", "cuda:99", "tpu"):
+        with pytest.raises(UserError, match=f"--device {absent} is not there; valid .*: cpu"):
+            choose_device(absent)
+
+
+def test_bytes_are_truncated():
+    x = torch.tensor([-2.0, -1.0, -0.999, 0.0, 0.9999, 1.0, 3.0]).view(1, 1, 7, 1)
+    x = x.expand(1, 3, 7, 1)
+    assert to_uint8(x)[0, :, 0, 0].tolist() == [0, 0, 0, 127, 254, 255, 255]

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+
+from esddpm_io.errors import UserError
+from guided_diffusion.sampling.settings import (
+    build_parser,
+    rank_from_environment,
+    read_job,
+    sampling_defaults,
+)
+from guided_diffusion.script_util import classifier_defaults, model_and_diffusion_defaults
+
+
+def test_published_flags_and_defaults_are_frozen():
+    published = {
+        "clip_denoised": True,
+        "num_samples": 10000,
+        "batch_size": 16,
+        "use_ddim": False,
+        "model_path": "",
+    }
+    plain = vars(build_parser(guided=False).parse_args([]))
+    guided = vars(build_parser(guided=True).parse_args([]))
+    assert published.items() <= plain.items() and published.items() <= guided.items()
+    for name in ("device", "global_rank", "world_size", "save_dir", "save_png_files", "seed"):
+        assert name in plain
+    assert {"save_numpy_array", "denoise_steps", "dataset_path", "start_from_scratch"} < set(plain)
+    assert model_and_diffusion_defaults().items() <= plain.items()
+    extra = {"classifier_path": "", "classifier_scale": 1.0, **classifier_defaults()}
+    assert guided == {**plain, **extra}
+    assert sampling_defaults(guided=False).keys() < plain.keys()
+
+
+def test_switches_work_with_and_without_a_truth_value():
+    parse = build_parser(guided=False).parse_args
+    assert parse(["--save_png_files"]).save_png_files is True
+    assert parse(["--save_png_files", "no"]).save_png_files is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"denoise_steps": 0}, r"--denoise_steps must be in 1 … 5, the chain's length, not 0"),
+        ({"denoise_steps": 6}, r"--denoise_steps must be in 1 … 5"),
+        ({"timestep_respacing": "ddim600"}, r"--timestep_respacing.*ddim"),
+        ({"timestep_respacing": "2000"}, r"--timestep_respacing"),
+        ({"noise_schedule": "square"}, r"--noise_schedule"),
+        ({"batch_size": 0}, r"--batch_size must be at least 1"),
+        ({"seed": -1}, r"--seed must be in 0 …"),
+        ({"save_dir": ""}, r"--save_dir: name the folder"),
+        ({"model_path": "none.pt"}, r"--model_path: there is no file none\.pt"),
+        ({"classifier_path": "none.pt"}, r"--classifier_path: there is no file none\.pt"),
+        ({"dataset_path": "none.npz"}, r"--dataset_path: there is no file.* none\.npz"),
+        ({"image_size": 16}, r"--dataset_path: the images of .* are 8x8, the model makes 16x16"),
+        ({"global_rank": 2, "world_size": 2}, r"--global_rank must be in 0 … 1, not 2"),
+    ],
+)
+def test_bad_values_name_the_flag_and_the_valid_ones(tiny, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        read_job(tiny.guided_flags(**{"save_dir": tmp_path, **changes}), guided=True)
+
+
+def test_guidance_scale_0_needs_no_classifier_and_gives_the_settings_of_the_plain_script(
+    tiny, tmp_path
+):
+    flags = tiny.guided_flags(tmp_path, classifier_scale=0, classifier_path="")
+    job = read_job(flags, guided=True)
+    assert not job.is_guided
+    assert job.settings == read_job(tiny.worker_flags(tmp_path), guided=False).settings
+
+
+def test_settings_follow_contents_and_not_places(tiny, tmp_path):
+    first = read_job(tiny.worker_flags(tmp_path / "a"), guided=False)
+    with np.load(tiny.images) as npz:
+        np.savez(tmp_path / "copy.npz", npz["arr_0"], npz["arr_1"])
+        np.savez(tmp_path / "other.npz", npz["arr_0"][::-1], npz["arr_1"])
+    model = tmp_path / "elsewhere.pt"
+    model.write_bytes(tiny.model.read_bytes())
+    moved = {"dataset_path": tmp_path / "copy.npz", "model_path": model, "batch_size": 7}
+    same = read_job(tiny.worker_flags(tmp_path / "b", **moved), guided=False)
+    assert same.settings == first.settings
+    for change in (
+        {"dataset_path": tmp_path / "other.npz"},
+        {"model_path": tiny.classifier},
+        {"seed": 1},
+        {"use_ddim": True},
+        {"clip_denoised": False},
+    ):
+        other = read_job(tiny.worker_flags(tmp_path, **change), guided=False)
+        assert other.settings != first.settings, change
+
+
+def test_blocks_are_contiguous_and_cover_everything(tiny, tmp_path):
+    for world, blocks in {3: [(0, 4), (4, 8), (8, 10)], 7: [(0, 2), (2, 4)]}.items():
+        for rank, block in enumerate(blocks):
+            place = {"global_rank": rank, "world_size": world}
+            job = read_job(tiny.worker_flags(tmp_path, **place), guided=False)
+            assert job.block == block and not job.any_chunk
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, (0, 1, False)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4, True)),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, (1, 2, True)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, (1, 2, True)),
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, (5, 8, True)),
+        (
+            {
+                "SLURM_ARRAY_TASK_ID": "12",
+                "SLURM_ARRAY_TASK_MIN": "10",
+                "SLURM_ARRAY_TASK_COUNT": "4",
+                "SLURM_PROCID": "1",
+                "SLURM_NTASKS": "2",
+            },
+            (5, 8, True),
+        ),
+    ],
+)
+def test_rank_and_size_come_from_the_launcher(environment, place):
+    assert rank_from_environment(environment) == place
