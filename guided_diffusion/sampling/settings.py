@@ -29,6 +29,16 @@ from guided_diffusion.script_util import (
 # Model flags that sampling does not depend on, and what they are while it runs.
 WITHOUT_EFFECT = {"use_checkpoint": False, "dropout": 0.0}
 _LARGEST_SEED = 2**64 - 1
+# Flags of every sampling command, and their defaults.
+COMMON_DEFAULTS = {
+    "clip_denoised": True,
+    "num_samples": 10000,
+    "batch_size": 16,
+    "use_ddim": False,
+    "model_path": "",
+    "device": "",
+    "seed": 0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +78,7 @@ class Job:
 def sampling_defaults(guided: bool) -> dict:
     """All flags of a sampling script that take a value, and their defaults."""
     defaults = {
-        **_common_defaults(),
+        **_worker_defaults(),
         "dataset_path": "",
         "denoise_steps": 25,
         **model_and_diffusion_defaults(),
@@ -80,23 +90,17 @@ def sampling_defaults(guided: bool) -> dict:
 
 def super_resolution_defaults() -> dict:
     """The same for a super-resolution script."""
-    return {**_common_defaults(), "base_samples": "", **sr_model_and_diffusion_defaults()}
+    return {**_worker_defaults(), "base_samples": "", **sr_model_and_diffusion_defaults()}
 
 
-def _common_defaults() -> dict:
+def _worker_defaults() -> dict:
     return {
-        "clip_denoised": True,
-        "num_samples": 10000,
-        "batch_size": 16,
-        "use_ddim": False,
-        "model_path": "",
+        **COMMON_DEFAULTS,
         "save_dir": "",
-        "device": "",
         "global_rank": None,
         "world_size": None,
         "any_chunk": None,
         "chunk_size": 0,
-        "seed": 0,
     }
 
 
@@ -214,7 +218,7 @@ def _settle_flags(args: argparse.Namespace, typed: dict, kind: str) -> list[str]
     """Fill in the flags of a network that its sidecar or its file tells; remarks for the log."""
     flag = "classifier_path" if kind == "classifier" else "model_path"
     path = getattr(args, flag)
-    _require_file(path, f"--{flag}")
+    require_file(path, f"--{flag}")
     if kind == "classifier":
         typed = {name: value for name, value in typed.items() if name in classifier_defaults()}
     flags, remarks = settle_flags(path, kind, typed, flag=f"--{flag}")
@@ -349,6 +353,7 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _require_file(path: str, flag: str) -> None:
+def require_file(path: str, flag: str) -> None:
+    """UserError, naming `flag`, if `path` is empty or there is no such file."""
     _require(bool(path), f"{flag}: name the checkpoint file")
     _require(exists(path), f"{flag}: there is no file {path}")

@@ -1,0 +1,56 @@
+"""guided-diffusion's own sampling commands: pure noise in, one .npz in the log folder out."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from esddpm_io.errors import terminate_cleanly
+from esddpm_io.files import join
+from guided_diffusion import dist_util, logger
+from guided_diffusion.sampling import outputs, worker
+from guided_diffusion.sampling.chunks import ChunkFolder
+from guided_diffusion.sampling.settings import COMMON_DEFAULTS, Job
+from guided_diffusion.script_util import add_dict_to_argparser
+
+
+def build_parser(description: str, defaults: dict) -> argparse.ArgumentParser:
+    """A command line with the common flags and `defaults`."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_dict_to_argparser(parser, {**COMMON_DEFAULTS, **defaults})
+    return parser
+
+
+def sample(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    read_job: Callable[[list[str]], Job],
+    *worker_flags: str,
+) -> None:
+    """Check the command line `argv`, then sample it with the engine into the log folder.
+
+    `read_job` reads the flags of an engine's worker, which are those of `parser` and more:
+    `worker_flags`. All processes that were started together share the work; rank 0 joins it to
+    `samples_{N}x{H}x{W}x{C}.npz` (`arr_0`, and `arr_1` where there are labels).
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser.parse_args(argv)
+    terminate_cleanly()
+    dist_util.setup_dist()
+    logger.configure()
+    job = read_job([*argv, *worker_flags, "--save_dir", logger.get_dir()])
+    worker.run(job, logger.log)
+    if job.rank == 0:
+        logger.log(f"wrote {_join_all(ChunkFolder.load(job.save_dir))}")
+
+
+def _join_all(folder: ChunkFolder) -> str:
+    parts = outputs.parts_of(folder, 0, folder.num_samples)
+    with parts[0].open() as reader:
+        size = "x".join(map(str, (folder.num_samples, *reader.shape("arr_0")[1:])))
+    path = join(folder.folder, f"samples_{size}.npz")
+    outputs.join_parts(parts, path)
+    return path

@@ -1,0 +1,28 @@
+"""Sample images from noise with a diffusion model, into samples_….npz in OPENAI_LOGDIR.
+
+    python scripts/image_sample.py --model_path MODEL.pt --num_samples 100
+
+Flags of the network that are not given come from the checkpoint's sidecar or, where the command
+names none at all, from the names and shapes of its tensors. Also with torchrun, mpiexec, srun.
+"""
+
+import argparse
+import functools
+
+from esddpm_io.errors import run_main
+from guided_diffusion.sampling import log_folder
+from guided_diffusion.sampling.settings import read_job
+from guided_diffusion.script_util import model_and_diffusion_defaults
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    return log_folder.build_parser(__doc__, model_and_diffusion_defaults())
+
+
+def main(argv: list[str] | None = None) -> None:
+    read = functools.partial(read_job, guided=False)
+    log_folder.sample(create_argparser(), argv, read, "--start_from_scratch")
+
+
+if __name__ == "__main__":
+    run_main(main)
