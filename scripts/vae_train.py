@@ -126,7 +126,9 @@ def finish(trainer: Trainer, flags: dict, data: BatchStream, prior_images: int, 
     vae.load_state_dict({**trained, **own_prior})
     shares = dist_util.gather_objects(encode_share(vae, data, prior_images))
     if dist_util.rank() == 0:
-        labels, mean, variance = (torch.cat(parts) for parts in zip(*shares, strict=True))
+        position, *codes = (torch.cat(parts) for parts in zip(*shares, strict=True))
+        # In the data's order, so that the start of the fit does not depend on who encoded what.
+        labels, mean, variance = (part[position.argsort()] for part in codes)
         logger.log(f"fitting the prior to the codes of {len(mean)} images")
         vae.fit_prior(labels if vae.num_classes else None, mean, variance, seed)
         path = str(Path(logger.get_dir()) / f"vae{trainer.global_step:06d}.pt")
@@ -136,23 +138,25 @@ def finish(trainer: Trainer, flags: dict, data: BatchStream, prior_images: int, 
 
 
 @torch.no_grad()
-def encode_share(
-    vae: VAE, data: BatchStream, most: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Labels (0 without), means and variances of q for this process's share of `most` images of
-    the shuffled data, each image at most once."""
+def encode_share(vae: VAE, data: BatchStream, most: int) -> tuple[torch.Tensor, ...]:
+    """Positions in the shuffled data, labels (0 without), means and variances of q for this
+    process's share of the first `most` images, each image at most once."""
     n = min(len(data.images), most)
     rows = torch.arange(data.batch_size) + data.batch_size * dist_util.rank()
     step_rows = data.batch_size * dist_util.world_size()
-    parts = []
+    device, parts = vae.label_counts.device, []
     for first in range(0, n, step_rows):
         batch, cond = next(data)
-        wanted = first + rows < n  # the stream goes on into its next round
-        x, y = batch[wanted].to(vae.label_counts.device), cond.get("y")
-        y = y[wanted].to(x.device) if y is not None else None
-        mean, log_sigma = vae.encode(x, y)
-        labels = y if y is not None else torch.zeros(len(x), dtype=torch.int64)
-        parts.append((labels.cpu(), mean.cpu(), torch.exp(2 * log_sigma).cpu()))
+        labels = cond.get("y")
+        mean, log_sigma = vae.encode(
+            batch.to(device), labels.to(device) if labels is not None else None
+        )
+        if labels is None:
+            labels = torch.zeros(len(batch), dtype=torch.int64)
+        positions = first + rows
+        wanted = positions < n  # the stream goes on into its next round
+        codes = (positions, labels, mean.cpu(), torch.exp(2 * log_sigma).cpu())
+        parts.append([code[wanted] for code in codes])
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
