@@ -1,0 +1,128 @@
+import csv
+import json
+
+import pytest
+
+from esddpm_io.errors import UserError
+from guided_diffusion import logger
+
+
+@pytest.fixture(autouse=True)
+def clean_logger():
+    yield
+    logger.reset()
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_figures_go_to_every_output(tmp_path, capsys):
+    logger.configure(str(tmp_path), ["stdout", "log", "csv", "json"])
+    logger.logkv("step", 3)
+    for value in (1.0, 2.0, 6.0):
+        logger.logkv_mean("loss", value)
+    logger.logkvs({"lr": 1e-4})
+    assert logger.dumpkvs() == {"step": 3, "loss": 3.0, "lr": 1e-4}
+    assert logger.getkvs() == {}
+    assert rows(tmp_path / "progress.csv") == [{"loss": "3.0", "lr": "0.0001", "step": "3"}]
+    assert json.loads((tmp_path / "progress.json").read_text()) == {
+        "step": 3,
+        "loss": 3.0,
+        "lr": 1e-4,
+    }
+    for text in (capsys.readouterr().out, (tmp_path / "log.txt").read_text()):
+        assert "| loss | 3      |" in text and "| lr   | 0.0001 |" in text
+
+
+def test_csv_grows_columns_and_a_second_run_appends(tmp_path):
+    logger.configure(str(tmp_path), ["csv", "log"])
+    logger.logkv("b", 1)
+    logger.dumpkvs()
+    logger.logkvs({"a": 2, "b": 3})
+    logger.dumpkvs()
+    logger.configure(str(tmp_path), ["csv", "log"])
+    logger.logkv("a", 4)
+    logger.dumpkvs()
+    assert rows(tmp_path / "progress.csv") == [
+        {"b": "1", "a": ""},
+        {"b": "3", "a": "2"},
+        {"b": "", "a": "4"},
+    ]
+    assert (tmp_path / "log.txt").read_text().count("Logging to") == 2
+
+
+def test_environment_decides_folder_and_formats(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "deep/run"))
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "json,log")
+    logger.configure()
+    assert logger.get_dir() == str(tmp_path / "deep/run")
+    assert {p.name for p in (tmp_path / "deep/run").iterdir()} == {"progress.json", "log.txt"}
+
+
+def test_other_ranks_write_only_a_log_of_their_own(tmp_path, monkeypatch):
+    for name, value in {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    logger.configure(str(tmp_path))
+    logger.log("here")
+    assert [p.name for p in tmp_path.iterdir()] == ["log-rank002.txt"]
+
+
+def test_dated_folder_by_default(monkeypatch, tmp_path):
+    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    logger.configure(format_strs=["log"])
+    assert logger.get_dir().startswith(str(tmp_path / "openai-2"))
+
+
+def test_tensorboard_files_can_be_read(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger.configure(str(tmp_path), ["tensorboard"])
+    for step, loss in ((10, 0.5), (20, 0.25)):
+        logger.logkvs({"step": step, "loss": loss})
+        logger.dumpkvs()
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, 0.5), (20, 0.25)]
+
+
+def test_unknown_format_is_named(tmp_path):
+    with pytest.raises(UserError, match="OPENAI_LOG_FORMAT.*xml.*stdout"):
+        logger.configure(str(tmp_path), ["xml"])
+
+
+def test_levels_scopes_and_times(tmp_path, capsys):
+    logger.configure(str(tmp_path / "outer"), ["log"])
+    logger.set_level(logger.WARN)
+    logger.info("quiet")
+    logger.warn("loud")
+    with logger.scoped_configure(str(tmp_path / "inner"), ["log"]):
+        logger.info("inside")
+    logger.error("outside")
+
+    @logger.profile("work")
+    def work():
+        return 5
+
+    assert work() == 5 and logger.getkvs()["wait_work"] >= 0
+    outer = (tmp_path / "outer/log.txt").read_text()
+    assert outer.split("\n")[1:] == ["loud", "outside", ""]
+    assert "inside" in (tmp_path / "inner/log.txt").read_text()
+
+
+class Communicator:
+    """Two processes' worth of mpi4py's `gather`: this one's rows, and a second row given before."""
+
+    def __init__(self, other):
+        self.other = other
+
+    def gather(self, mine, root):
+        return [mine, self.other]
+
+
+def test_rows_are_averaged_over_a_communicator():
+    outputs = logger.Logger(None, [], comm=Communicator({"loss": (5.0, 3), "extra": (1.0, 1)}))
+    outputs.logkv_mean("loss", 1.0)
+    assert outputs.dumpkvs() == {"loss": 4.0, "extra": 1.0}
