@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from esddpm_io.errors import UserError
@@ -350,6 +350,8 @@ class ImageDataset(Dataset):
             try:
                 with Image.open(stream) as image:
                     image = Image.fromarray(to_rgb(image))
+            except UnidentifiedImageError as error:
+                raise UserError("not an image") from error
             except (*_BROKEN, Image.DecompressionBombError) as error:
                 raise UserError(f"{error}") from error
         if self.random_crop:

@@ -97,8 +97,8 @@ def test_the_scale_stays_in_its_range():
 
 
 def test_a_unet_trains_in_float16():
-    flags = model_and_diffusion_defaults()
-    flags |= dict(image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1", use_fp16=True)
+    flags = {**model_and_diffusion_defaults(), "image_size": 8, "num_channels": 32}
+    flags |= {"num_res_blocks": 1, "channel_mult": "1", "use_fp16": True}
     torch.manual_seed(0)
     model, diffusion = create_model_and_diffusion(**flags)
     mp = MixedPrecisionTrainer(model=model, use_fp16=True)
