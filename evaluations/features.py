@@ -110,8 +110,13 @@ def choose_engine(
         here = plain and importlib.util.find_spec("tensorflow") is not None
         backend = "tensorflow" if here else "torch"
     if backend == "torch":
-        from evaluations.backend_torch import TorchEngine
-
+        try:
+            from evaluations.backend_torch import TorchEngine
+        except ImportError as error:
+            raise UserError(
+                f"--backend torch: PyTorch cannot be loaded ({error}); install it (pip install "
+                "torch) or use --backend tensorflow"
+            ) from error
         return TorchEngine(graph, precision, device)
     if precision != "float32":
         raise UserError(f"--precision {precision} needs --backend torch: TensorFlow runs float32")

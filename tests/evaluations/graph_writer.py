@@ -27,7 +27,7 @@ _DTYPES = {
     np.dtype(np.int64): 9,
 }
 _TYPE_NAMES = {"DT_FLOAT": 1, "DT_INT32": 3, "DT_UINT8": 4, "DT_STRING": 7}
-_TYPE_ATTRIBUTES = ("T", "dtype", "SrcT", "DstT", "Tidx", "Tshape", "Tdim", "Tpaddings")
+_TYPE_ATTRIBUTES = ("T", "dtype", "SrcT", "DstT", "Tidx", "Tshape", "Tdim", "Tpaddings", "U")
 
 
 def varint(value: int) -> bytes:
@@ -109,7 +109,7 @@ def small_graph(size: int = 16, width: int = 12, classes: int = 5, **extra: byte
         f"{norm}/gamma": 1 + 0.2 * normal(f"{norm}/gamma", (width,)),
     }
     half = -(-size // 2)
-    pool = dict(ksize=[1, 2, 2, 1], strides=[1, 2, 2, 1], padding=b"SAME", T=1)
+    pool = {"ksize": [1, 2, 2, 1], "strides": [1, 2, 2, 1], "padding": b"SAME", "T": 1}
     return graph(
         node("ExpandDims", "Placeholder", dtype=1),
         constant("size", np.array([size, size], np.int32)),

@@ -1,0 +1,245 @@
+"""The formulas, against published values, independent packages and cases one can reason out."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.linalg import sqrtm
+
+from evaluations import neighbours
+from evaluations.metrics import (
+    Gaussian,
+    RunningMoments,
+    bootstrap_interval,
+    density_coverage,
+    frechet_distance,
+    gaussian_of,
+    inception_score,
+    kernel_distance,
+    neighbour_radii,
+    precision_recall,
+)
+from tests.evaluations.graph_writer import GOLDEN
+from tests.evaluations.metric_packages import ROWS, inputs
+
+REFERENCE, SAMPLES, WEIGHTS = inputs()
+PUBLISHED = json.loads((GOLDEN / "metric_values.json").read_text())
+PACKAGES = json.loads((GOLDEN / "metric_packages.json").read_text())
+FIDELITY, PRDC = PACKAGES["torch-fidelity"], PACKAGES["prdc"]
+
+
+def random_features(rows: int, width: int, seed: int, rank: int | None = None) -> np.ndarray:
+    """Correlated features whose covariance has the given rank."""
+    rng = np.random.default_rng(seed)
+    rank = rank or width
+    mixing = rng.standard_normal((rank, width)) * np.exp(-np.arange(rank) / rank * 4)[:, None]
+    return rng.standard_normal((rows, rank)) @ mixing + rng.standard_normal(width)
+
+
+def matrix_gaussian(features: np.ndarray) -> Gaussian:
+    return Gaussian(features.mean(axis=0), np.cov(features, rowvar=False))
+
+
+def test_published_values():
+    distance = frechet_distance(gaussian_of(REFERENCE), gaussian_of(SAMPLES))
+    assert distance == pytest.approx(PUBLISHED["frechet_distance"], rel=1e-7)
+    precise, recalled = precision_recall(REFERENCE, SAMPLES)
+    assert precise.mean() == PUBLISHED["precision"]
+    assert recalled.mean() == PUBLISHED["recall"]
+
+
+def test_independent_packages():
+    distance = frechet_distance(gaussian_of(REFERENCE), gaussian_of(SAMPLES))
+    assert distance == pytest.approx(FIDELITY["frechet_inception_distance"], rel=1e-7)
+    kid = kernel_distance(REFERENCE[:ROWS], SAMPLES, subsets=1, subset_size=ROWS)
+    assert kid.value == pytest.approx(FIDELITY["kernel_inception_distance_mean"], rel=1e-5)
+    score = inception_score(SAMPLES, WEIGHTS, split=len(SAMPLES) // 2)
+    assert score.value == pytest.approx(FIDELITY["inception_score_mean"], rel=1e-6)
+    assert score.deviation == pytest.approx(FIDELITY["inception_score_std"], rel=1e-4)
+    precise, recalled = precision_recall(REFERENCE, SAMPLES, arithmetic="float32")
+    assert precise.mean() == pytest.approx(FIDELITY["precision"], abs=1e-6)
+    assert recalled.mean() == pytest.approx(FIDELITY["recall"], abs=1e-6)
+    precise, recalled = precision_recall(REFERENCE, SAMPLES, k=5, arithmetic="float32")
+    assert precise.mean() == pytest.approx(PRDC["precision"], abs=1e-9)
+    assert recalled.mean() == pytest.approx(PRDC["recall"], abs=1e-9)
+    balls, covered = density_coverage(REFERENCE, SAMPLES)
+    assert balls.mean() == pytest.approx(PRDC["density"], rel=1e-9)
+    assert covered.mean() == pytest.approx(PRDC["coverage"], rel=1e-9)
+
+
+def test_distance_is_that_of_sqrtm_where_sqrtm_is_good():
+    a, b = random_features(400, 60, 0), random_features(300, 60, 1)
+    first, second = matrix_gaussian(a), matrix_gaussian(b)
+    shift = first.mean - second.mean
+    root = np.trace(sqrtm(first.covariance @ second.covariance)).real
+    spread = np.trace(first.covariance) + np.trace(second.covariance) - 2 * root
+    assert frechet_distance(first, second) == pytest.approx(shift @ shift + spread, rel=1e-9)
+
+
+@pytest.mark.parametrize("rank_a, rank_b", [(80, 80), (80, 30), (25, 80), (25, 30)])
+def test_distance_of_singular_covariances_is_exact(rank_a, rank_b):
+    """Given as samples or as matrices, of full rank or not: one value, that of the small form."""
+    a, b = random_features(200, 80, 2, rank_a), random_features(300, 80, 3, rank_b)
+    centred = [(f - f.mean(axis=0)) / np.sqrt(len(f) - 1) for f in (a, b)]
+    trace = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    shift = a.mean(axis=0) - b.mean(axis=0)
+    exact = shift @ shift + sum(np.sum(c**2) for c in centred) - 2 * trace
+    forms = [
+        (gaussian_of(a), gaussian_of(b)),
+        (matrix_gaussian(a), matrix_gaussian(b)),
+        (gaussian_of(a[:60]), matrix_gaussian(b)),
+    ]
+    for first, second in forms[:2]:
+        assert frechet_distance(first, second) == pytest.approx(exact, rel=1e-9)
+    few = forms[2]
+    assert few[0].rows is not None
+    assert frechet_distance(*few) == pytest.approx(frechet_distance(*few[::-1]), rel=1e-12)
+    as_matrix = Gaussian(few[0].mean, few[0].full_covariance())
+    assert frechet_distance(as_matrix, few[1]) == pytest.approx(frechet_distance(*few), rel=1e-9)
+
+
+def test_distance_of_a_set_from_itself_is_zero():
+    for features in (REFERENCE, random_features(20, 50, 4)):
+        assert frechet_distance(gaussian_of(features), gaussian_of(features)) < 1e-9
+
+
+def test_distance_refuses_what_has_none():
+    good = gaussian_of(REFERENCE)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        frechet_distance(good, Gaussian(good.mean, good.covariance * np.nan))
+    with pytest.raises(ValueError, match="23 dimensions"):
+        frechet_distance(good, gaussian_of(REFERENCE[:, :23]))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 24, 25, 49, 300])
+def test_moments_of_a_stream_are_those_of_the_whole(rows):
+    features = REFERENCE[:rows] + 1000  # far from zero: one-pass sums of squares would lose digits
+    moments = RunningMoments()
+    for start in range(0, rows, 7):
+        moments.add(features[start : start + 7])
+    gaussian = moments.gaussian()
+    assert gaussian.count == rows
+    np.testing.assert_allclose(gaussian.mean, features.mean(axis=0, dtype=np.float64), rtol=1e-12)
+    expected = np.cov(features, rowvar=False) if rows > 1 else np.zeros((24, 24))
+    np.testing.assert_allclose(gaussian.full_covariance(), expected, rtol=1e-9, atol=1e-9)
+
+
+def half_arithmetic(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The published distances in NumPy's own half precision, but for the order of the norms."""
+    norms = [neighbours._half_rows(x).norms.astype(np.float16) for x in (u, v)]
+    products = u.astype(np.float16).astype(np.float32) @ v.astype(np.float16).T.astype(np.float32)
+    return (norms[0][:, None] - np.float16(2) * products.astype(np.float16)) + norms[1]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-4, 10.0])
+def test_distances_are_rounded_as_half_precision_is(scale, monkeypatch):
+    """Blocks and their mirror images, down to sizes where half precision runs out of bits."""
+    monkeypatch.setattr(neighbours, "_BLOCK", 16)
+    rng = np.random.default_rng(0)
+    u, v = (scale * rng.standard_normal((n, 24)).astype(np.float32) for n in (50, 70))
+    got = np.empty((50, 70), np.float32)
+    for rows, columns, distances, _ in neighbours.PairwiseDistances(u, v).blocks():
+        got[rows, columns] = distances
+    own = np.full((50, 50), np.nan, np.float32)
+    for rows, columns, distances, mirror in neighbours.PairwiseDistances(u).blocks():
+        own[rows, columns] = distances
+        if mirror is not None:
+            own[columns, rows] = mirror
+    # A product may fall on the other side of a tie when BLAS adds in another order.
+    assert np.mean(got == half_arithmetic(u, v)) > 0.999
+    assert np.mean(own == half_arithmetic(u, u)) > 0.999
+
+
+def test_overflow_of_half_precision_leads_to_float32():
+    rng = np.random.default_rng(0)
+    u, v = (rng.standard_normal((n, 24)).astype(np.float32) * 60 for n in (40, 30))
+    ((_, _, got, _),) = neighbours.PairwiseDistances(u, v).blocks()
+    exact = ((u[:, None].astype(np.float64) - v) ** 2).sum(axis=-1)
+    assert exact.max() > 65504
+    np.testing.assert_allclose(got, exact, rtol=1e-5)
+    # An infinity in one tile leaves the others alone.
+    u[:20] /= 100
+    for tile in (20, 40):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(neighbours, "PUBLISHED_TILE", tile)
+            blocks = list(neighbours.PairwiseDistances(u, u[:20]).blocks())
+        with np.errstate(over="ignore"):
+            is_half = [np.array_equal(b[2], b[2].astype(np.float16)) for b in blocks]
+        assert is_half == ([True, False] if tile == 20 else [False])
+
+
+@pytest.mark.parametrize("width", [3, 8, 24, 30, 40, 64, 72, 100, 1000, 1024, 2048])
+def test_half_precision_norms_are_tensorflows(width):
+    tf = pytest.importorskip("tensorflow")
+    rng = np.random.default_rng(width)
+    rows = rng.standard_normal((64, width)).astype(np.float16)
+    expected = tf.reduce_sum(tf.square(tf.constant(rows)), axis=1).numpy()
+    got = neighbours._half_rows(rows.astype(np.float32)).norms
+    np.testing.assert_array_equal(got, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("arithmetic", neighbours.ARITHMETICS)
+def test_radii_do_not_depend_on_blocks(arithmetic, monkeypatch):
+    whole = neighbour_radii(REFERENCE, 3, arithmetic)
+    monkeypatch.setattr(neighbours, "_BLOCK", 37)
+    np.testing.assert_allclose(neighbour_radii(REFERENCE, 3, arithmetic), whole, rtol=1e-3)
+    exact = np.sort(((REFERENCE[:, None] - REFERENCE) ** 2).sum(axis=-1), axis=1)[:, 3]
+    np.testing.assert_allclose(whole, exact, rtol=1e-2)
+
+
+def test_precision_and_recall_are_not_swapped():
+    """Samples in one of the reference's two clusters: all precise, half of it recalled."""
+    rng = np.random.default_rng(0)
+    clusters = rng.standard_normal((2, 200, 4)) + np.array([0.0, 50.0])[:, None, None]
+    reference = clusters.reshape(400, 4).astype(np.float32)
+    samples = (0.5 * rng.standard_normal((100, 4))).astype(np.float32)
+    for arithmetic in neighbours.ARITHMETICS:
+        precise, recalled = precision_recall(reference, samples, arithmetic=arithmetic)
+        assert (len(precise), len(recalled)) == (100, 400)
+        assert precise.mean() > 0.9
+        assert 0.05 < recalled.mean() <= 0.5
+        assert not recalled[200:].any()
+    balls, covered = density_coverage(reference, samples)
+    assert (len(balls), len(covered)) == (100, 400)
+    assert balls.mean() > 1.0
+    assert not covered[200:].any()
+
+
+def test_too_few_points_for_neighbours():
+    with pytest.raises(ValueError, match="3 points: at least 4"):
+        neighbour_radii(REFERENCE[:3], 3)
+    assert neighbour_radii(REFERENCE[:4], 3).shape == (4,)
+
+
+def test_inception_score_bounds():
+    """1 for equal probabilities, the number of classes for sure and balanced ones; no NaN."""
+    classes = 8
+    sure = np.eye(classes, dtype=np.float32).repeat(5, axis=0)
+    weights = 1000 * np.eye(classes, dtype=np.float32)
+    assert inception_score(sure, weights).value == pytest.approx(classes)
+    assert inception_score(np.ones_like(sure), weights).value == pytest.approx(1)
+    # Two blocks of different scores: their mean and deviation.
+    both = np.concatenate([sure, np.ones_like(sure)])
+    score = inception_score(both, weights, split=len(sure))
+    assert score.value == pytest.approx((classes + 1) / 2)
+    assert score.deviation == pytest.approx((classes - 1) / 2)
+
+
+def test_kernel_distance_is_unbiased_and_seeded():
+    rng = np.random.default_rng(0)
+    same = kernel_distance(rng.standard_normal((500, 6)), rng.standard_normal((400, 6)), 30, 100)
+    assert abs(same.value) < 4 * same.deviation
+    far = kernel_distance(REFERENCE, SAMPLES, 5, 50)
+    assert far.value > 0
+    assert far == kernel_distance(REFERENCE, SAMPLES, 5, 50)
+    assert far != kernel_distance(REFERENCE, SAMPLES, 5, 50, seed=1)
+    with pytest.raises(ValueError, match="at least 2"):
+        kernel_distance(REFERENCE[:1], SAMPLES)
+
+
+def test_bootstrap_interval_of_a_mean_is_the_normal_one():
+    values = np.random.default_rng(0).standard_normal(400)
+    low, high = bootstrap_interval(lambda rows: values[rows].mean(), 400, repeats=2000)
+    half_width = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - half_width, abs=0.1 * half_width)
+    assert high == pytest.approx(values.mean() + half_width, abs=0.1 * half_width)
