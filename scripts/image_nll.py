@@ -64,7 +64,6 @@ def main(argv: list[str] | None = None) -> None:
     logger.configure()
     for remark in remarks:
         logger.log(remark)
-    torch.manual_seed(args.seed + dist_util.rank())
     with explained_flags():
         data = load_data(
             data_dir=args.data_dir,
@@ -83,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         half=flags["use_fp16"],
         log=logger.log,
     )
+    torch.manual_seed(args.seed + dist_util.rank())
     evaluate(model, diffusion, data, args.num_samples, args.clip_denoised)
 
 
@@ -120,7 +120,7 @@ def measure(model, diffusion, batch, cond, clip_denoised) -> dict[str, torch.Ten
     device = dist_util.dev()
     return diffusion.calc_bpd_loop(
         model,
-        batch.to(device),
+        batch.to(device).contiguous(),  # noise is drawn in the order of the memory
         clip_denoised=clip_denoised,
         model_kwargs={name: value[: len(batch)].to(device) for name, value in cond.items()},
     )
