@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from esddpm_io.errors import UserError
-from scripts.generator_samples import batch_seed, main
+from scripts.generator_samples import batch_seed, create_argparser, main
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "generator_samples.py"
 
@@ -102,3 +102,13 @@ def test_bad_functions_are_named_and_leave_no_file(generator, tmp_path, target, 
 def test_numbers_out_of_range_name_their_flag(generator, flags):
     with pytest.raises(UserError, match=flags[0]):
         main(["my_generator.py:plain", *flags])
+
+
+def test_flags_and_defaults_are_frozen():
+    assert vars(create_argparser().parse_args(["m:f"])) == {
+        "function": "m:f",
+        "num_samples": 10000,
+        "batch_size": 64,
+        "seed": 0,
+        "out": "generator_samples.npz",
+    }
