@@ -23,7 +23,8 @@ DEAD_AFTER_S = 60.0
 class Heart:
     """This process's record in `workers/`: who it is, what it does, and a beat every second.
 
-    Use as a context manager; `set` changes what the record says from the next beat on.
+    Use as a context manager; `set` changes what the record says from the next beat on, `tell`
+    at once.
     """
 
     def __init__(self, folder: str, **about: object):
@@ -38,6 +39,7 @@ class Heart:
             **about,
         }
         self._beats = 0
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._error: OSError | None = None
 
@@ -46,6 +48,11 @@ class Heart:
         if self._error is not None:
             raise self._error
         self._record = {**self._record, **changes}
+
+    def tell(self, **changes: object) -> None:
+        """Change entries of the record so that others see it before this returns."""
+        self.set(**changes)
+        self._beat()
 
     def __enter__(self) -> "Heart":
         self._beat()
@@ -70,8 +77,9 @@ class Heart:
                 return
 
     def _beat(self) -> None:
-        self._beats += 1
-        write_json(self._path, {**self._record, "beat": self._beats})
+        with self._lock:
+            self._beats += 1
+            write_json(self._path, {**self._record, "beat": self._beats})
 
 
 class Observer:

@@ -70,7 +70,7 @@ class Worker:
             while missing:
                 chunk = next((c for c in missing if self._claims.take(c)), None)
                 if chunk is None:
-                    self._heart.set(state="waiting", chunk=None)
+                    self._heart.tell(state="waiting", chunk=None)
                     time.sleep(_POLL_S)
                 else:
                     self._finish(chunk)
@@ -99,7 +99,7 @@ class Worker:
             self._claims.release(chunk)
 
     def _load(self) -> None:
-        self._heart.set(state="loading")
+        self._heart.tell(state="loading")
         # Only now, for a process that finds nothing to do needs no models.
         from guided_diffusion.sampling.sampler import Sampler
 
@@ -113,7 +113,7 @@ class Worker:
         from guided_diffusion.sampling.sampler import is_out_of_memory
 
         start, stop = self._folder.bounds(chunk)
-        self._heart.set(state="sampling", chunk=chunk, indices=[start, stop])
+        self._heart.tell(state="sampling", chunk=chunk, indices=[start, stop])
         batches = []
         position = start
         while position < stop:

@@ -25,10 +25,9 @@ with Heart(folder.folder, rank=rank, device="cpu") as heart:
         for chunk in folder.missing():
             if not claims.take(chunk):
                 continue
-            heart.set(state="sampling", chunk=chunk, indices=[chunk, chunk + 1])
+            heart.tell(state="sampling", chunk=chunk, indices=[chunk, chunk + 1])
             time.sleep(float(os.environ.get("SLOW", 0.02)))
             if fate == "dies" or fate == "chunk 2 kills" and chunk == 2:
-                heart._beat()
                 open(f"{folder.folder}/death-{os.getpid()}", "w").close()
                 os.kill(os.getpid(), signal.SIGKILL)
             while fate == "survives" and len(glob.glob(f"{folder.folder}/death-*")) < 2:

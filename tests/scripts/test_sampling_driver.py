@@ -1,0 +1,417 @@
+"""The driver, the sampling workers, gathering and status through their command lines."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from esddpm_io.errors import UserError, run_main
+from guided_diffusion.sampling import worker
+from guided_diffusion.sampling.chunks import ChunkFolder
+from guided_diffusion.sampling.claims import Observer
+from tests.tiny_sampling import NUM_IMAGES, SCRIPTS, TinyFiles, chunks, run_script
+
+DRIVER = "generate_processes_diffusion_and_reverse.py"
+GATHER = "gather_numpyz_and_compute_fid.py"
+
+
+def load(name: str):
+    """A script as a module, for calls of its main without a process of its own."""
+    spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), SCRIPTS / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+driver, gather, status = load(DRIVER), load(GATHER), load("status.py")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> TinyFiles:
+    files = TinyFiles(tmp_path_factory.mktemp("tiny"))
+    files.preset()
+    return files
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handlers():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def flags(tiny: TinyFiles, output: Path, **changes: object) -> list[str]:
+    """Flags of the driver: the tiny preset, 2 of 5 steps, one process on the CPU."""
+    values = {
+        "dataset": tiny.root / "tiny.toml",
+        "chain_length": 5,
+        "reverse_steps": 2,
+        "batch_size": 4,
+        "devices": "cpu",
+        "output_dir": output,
+        **changes,
+    }
+    return [part for key, value in values.items() for part in (f"--{key}", str(value))]
+
+
+def all_samples(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(folder / "samples_all.npz") as npz:
+        assert sorted(npz.files) == ["arr_0", "arr_1"]
+        return npz["arr_0"], npz["arr_1"]
+
+
+def by_one_process(folder: Path, argv: list[str], guided: bool) -> tuple[np.ndarray, np.ndarray]:
+    worker.main(argv, guided=guided)
+    return chunks(folder)
+
+
+def assert_equal(found, expected) -> None:
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def whole_job(tiny) -> tuple[subprocess.CompletedProcess, Path]:
+    """The main job with two CPU processes and guidance, typed in another folder, evaluated."""
+    argv = flags(tiny, "out", dataset="tiny.toml", devices="cpu,cpu")
+    done = run_script(DRIVER, "--execute", *argv, "--save_png_files", cwd=tiny.root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done, tiny.root / "out"
+
+
+def test_two_processes_give_what_one_gives(tiny, tmp_path, whole_job):
+    expected = by_one_process(tmp_path, tiny.guided_flags(tmp_path), guided=True)
+    assert_equal(all_samples(whole_job[1]), expected)
+
+
+def test_the_job_says_what_it_did(whole_job):
+    done, out = whole_job
+    assert "2 of 5 steps, starting at original timestep 250" in done.stdout
+    assert f"output folder: {out}" in done.stdout
+    assert done.stdout.count("classifier_sample_diffusion_and_reverse.py") == 2
+    logs = sorted(path.name for path in (out / "logs").iterdir())
+    assert logs == [f"ddpm_5_length_reverse_2_steps_global_rank_{rank}.log" for rank in (0, 1)]
+    assert "starting at original timestep 250" in (out / "logs" / logs[0]).read_text()
+
+
+def test_metrics_are_called_what_they_are_and_kept_with_all_settings(whole_job):
+    done, out = whole_job
+    assert "Frechet distance (emoji32 features): " in done.stdout and "FID" not in done.stdout
+    record = json.loads((out / "metrics.json").read_text())
+    assert record["sampling"]["classifier_scale"] == 1.0
+    assert record["sampling"]["denoise_steps"] == 2 and record["sampling"]["seed"] == 0
+    assert record["sampling"]["start_timestep"] == 250
+    assert record["evaluation"]["results"][0]["metrics"]["frechet_distance"] > 0
+
+
+def test_grid_and_pngs(whole_job):
+    out = whole_job[1]
+    images, labels = all_samples(out)
+    grid = np.asarray(Image.open(out / "samples_grid.png"))
+    # 10 images in two rows of 8, each under its row of start images.
+    assert grid.shape == (4 * 10 + 2, 8 * 10 + 2, 3)
+    np.testing.assert_array_equal(grid[12:20, 2:10], images[0])
+    np.testing.assert_array_equal(grid[32:40, 12:20], images[9])
+    assert len(list((out / "images").iterdir())) == NUM_IMAGES
+    png = np.asarray(Image.open(out / "images" / f"7_label_{labels[7]}.png"))
+    np.testing.assert_array_equal(png, images[7])
+
+
+def test_samples_of_other_settings_are_never_reused(tiny, whole_job):
+    argv = flags(tiny, whole_job[1], classifier_guidance_scale=0)
+    with pytest.raises(UserError, match=r"classifier_scale is 1\.0 there, 0\.0 now"):
+        driver.main(["--execute", *argv])
+
+
+def test_a_finished_job_is_only_gathered_again(tiny, whole_job, capsys):
+    out = whole_job[1]
+    before = all_samples(out)
+    (out / "samples_all.npz").unlink()
+    driver.main(["--execute", "--not_eval_metrics", *flags(tiny, out)])
+    assert "all 10 samples are there already" in capsys.readouterr().out
+    assert_equal(all_samples(out), before)
+
+
+def test_ddim_with_early_stop_and_guidance_scale_0(tiny, tmp_path):
+    argv = flags(tiny, tmp_path / "out", chain_length="ddim5", classifier_guidance_scale=0)
+    argv += ["--classifier_path", "/is/not/there.pt"]
+    done = run_script(DRIVER, "--execute", "--not_eval_metrics", *argv)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    plain = tiny.worker_flags(tmp_path / "one", timestep_respacing="ddim5", use_ddim=True)
+    expected = by_one_process(tmp_path / "one", plain, guided=False)
+    assert_equal(all_samples(tmp_path / "out"), expected)
+
+
+def test_only_printing_needs_no_files(capsys):
+    driver.main(["--devices", "cpu,cpu", "--num_machines", "3", "--machine_idx", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "25 of 250 steps, starting at original timestep 96"
+    folder = SCRIPTS / "exps/imagenet64/ddpm_250_steps/diffusion_and_reverse_25_steps"
+    assert lines[1] == f"output folder: {folder}"
+    for rank, line in zip((2, 3), lines[2:], strict=True):
+        assert line.split()[1] == str(SCRIPTS / "classifier_sample_diffusion_and_reverse.py")
+        assert f"--global_rank {rank} --world_size 6" in line
+        assert f"--model_path {SCRIPTS}/models/64x64_diffusion.pt" in line
+        assert "--num_channels 192" in line and "--classifier_depth 4" in line
+
+
+def test_folders_and_flags_of_the_other_modes(capsys):
+    argv = ["--dataset", "lsun_cat", "--start_from_scratch", "--save_dir_suffix", "a"]
+    driver.main([*argv, "--chain_length", "ddim50", "--devices", "cpu"])
+    _, folder, command = capsys.readouterr().out.splitlines()
+    assert folder.endswith("exps/lsun_cat/ddpm_ddim50_steps/generate_from_scratch_a")
+    assert "/image_sample_diffusion_and_reverse.py " in command
+    assert "--use_ddim True" in command and "--num_samples 50000" in command
+    assert "--denoise_steps" not in command and "--dataset_path" not in command
+
+
+def test_published_defaults_are_frozen():
+    published = {
+        "execute": False,
+        "machine_idx": 0,
+        "num_machines": 1,
+        "batch_size": 32,
+        "reverse_steps": 25,
+        "chain_length": "250",
+        "start_from_scratch": False,
+        "num_samples": 50000,
+        "dataset": "imagenet64",
+        "dataset_path": "../evaluations/precomputed/biggan_deep_imagenet64.npz",
+        "save_dir_suffix": "",
+        "classifier_guidance_scale": 1.0,
+        "not_eval_metrics": False,
+        "devices": "0,1,2,3,4,5,6,7",
+    }
+    added = ("seed", "model_path", "classifier_path", "ref_batch", "output_dir")
+    added += ("inception_path", "save_png_files")
+    defaults = vars(driver.create_argparser().parse_args([]))
+    assert published.items() <= defaults.items()
+    assert set(defaults) == {*published, *added}
+    assert set(vars(gather.create_argparser().parse_args(["--dir", "x"]))) == {
+        *("dir", "num_file", "wait_time", "dataset"),
+        *("ref_batch", "inception_path", "not_eval_metrics"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reverse_steps": 0}, r"--reverse_steps must be in 1 … 5, the length of the chain"),
+        ({"reverse_steps": 6}, r"--reverse_steps must be in 1 … 5"),
+        ({"chain_length": "2000"}, r"--chain_length 2000: .*choose 1 \.\.\. 1000"),
+        ({"chain_length": "ddim600"}, r"--chain_length ddim600: "),
+        ({"chain_length": "many"}, r"--chain_length many: "),
+        ({"dataset": "mnist"}, r"--dataset: unknown data set 'mnist'; valid are emoji32"),
+        ({"devices": "cpu,99"}, r"--devices cpu,99: there is no device 99; valid .*cpu"),
+        ({"machine_idx": 1}, r"--machine_idx must be in 0 … 0"),
+        ({"dataset_path": "no.npz"}, r"--dataset_path: there is no file or folder .*no\.npz"),
+        ({"model_path": "no.pt"}, r"--model_path: there is no file or folder .*no\.pt"),
+        ({"ref_batch": "no.npz"}, r"--ref_batch: there is no file or folder .*no\.npz"),
+        ({"inception_path": "no.pb"}, r"--inception_path: there is no file or folder .*no\.pb"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(tiny, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        driver.main(["--execute", *flags(tiny, tmp_path / "out", **changes)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_published_file_names_the_command_that_fetches_it():
+    message = r"--model_path: .*scripts/models/lsun/lsun_cat\.pt; fetch it with: .*download\.py"
+    with pytest.raises(UserError, match=message + " lsun_cat"):
+        driver.main(["--execute", "--dataset", "lsun_cat", "--devices", "cpu"])
+
+
+def test_a_worker_that_cannot_work_ends_the_run_with_its_last_lines(tiny, tmp_path):
+    broken = tmp_path / "cut.pt"
+    broken.write_bytes(tiny.model.read_bytes()[:5000])
+    done = run_script(DRIVER, "--execute", *flags(tiny, tmp_path / "out", model_path=broken))
+    assert done.returncode in (1, 2)
+    assert f"--model_path: {broken} is truncated" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- interrupted, killed and continued ---
+
+SLOW = {"chain_length": 100, "reverse_steps": 15, "batch_size": 1, "classifier_guidance_scale": 0}
+SLOW_WORKER = {"timestep_respacing": "100", "denoise_steps": 15, "batch_size": 1}
+
+
+@pytest.fixture(scope="module")
+def slow_job(tiny, tmp_path_factory) -> tuple[np.ndarray, np.ndarray]:
+    folder = tmp_path_factory.mktemp("slow")
+    return by_one_process(folder, tiny.worker_flags(folder, **SLOW_WORKER), guided=False)
+
+
+def start(argv: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        argv,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for_chunks(folder: Path, number: int, *processes: subprocess.Popen) -> None:
+    while len(list((folder / "chunks").glob("0*"))) < number:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+
+
+def sampling_workers(folder: Path) -> list[dict]:
+    return [w for w in Observer(str(folder)).workers() if w["alive"] and w["state"] == "sampling"]
+
+
+def test_stopped_then_continued_by_two_machines_of_which_one_loses_a_worker(
+    tiny, tmp_path, slow_job
+):
+    out = tmp_path / "out"
+    command = [sys.executable, str(SCRIPTS / DRIVER), "--execute", "--not_eval_metrics"]
+    command += flags(tiny, out, **SLOW)
+
+    first = start(command)
+    wait_for_chunks(out, 2, first)
+    first.send_signal(signal.SIGTERM)
+    said = first.communicate(timeout=60)[0]
+    assert first.returncode == 143, said
+    assert "what is finished stays; continue with\n" in said
+    assert said.split("continue with\n  ")[1].split()[:2] == command[:2]
+    assert 2 <= ChunkFolder.load(out).count_done() < NUM_IMAGES
+
+    # Two machines at once on the one folder, with another batch size than the first time.
+    both = ["--batch_size", "2", "--num_machines", "2", "--machine_idx"]
+    machines = [start([*command, *both, str(index)]) for index in range(2)]
+    while not (workers := sampling_workers(out)):
+        assert all(machine.poll() is None for machine in machines)
+        time.sleep(0.01)
+    os.kill(workers[0]["pid"], signal.SIGKILL)
+    said = [machine.communicate(timeout=120)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert "was ended by SIGKILL" in said[0] + said[1]
+    assert_equal(all_samples(out), slow_job)
+
+
+def test_torchrun_loses_a_process_and_mpiexec_finishes(tiny, tmp_path, slow_job):
+    mpiexec = shutil.which("mpiexec", path=Path(sys.executable).parent) or shutil.which("mpiexec")
+    script = str(SCRIPTS / "image_sample_diffusion_and_reverse.py")
+    argv = [script, *tiny.worker_flags(tmp_path, **SLOW_WORKER)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+    run = start([*torchrun, "--nproc_per_node", "2", *argv])
+    wait_for_chunks(tmp_path, 2, run)
+    os.kill(sampling_workers(tmp_path)[0]["pid"], signal.SIGKILL)
+    run.communicate(timeout=60)
+    assert run.returncode != 0 and ChunkFolder.load(tmp_path).missing()
+
+    if mpiexec is None:
+        pytest.skip("mpiexec is not installed: only torchrun was tested")
+    run = start([mpiexec, "-n", "2", sys.executable, *argv])
+    said = run.communicate(timeout=120)[0]
+    assert run.returncode == 0, said
+    assert "rank 0 of 2" in said and "rank 1 of 2" in said
+    assert_equal(chunks(tmp_path), slow_job)
+
+
+def test_a_full_disk_is_a_clear_error_and_the_folder_goes_on(tiny, tmp_path, capsys):
+    def mount(*options: str) -> bool:
+        line = ["mount", "-t", "tmpfs", *options, "tmpfs", str(tmp_path)]
+        return subprocess.run(line, capture_output=True).returncode == 0
+
+    if not mount("-o", "size=24k"):
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        argv = tiny.worker_flags(tmp_path / "out", batch_size=1)
+        with pytest.raises(SystemExit) as stopped:
+            run_main(lambda: worker.main(argv, guided=False))
+        assert stopped.value.code == 74
+        assert "error: the disk is full" in capsys.readouterr().err
+        done = ChunkFolder.load(tmp_path / "out").count_done()
+        assert done < NUM_IMAGES
+        assert mount("-o", "remount,size=4m")
+        worker.main(argv, guided=False)
+        found = chunks(tmp_path / "out")
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    expected = tiny.worker_flags(tmp_path / "roomy", batch_size=1)
+    assert_equal(found, by_one_process(tmp_path / "roomy", expected, guided=False))
+
+
+# --- gathering and status ---
+
+
+def test_gathering_rank_files_and_waiting_for_them(tmp_path):
+    pixels = np.arange(12 * 4 * 4 * 3, dtype=np.uint8).reshape(12, 4, 4, 3)
+    for rank in (0, 2, 10):
+        np.savez(tmp_path / f"samples_4x4x4x3_rank_{rank}.npz", pixels[: 4 + rank // 10])
+    gather.main(["--dir", str(tmp_path), "--num_file", "3", "--not_eval_metrics"])
+    with np.load(tmp_path / "samples_all.npz") as npz:
+        expected = np.concatenate([pixels[:4], pixels[:4], pixels[:5]])
+        np.testing.assert_array_equal(npz["arr_0"], expected)
+        assert npz.files == ["arr_0"]
+    with pytest.raises(UserError, match=r"3 of 4 files samples_…_rank_R\.npz \(--num_file\)"):
+        gather.main(["--dir", str(tmp_path), "--num_file", "4", "--wait_time", "0"])
+
+
+def test_gathering_does_not_wait_for_ever_for_the_dead(tmp_path):
+    folder = ChunkFolder.open(tmp_path, {"num_samples": 4}, {"dataset_path": None}, 2)
+    folder.write(0, np.zeros((2, 4, 4, 3), np.uint8), None)
+    with pytest.raises(UserError, match=r"--wait_time: 2 of 4 samples are missing"):
+        gather.main(["--dir", str(tmp_path), "--wait_time", "0"])
+    assert not (tmp_path / "samples_all.npz").exists()
+
+
+def test_a_failed_evaluation_is_ours_and_keeps_the_samples(whole_job, tmp_path):
+    shutil.copytree(whole_job[1], tmp_path / "out")
+    (tmp_path / "out" / "metrics.json").unlink()
+    reference = tmp_path / "cut.npz"
+    reference.write_bytes(b"PK nothing")
+    argv = ["--dir", tmp_path / "out", "--dataset", "emoji32", "--ref_batch", reference]
+    done = run_script(GATHER, *argv)
+    assert done.returncode != 0 and str(reference) in done.stderr
+    assert "error: the evaluation failed; the samples are in" in done.stderr
+    assert len(all_samples(tmp_path / "out")[0]) == NUM_IMAGES
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_status_shows_done_missing_and_who_does_what(tmp_path, capsys):
+    folder = ChunkFolder.open(tmp_path, {"num_samples": 6}, {}, 2)
+    folder.write(1, np.zeros((2, 4, 4, 3), np.uint8), None)
+    record = {
+        "worker": "0003-a",
+        "rank": 3,
+        "host": "here",
+        "machine": "there",
+        "pid": 1,
+        "beat": 1,
+        "state": "sampling",
+        "device": "cuda:1",
+        "indices": [4, 6],
+        "step": 7,
+        "steps": 25,
+        "images": 2.5,
+        "rate": 0.5,
+    }
+    (tmp_path / "workers").mkdir()
+    (tmp_path / "workers" / "0003-a.json").write_text(json.dumps(record))
+    status.main([str(tmp_path)])
+    headline, titles, row = capsys.readouterr().out.splitlines()
+    assert headline == "done 2/6 images (33%), 0.5 images/s, 0:08 left, 4 missing"
+    assert titles.split()[:4] == ["rank", "host", "device", "state"]
+    assert " ".join(row.split()) == "3 here cuda:1 sampling 2 0.5 images 4-5, step 7/25"
+    for chunk in (0, 2):
+        folder.write(chunk, np.zeros((2, 4, 4, 3), np.uint8), None)
+    status.main([str(tmp_path), "--watch"])
+    assert "6/6 images (100%)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is not a folder of samples"):
+        status.main([str(tmp_path / "chunks")])
