@@ -52,6 +52,11 @@ def join(folder: str | os.PathLike, *parts: str) -> str:
     return os.path.join(folder, *parts)
 
 
+def absolute(path: str | os.PathLike) -> str:
+    """A path that a user typed, which starts where they stand, as an absolute one."""
+    return str(path) if is_blob(path) else os.path.abspath(os.path.expanduser(path))
+
+
 def exists(path: str | os.PathLike) -> bool:
     """Whether there is a file or folder `path`."""
     return blobfile().exists(str(path)) if is_blob(path) else os.path.exists(path)

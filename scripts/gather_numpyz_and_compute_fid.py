@@ -5,7 +5,6 @@ samples_…_rank_R.npz files that they write with --save_numpy_array.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError, run_main
-from esddpm_io.files import exists, join, read_json
+from esddpm_io.files import absolute, exists, join, read_json
 from guided_diffusion.sampling import outputs
 from guided_diffusion.sampling.chunks import SETTINGS_FILE, ChunkFolder
 from guided_diffusion.sampling.progress import Overseer, Screen
@@ -51,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     outputs.join_parts(parts, samples)
     starts = folder.info["dataset_path"] if folder else None
     outputs.save_grid(samples, starts, join(args.dir, "samples_grid.png"))
-    print(f"samples: {os.path.abspath(samples)}", flush=True)
+    print(f"samples: {absolute(samples)}", flush=True)
     if not args.not_eval_metrics:
         evaluate(args, samples, folder)
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from esddpm_io.errors import UserError, run_main, terminate_cleanly
-from esddpm_io.files import is_blob
+from esddpm_io.files import absolute, is_blob
 
 SCRIPTS = Path(__file__).resolve().parent
 GATHER = SCRIPTS / "gather_numpyz_and_compute_fid.py"
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     preset = load_preset(args.dataset)
     steps = check_numbers(args, preset)
     print(describe_steps(args, steps))
-    output = Path(args.output_dir or default_output(args, preset.name)).absolute()
+    output = typed(args.output_dir) or str(default_output(args, preset.name))
     print(f"output folder: {output}")
     commands = worker_commands(args, preset, output)
     for command in commands:
@@ -124,13 +124,14 @@ def choose_devices(text: str) -> list[str]:
     return devices
 
 
-def worker_commands(args: argparse.Namespace, preset, output: Path) -> list:
+def worker_commands(args: argparse.Namespace, preset, output: str) -> list:
     """The command of every process of this machine."""
     from guided_diffusion.sampling.launcher import WorkerCommand
 
     devices = choose_devices(args.devices)
     script, flags = sampler_and_flags(args, preset)
-    logs = (output if args.output_dir else SCRIPTS) / "logs"
+    beside_samples = args.output_dir and not is_blob(output)
+    logs = Path(output if beside_samples else SCRIPTS) / "logs"
     part = "" if args.start_from_scratch else f"_reverse_{args.reverse_steps}_steps"
     commands = []
     for local, device in enumerate(devices):
@@ -180,19 +181,18 @@ def sampler_and_flags(args: argparse.Namespace, preset) -> tuple[str, dict]:
 def generator_images(args: argparse.Namespace, preset) -> str:
     if args.dataset_path is DEFAULT_DATASET_PATH:
         return preset.generator_images or ""
-    return typed(args.dataset_path)
+    return typed(args.dataset_path) or ""
 
 
 def typed(path: str | None) -> str | None:
-    """A path that the user typed, which starts where they stand, as an absolute one."""
-    return path if not path or is_blob(path) else os.path.abspath(os.path.expanduser(path))
+    return absolute(path) if path else None
 
 
 def as_argv(flags: dict) -> list[str]:
     return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
 
 
-def execute(args, preset, commands: list, output: Path, typed_argv: list[str]) -> None:
+def execute(args, preset, commands: list, output: str, typed_argv: list[str]) -> None:
     """Check the files, run the workers, and on machine 0 gather and evaluate."""
     from guided_diffusion.sampling.chunks import ChunkFolder
     from guided_diffusion.sampling.launcher import Launcher, WorkersFailed
@@ -240,10 +240,14 @@ def check_files(args: argparse.Namespace, preset) -> None:
         raise UserError(f"{flag}: there is no file or folder {path}{how}")
 
 
-def gather(args: argparse.Namespace, preset, output: Path, world_size: int) -> None:
+def preset_argument(text: str) -> str:
+    return absolute(text) if text.endswith(".toml") else text
+
+
+def gather(args: argparse.Namespace, preset, output: str, world_size: int) -> None:
     """Run the gathering script, which evaluates too; its failure is ours."""
-    argv = [sys.executable, str(GATHER), "--dir", str(output), "--num_file", str(world_size)]
-    argv += ["--dataset", typed_dataset(args.dataset)]
+    argv = [sys.executable, str(GATHER), "--dir", output, "--num_file", str(world_size)]
+    argv += ["--dataset", preset_argument(args.dataset)]
     for flag in ("ref_batch", "inception_path"):
         if getattr(args, flag):
             argv += [f"--{flag}", typed(getattr(args, flag))]
@@ -252,10 +256,6 @@ def gather(args: argparse.Namespace, preset, output: Path, world_size: int) -> N
     code = subprocess.run(argv).returncode
     if code:
         sys.exit(code)
-
-
-def typed_dataset(text: str) -> str:
-    return typed(text) if text.endswith(".toml") else text
 
 
 if __name__ == "__main__":

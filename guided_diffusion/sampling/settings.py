@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 from esddpm_io.errors import UserError
-from esddpm_io.files import exists, fingerprint_file
+from esddpm_io.files import absolute, exists, fingerprint_file
 from guided_diffusion.checkpoints import explicit_flags, read_sidecar, settle_flags
 from guided_diffusion.sampling.chunks import default_chunk_size
 from guided_diffusion.sampling.sources import (
@@ -152,8 +152,8 @@ def read_job(argv: list[str] | None, *, guided: bool) -> Job:
         settings |= args_to_dict(args, classifier_defaults())
         settings["classifier"] = fingerprint_file(args.classifier_path, flag="--classifier_path")
     info = {
-        "model_path": os.path.abspath(args.model_path),
-        "classifier_path": os.path.abspath(args.classifier_path) if scale else None,
+        "model_path": absolute(args.model_path),
+        "classifier_path": absolute(args.classifier_path) if scale else None,
         "dataset_path": _generator_path(args),
         "start_timestep": start_timestep,
         "flags": remarks,
@@ -179,8 +179,8 @@ def read_super_resolution_job(argv: list[str] | None) -> Job:
     settings = _settings(args, source, sr_model_and_diffusion_defaults())
     settings["classifier_scale"] = 0.0
     info = {
-        "model_path": os.path.abspath(args.model_path),
-        "base_samples": os.path.abspath(args.base_samples),
+        "model_path": absolute(args.model_path),
+        "base_samples": absolute(args.base_samples),
         "dataset_path": None,
         "start_timestep": start_timestep,
         "flags": remarks,
@@ -306,7 +306,7 @@ def _settings(args: argparse.Namespace, source: Source, flags: Iterable[str]) ->
 def _generator_path(args: argparse.Namespace) -> str | None:
     if args.start_from_scratch:
         return None
-    return os.path.abspath(args.dataset_path)
+    return absolute(args.dataset_path)
 
 
 def _place(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[int, int, bool]:

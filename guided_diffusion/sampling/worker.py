@@ -1,6 +1,7 @@
 """The loop of one process: claim a chunk, sample it, store it, until none is missing."""
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -25,7 +26,14 @@ def main(argv: list[str] | None = None, *, guided: bool) -> None:
     """The command line of a sampling script: parse, sample, export."""
     terminate_cleanly()
     _stop_with_launcher()
-    run(read_job(argv, guided=guided))
+    job = read_job(argv, guided=guided)
+    try:
+        run(job)
+    except KeyboardInterrupt:
+        if LAUNCHER_VARIABLE not in os.environ:
+            again = shlex.join([sys.executable, *(sys.argv if argv is None else argv)])
+            print(f"what is finished stays; continue with\n  {again}", file=sys.stderr)
+        raise
 
 
 def run(job: Job, log: Callable[[str], None] = print) -> None:

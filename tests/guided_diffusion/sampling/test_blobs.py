@@ -1,0 +1,84 @@
+"""The engine on blob paths, with a folder in the place of the store.
+
+The stand-in has the names and the behaviour of blobfile that we use; no store is reached here.
+"""
+
+import os
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from esddpm_io.errors import UserError
+from esddpm_io.images import open_images
+from guided_diffusion.sampling import outputs, worker
+from guided_diffusion.sampling.chunks import ChunkFolder
+from guided_diffusion.sampling.progress import Overseer
+from tests.tiny_sampling import chunks
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch) -> Path:
+    """The folder that gs://bucket/ stands for."""
+    root = tmp_path / "bucket"
+    root.mkdir()
+
+    def local(path: str) -> Path:
+        return root / path.removeprefix("gs://bucket").lstrip("/") if "://" in path else Path(path)
+
+    def opened(path: str, mode: str):
+        if "w" in mode:
+            local(path).parent.mkdir(parents=True, exist_ok=True)
+        return open(local(path), mode)
+
+    def write_text(path: str, text: str) -> None:
+        with opened(path, "w") as stream:
+            stream.write(text)
+
+    def copy(source: str, target: str, overwrite: bool = False) -> None:
+        if local(target).exists() and not overwrite:
+            raise FileExistsError(target)
+        local(target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(local(source), local(target))
+
+    store = types.ModuleType("blobfile")
+    store.Error = RuntimeError
+    store.BlobFile = opened
+    store.exists = lambda path: local(path).exists()
+    store.isdir = lambda path: local(path).is_dir()
+    store.listdir = lambda path: os.listdir(local(path))
+    store.stat = lambda path: types.SimpleNamespace(size=local(path).stat().st_size)
+    store.remove = lambda path: local(path).unlink()
+    store.read_text = lambda path: local(path).read_text()
+    store.write_text, store.copy = write_text, copy
+    monkeypatch.setitem(sys.modules, "blobfile", store)
+    return root
+
+
+def test_inputs_checkpoint_and_chunks_in_a_bucket(tiny, tmp_path, bucket):
+    shutil.copytree(tiny.folder, bucket / "images")
+    shutil.copy(tiny.model, bucket / "model.pt")
+    paths = {"model_path": "gs://bucket/model.pt", "dataset_path": "gs://bucket/images"}
+    worker.main(tiny.worker_flags("gs://bucket/out", **paths), guided=False)
+    worker.main(tiny.worker_flags(tmp_path / "local"), guided=False)
+    images, labels = chunks(tmp_path / "local")
+    np.testing.assert_array_equal(chunks(bucket / "out")[0], images)
+    np.testing.assert_array_equal(chunks(bucket / "out")[1], labels)
+
+    folder = ChunkFolder.load("gs://bucket/out")
+    assert Overseer(folder).look().complete
+    outputs.join_parts(outputs.parts_of(folder, 0, 10), "gs://bucket/out/samples_all.npz")
+    outputs.save_grid("gs://bucket/out/samples_all.npz", None, "gs://bucket/out/grid.png")
+    with np.load(bucket / "out" / "samples_all.npz") as npz:
+        np.testing.assert_array_equal(npz["arr_0"], images)
+    assert (bucket / "out" / "grid.png").exists()
+    with pytest.raises(UserError, match="denoise_steps is 2 there, 3 now"):
+        worker.main(tiny.worker_flags("gs://bucket/out", **paths, denoise_steps=3), guided=False)
+
+
+def test_a_missing_blob_is_named(bucket):
+    with pytest.raises(UserError, match=r"--dataset_path: cannot read gs://bucket/none\.npz"):
+        open_images("gs://bucket/none.npz", flag="--dataset_path")
