@@ -37,6 +37,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--num_samples", type=int, default=50000, help="with --start_from_scratch")
     add("--dataset", default="imagenet64", help="name of a preset, or path of a preset file")
     add("--dataset_path", default=DEFAULT_DATASET_PATH, help="generator images: npz or folder")
+    add("--limit", type=int, default=0, help="only the first N generator images (0: all)")
     add("--save_dir_suffix", default="", help="appended to the output folder with _")
     add("--classifier_guidance_scale", type=float, default=1.0)
     add("--not_eval_metrics", action="store_true", help="skip the evaluation")
@@ -60,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     print(describe_steps(args, steps))
     output = typed(args.output_dir) or str(default_output(args, preset.name))
     print(f"output folder: {output}")
+    if args.execute:
+        check_files(args, preset)
     commands = worker_commands(args, preset, output)
     for command in commands:
         print(command, flush=True)
@@ -104,8 +107,11 @@ def default_output(args: argparse.Namespace, dataset: str) -> Path:
     return SCRIPTS / "exps" / dataset / f"ddpm_{args.chain_length}_steps" / f"{kind}{suffix}"
 
 
-def choose_devices(text: str) -> list[str]:
-    """The devices to use, one a process; UserError, naming the valid ones, if one is not there."""
+def choose_devices(text: str, execute: bool) -> list[str]:
+    """The devices to use, one a process; UserError, naming the valid ones, if one is not there.
+
+    Commands that are only printed may be for another machine: there, typed devices need not exist.
+    """
     import torch
 
     there = [str(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
@@ -116,7 +122,7 @@ def choose_devices(text: str) -> list[str]:
         return there if text == "none" else [d for d in text.split(",") if d in there]
     devices = [device.strip() for device in text.split(",")]
     absent = [device for device in devices if device not in (*there, "cpu")]
-    if absent:
+    if absent and (execute or "" in absent):
         raise UserError(
             f"--devices {text}: there is no device {absent[0] or '(empty)'}; valid on this "
             f"machine: {', '.join([*there, 'cpu', 'none'])}"
@@ -128,7 +134,7 @@ def worker_commands(args: argparse.Namespace, preset, output: str) -> list:
     """The command of every process of this machine."""
     from guided_diffusion.sampling.launcher import WorkerCommand
 
-    devices = choose_devices(args.devices)
+    devices = choose_devices(args.devices, args.execute)
     script, flags = sampler_and_flags(args, preset)
     beside_samples = args.output_dir and not is_blob(output)
     logs = Path(output if beside_samples else SCRIPTS) / "logs"
@@ -169,6 +175,7 @@ def sampler_and_flags(args: argparse.Namespace, preset) -> tuple[str, dict]:
         flags |= {
             "denoise_steps": args.reverse_steps,
             "dataset_path": generator_images(args, preset),
+            "limit": args.limit,
         }
     if not (preset.is_guided or args.classifier_path):
         return preset.sampler_script, flags
@@ -193,13 +200,12 @@ def as_argv(flags: dict) -> list[str]:
 
 
 def execute(args, preset, commands: list, output: str, typed_argv: list[str]) -> None:
-    """Check the files, run the workers, and on machine 0 gather and evaluate."""
+    """Run the workers, and on machine 0 gather and evaluate."""
     from guided_diffusion.sampling.chunks import ChunkFolder
     from guided_diffusion.sampling.launcher import Launcher, WorkersFailed
     from guided_diffusion.sampling.settings import read_job
 
     terminate_cleanly()
-    check_files(args, preset)
     again = shlex.join([sys.executable, str(SCRIPTS / Path(__file__).name), *typed_argv])
     job = read_job(commands[0].argv[2:], guided="--classifier_scale" in commands[0].argv)
     folder = ChunkFolder.open(job.save_dir, job.settings, job.info, job.chunk_size)
@@ -219,25 +225,38 @@ def execute(args, preset, commands: list, output: str, typed_argv: list[str]) ->
 
 
 def check_files(args: argparse.Namespace, preset) -> None:
-    """UserError, with the command that fetches it, for a file of the preset that is missing."""
+    """UserError for files that are missing, all of them, with the command that fetches them."""
     needed = {"--model_path": typed(args.model_path) or preset.checkpoint}
     if not args.start_from_scratch:
         needed["--dataset_path"] = generator_images(args, preset)
     if preset.is_guided and args.classifier_guidance_scale:
         needed["--classifier_path"] = typed(args.classifier_path) or preset.classifier
-    if not args.not_eval_metrics and args.machine_idx == 0:
+    evaluates = not args.not_eval_metrics and args.machine_idx == 0
+    if evaluates:
         needed["--ref_batch"] = typed(args.ref_batch) or preset.reference_batch
         if args.inception_path or preset.feature_graph:
             needed["--inception_path"] = typed(args.inception_path) or preset.feature_graph
     for flag, path in needed.items():
         if not path:
             raise UserError(f"{flag}: the preset {preset.name} names no such file: give one")
-        if is_blob(path) or os.path.exists(path):
-            continue
+    missing = {f: p for f, p in needed.items() if not (is_blob(p) or os.path.exists(p))}
+    if missing:
+        what = "; ".join(f"{flag}: there is no file or folder {p}" for flag, p in missing.items())
         fetch = shlex.join(["python", str(SCRIPTS / "download.py"), args.dataset])
-        shipped = path in [file.path for file in preset.download]
-        how = f"; fetch it with: {fetch}" if shipped else ""
-        raise UserError(f"{flag}: there is no file or folder {path}{how}")
+        shipped = {file.path for file in preset.download} & set(missing.values())
+        raise UserError(f"{what}; fetch with: {fetch}" if shipped else what)
+    if evaluates and "--inception_path" not in needed:
+        fetch_inception_graph()
+
+
+def fetch_inception_graph() -> None:
+    """Have the graph before hours of sampling, not miss it after them."""
+    from evaluations.features import find_graph
+
+    try:
+        find_graph()
+    except UserError as error:
+        raise UserError(f"{error}; --not_eval_metrics samples without evaluating") from error
 
 
 def preset_argument(text: str) -> str:

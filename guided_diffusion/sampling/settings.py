@@ -80,6 +80,7 @@ def sampling_defaults(guided: bool) -> dict:
     defaults = {
         **_worker_defaults(),
         "dataset_path": "",
+        "limit": 0,
         "denoise_steps": 25,
         **model_and_diffusion_defaults(),
     }
@@ -140,6 +141,7 @@ def read_job(argv: list[str] | None, *, guided: bool) -> Job:
     args = parser.parse_args(argv)
     scale = args.classifier_scale if guided else 0.0
     _check_common(args)
+    _require(args.limit >= 0, "--limit must be at least 1, or 0 for all generator images")
     typed = {name: getattr(args, name) for name in explicit_flags(parser, argv)}
     remarks = _settle_flags(args, typed, "model")
     if scale:
@@ -284,7 +286,9 @@ def _open_source(args: argparse.Namespace, needs_labels: bool) -> Source:
     classes = NUM_CLASSES if needs_labels else None
     if args.start_from_scratch:
         return PureNoise(args.num_samples, args.seed, classes)
-    return open_generator_images(args.dataset_path, image_size=args.image_size, num_classes=classes)
+    return open_generator_images(
+        args.dataset_path, image_size=args.image_size, num_classes=classes, limit=args.limit
+    )
 
 
 def _settings(args: argparse.Namespace, source: Source, flags: Iterable[str]) -> dict:

@@ -28,14 +28,15 @@ class Start:
 
 
 class GeneratorImages:
-    """Images of a generator, read from their file as they are needed."""
+    """Images of a generator, read from their file as they are needed; the first `limit`, or all."""
 
-    def __init__(self, images: ImageSource):
+    def __init__(self, images: ImageSource, limit: int = 0):
         self._images = images
+        self._count = min(limit or len(images), len(images))
         self.has_labels = images.has_labels
 
     def __len__(self) -> int:
-        return len(self._images)
+        return self._count
 
     def start(self, start: int, stop: int) -> Start:
         """Images and labels start … stop-1."""
@@ -105,18 +106,22 @@ def to_float(pixels: np.ndarray) -> torch.Tensor:
 
 
 def open_generator_images(
-    path: str, *, image_size: int, num_classes: int | None, flag: str = "--dataset_path"
+    path: str,
+    *,
+    image_size: int,
+    num_classes: int | None,
+    limit: int = 0,
+    flag: str = "--dataset_path",
 ) -> GeneratorImages:
-    """Open a generator's images and hold them against the model.
+    """Open a generator's images, the first `limit` or all, and hold them against the model.
 
     num_classes: how many classes the labels are for, None if the model takes no labels. Raises
     UserError, naming `flag`, for images of another size and for labels missing or out of range.
     """
     if not path:
         raise UserError(f"{flag}: name the .npz file or folder with the generator's images")
-    return GeneratorImages(
-        _open_checked(path, image_size, num_classes, flag, "makes", "image_size")
-    )
+    images = _open_checked(path, image_size, num_classes, flag, "makes", "image_size")
+    return GeneratorImages(images, limit)
 
 
 def open_images_to_enlarge(

@@ -18,6 +18,7 @@ from esddpm_io.errors import UserError, run_main
 from guided_diffusion.sampling import worker
 from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.claims import Observer
+from guided_diffusion.sampling.sources import open_generator_images
 from tests.tiny_sampling import NUM_IMAGES, SCRIPTS, TinyFiles, chunks, run_script
 
 DRIVER = "generate_processes_diffusion_and_reverse.py"
@@ -226,10 +227,45 @@ def test_bad_input_is_one_line_before_any_work(tiny, tmp_path, changes, message)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_published_file_names_the_command_that_fetches_it():
-    message = r"--model_path: .*scripts/models/lsun/lsun_cat\.pt; fetch it with: .*download\.py"
-    with pytest.raises(UserError, match=message + " lsun_cat"):
-        driver.main(["--execute", "--dataset", "lsun_cat", "--devices", "cpu"])
+def test_missing_published_files_are_named_with_the_command_that_fetches_them():
+    """All at once, before devices are looked at: the published commands name eight GPUs."""
+    message = (
+        r"--model_path: .*scripts/models/lsun/lsun_cat\.pt; --dataset_path: .*stylegan2_lsun_cat"
+        r"\.npz; --ref_batch: .*VIRTUAL_lsun_cat256\.npz; fetch with: .*download\.py lsun_cat"
+    )
+    with pytest.raises(UserError, match=message):
+        driver.main(["--execute", "--dataset", "lsun_cat", "--devices", "0,1,2,3,4,5,6,7"])
+
+
+def test_the_inception_graph_is_there_before_sampling_starts(tiny, tmp_path, monkeypatch):
+    """Without network and without the file, the run ends before the first step."""
+    from evaluations import features
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(features, "GRAPH_URL", "http://127.0.0.1:9/none.pb")
+    monkeypatch.setattr(features, "cached_graph_path", lambda: tmp_path / "cache" / "none.pb")
+    preset = tmp_path / "own.toml"
+    keys = {"checkpoint": tiny.model, "generator_images": tiny.images}
+    keys["reference_batch"] = tiny.images
+    preset.write_text("".join(f'{key} = "{path}"\n' for key, path in keys.items()))
+    with pytest.raises(UserError, match=r"--not_eval_metrics samples without evaluating"):
+        driver.main(["--execute", *flags(tiny, tmp_path / "out", dataset=preset)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_commands_are_printed_for_devices_of_another_machine(capsys):
+    driver.main(["--dataset", "lsun_cat", "--devices", "0,7"])
+    printed = capsys.readouterr().out
+    assert "--device 0" in printed
+    assert "--device 7" in printed
+
+
+def test_limit_takes_the_first_images(tiny, tmp_path):
+    assert len(open_generator_images(str(tiny.images), image_size=8, num_classes=None)) > 3
+    source = open_generator_images(str(tiny.images), image_size=8, num_classes=None, limit=3)
+    assert len(source) == 3
+    with pytest.raises(UserError, match="--limit must be at least 1"):
+        driver.main(["--execute", *flags(tiny, tmp_path / "out", limit=-1)])
 
 
 def test_a_worker_that_cannot_work_ends_the_run_with_its_last_lines(tiny, tmp_path):
