@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv in the project and runs something in it; what is there already is not done again.
 #
+#   bash setup_env.sh                       nothing more
 #   bash setup_env.sh demo [driver flags]   the main job on emoji32: sample, gather, evaluate, grid
 #   bash setup_env.sh test [pytest flags]   lint and tests
 #
@@ -18,7 +19,7 @@ die() {
 }
 
 usage() {
-    sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
 }
 
@@ -101,6 +102,13 @@ install() {
     echo "$wanted" >"$stamp"
 }
 
+set_up() {
+    make_venv
+    install requirements.txt
+    echo "setup_env.sh: $VENV is ready; use it with: source $PWD/$VENV/bin/activate"
+}
+
+# T' = 500 of 1000 steps in 25; the first 1000 images, so that two cores take minutes.
 demo() {
     local devices=cpu,cpu
     if has_nvidia_gpu; then
@@ -109,7 +117,8 @@ demo() {
     make_venv
     install requirements.txt
     exec "$VENV/bin/python" scripts/generate_processes_diffusion_and_reverse.py \
-        --execute --dataset emoji32 --devices "$devices" "$@"
+        --execute --dataset emoji32 --devices "$devices" \
+        --chain_length 50 --reverse_steps 25 --limit 1000 "$@"
 }
 
 run_tests() {
@@ -120,7 +129,8 @@ run_tests() {
     exec "$VENV/bin/python" -m pytest "$@"
 }
 
-case ${1:-} in
+case ${1-} in
+"") set_up ;;
 demo) demo "${@:2}" ;;
 test) run_tests "${@:2}" ;;
 *) usage ;;

@@ -49,12 +49,12 @@ def test_shellcheck_is_clean():
     assert lint.returncode == 0, lint.stdout
 
 
-def test_without_a_known_job_the_usage_is_shown(clone):
-    for words in ([], ["nonsense"]):
-        result = run(clone / "setup_env.sh", *words)
-        assert result.returncode == 2
-        assert "bash setup_env.sh demo [driver flags]" in result.stderr
-        assert "set -euo" not in result.stderr
+def test_an_unknown_job_shows_the_usage(clone):
+    result = run(clone / "setup_env.sh", "nonsense")
+    assert result.returncode == 2
+    assert "bash setup_env.sh demo [driver flags]" in result.stderr
+    assert "PYTHON=/path/to/python3" in result.stderr
+    assert "set -euo" not in result.stderr
 
 
 def test_a_python_of_another_version_is_refused(clone):
@@ -124,8 +124,13 @@ PROJECT = "-m pip install --no-deps --editable ."
 def demo(devices):
     return (
         "scripts/generate_processes_diffusion_and_reverse.py --execute --dataset emoji32 "
-        f"--devices {devices}"
+        f"--devices {devices} --chain_length 50 --reverse_steps 25 --limit 1000"
     )
+
+
+def test_no_job_only_installs(recorded_pip):
+    assert recorded_pip()[-1] == PROJECT
+    assert recorded_pip() == [CHECK]
 
 
 def test_the_first_run_installs_and_the_second_does_not(recorded_pip, clone):
