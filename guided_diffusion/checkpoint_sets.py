@@ -9,7 +9,7 @@ from typing import Any
 from esddpm_io.errors import UserError
 from esddpm_io.files import blobfile, is_blob
 
-from .checkpoints import save_checkpoint, write_sidecar
+from .checkpoints import save_checkpoint, sidecar_path, write_sidecar
 
 _MODEL_NAME = re.compile(r"model(\d{6,})\.pt$")
 _SET_MEMBER = re.compile(r"(?:model|opt|state|ema_[\d.e+-]+_)(\d{6,})\.(?:pt|json)$")
@@ -62,20 +62,39 @@ class CheckpointSet:
         state: dict[str, Any],
         sidecar: dict | None,
     ) -> None:
-        """Write all files, each under a temporary name, the model last: it marks a whole set."""
-        for rate, params in emas.items():
-            save_checkpoint(params, self.ema(rate))
-        save_checkpoint(opt, self.opt)
-        save_checkpoint(state, self.state)
-        if sidecar is not None:
-            for path in (*map(self.ema, emas), self.model):
-                write_sidecar(path, **sidecar)
-        save_checkpoint(model, self.model)
+        """Write all files, each under a temporary name, the model last: it marks a whole set.
+
+        If a write fails (a full disk), what this set already has is removed and the error goes on:
+        the sets before it stay as they are.
+        """
+        try:
+            remove(self.model)  # of an earlier run: its set would be a mixture for a while
+            for rate, params in emas.items():
+                save_checkpoint(params, self.ema(rate))
+            save_checkpoint(opt, self.opt)
+            save_checkpoint(state, self.state)
+            if sidecar is not None:
+                for path in (*map(self.ema, emas), self.model):
+                    write_sidecar(path, **sidecar)
+            save_checkpoint(model, self.model)
+        except OSError:
+            for path in (*map(self.ema, emas), self.opt, self.state, self.model):
+                remove(path)
+                remove(sidecar_path(path))
+            raise
 
 
 def exists(path: str) -> bool:
     """Whether there is such a file, on a disk or in a blob store."""
     return blobfile().exists(path) if is_blob(path) else Path(path).is_file()
+
+
+def remove(path: str) -> None:
+    """Remove a file if it is there."""
+    if not is_blob(path):
+        Path(path).unlink(missing_ok=True)
+    elif exists(path):
+        blobfile().remove(path)
 
 
 def newest_set(folder: Path, ema_rates: Iterable[float]) -> CheckpointSet | None:

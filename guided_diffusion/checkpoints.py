@@ -182,7 +182,14 @@ def save_checkpoint(obj: object, path: str) -> None:
             torch.save(obj, stream)
         return
     with atomic_path(path) as temporary:
-        torch.save(obj, temporary)
+        try:
+            with open(temporary, "wb") as stream:
+                torch.save(obj, stream)
+        except RuntimeError as error:
+            # torch's zip writer fails in its own words after the error of the disk.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def sidecar_path(path: str) -> str:

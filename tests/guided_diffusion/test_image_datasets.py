@@ -69,7 +69,7 @@ def test_folder_of_any_depth_with_labels_from_names(tmp_path):
     )
     batch, cond = next(data)
     assert batch.shape == (3, 3, 8, 8) and batch.dtype == torch.float32
-    assert -1 <= batch.min() and batch.max() <= 1
+    assert batch.min() >= -1 and batch.max() <= 1
     # Sorted by path: b_1, c_0, deep/er/a_2; classes numbered a, b, c.
     assert cond["y"].tolist() == [1, 2, 0] and cond["y"].dtype == torch.int64
     assert numbers(batch)[:2] == [0, 2]
@@ -114,7 +114,7 @@ def test_flips_mirror_some_images(tmp_path):
 
 def test_two_processes_share_the_batch_of_one(tmp_path, monkeypatch):
     path = write_npz(tmp_path / "a.npz")
-    options = dict(data_dir=path, image_size=8, seed=5)
+    options = {"data_dir": path, "image_size": 8, "seed": 5}
     whole = [next(data)[0] for data in [load_data(batch_size=6, **options)] for _ in range(3)]
     monkeypatch.setattr(image_datasets.dist_util, "world_size", lambda: 2)
     halves = []
@@ -179,7 +179,7 @@ def test_a_folder_in_which_nothing_can_be_read_is_an_error(tmp_path):
 
 def test_arrays_too_large_for_memory_are_read_in_place(tmp_path, monkeypatch):
     path = write_npz(tmp_path / "a.npz")
-    options = dict(data_dir=path, batch_size=4, image_size=8, seed=0)
+    options = {"data_dir": path, "batch_size": 4, "image_size": 8, "seed": 0}
     held = next(load_data(**options))[0]
     monkeypatch.setattr(image_datasets, "_IN_MEMORY_BYTES", 0)
     data = load_data(**options)

@@ -1,0 +1,289 @@
+"""The training commands as users start them: alone, under launchers, stopped, killed, resumed."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from esddpm_io.errors import UserError
+from guided_diffusion import logger
+from guided_diffusion.checkpoints import read_sidecar
+from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from scripts import classifier_train, image_train, super_res_train
+
+SCRIPT = str(Path(image_train.__file__))
+TINY = {
+    "image_size": 8,
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1",
+    "attention_resolutions": "4",
+    "num_heads": 1,
+}
+SHARED = {
+    "lr": 1e-3,
+    "ema_rate": "0.9",
+    "log_interval": 1,
+    "schedule_sampler": "loss-second-moment",
+}
+
+
+def flags(**values):
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def data(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "data.npz"
+    np.savez(
+        path,
+        arr_0=rng.integers(0, 256, (13, 8, 8, 3), dtype=np.uint8),
+        arr_1=rng.integers(0, 7, 13),
+    )
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch, tmp_path):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "PMI_", "OMPI_", "MASTER_", "OPENAI_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "run"))
+    yield
+    logger.reset()
+
+
+def tensors(folder, step, *prefixes):
+    files = [Path(folder) / f"{prefix}{step:06d}.pt" for prefix in prefixes]
+    return [value for file in files for value in torch.load(file, weights_only=True).values()]
+
+
+def figures(folder):
+    with open(Path(folder) / "progress.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+LAUNCHERS = {
+    "torchrun": [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--standalone", "--nproc_per_node", "2"),
+    ],
+    "mpiexec": ["mpiexec", "-n", "2", sys.executable],
+}
+
+
+def mpiexec():
+    """The mpiexec of the environment that runs the tests, else the one on the path."""
+    return shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_equal_one_with_their_batch(launcher, data, tmp_path, monkeypatch):
+    command = LAUNCHERS[launcher]
+    if launcher == "mpiexec":
+        pytest.importorskip("mpi4py")
+        if mpiexec() is None:
+            pytest.skip("no mpiexec")
+        command = [mpiexec(), *command[1:]]
+    options = {"data_dir": data, "iterations": 3, **TINY, **SHARED, "learn_sigma": True}
+    image_train.main(flags(batch_size=4, **options))
+    environ = {**os.environ, "OPENAI_LOGDIR": str(tmp_path / "two")}
+    result = subprocess.run(
+        [*command, SCRIPT, *flags(batch_size=2, **options)],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    torch.manual_seed(0)
+    network = {**model_and_diffusion_defaults(), **TINY, "learn_sigma": True}
+    start = [p.detach() for p in create_model_and_diffusion(**network)[0].parameters()]
+    for prefix in ("model", "ema_0.9_"):
+        one, two = (tensors(tmp_path / run, 3, prefix) for run in ("run", "two"))
+        moved = sum((a - s).square().sum() for a, s in zip(one, start, strict=True)).sqrt()
+        apart = sum((a - b).square().sum() for a, b in zip(one, two, strict=True)).sqrt()
+        # Sums in another order. A bias in front of a norm has no gradient but rounding, which
+        # Adam enlarges to steps of up to lr: so the distance of all parameters together counts.
+        assert apart < 1e-3 * moved
+    assert (tmp_path / "two/log-rank001.txt").exists()
+    assert figures(tmp_path / "two")[-1]["samples"] == "12"
+
+
+def start_long_run(data, folder, *more):
+    options = {"data_dir": data, "iterations": 100000, "save_interval": 5, "batch_size": 2}
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *flags(**options, **TINY, **SHARED), *more],
+        env={**os.environ, "OPENAI_LOGDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(folder, pattern, process):
+    for _ in range(1200):
+        if list(Path(folder).glob(pattern)):
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    raise AssertionError(f"no {pattern} in two minutes")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_cleanly(number, data, tmp_path):
+    folder = tmp_path / "stopped"
+    process = start_long_run(data, folder)
+    wait_for(folder, "model000005.pt", process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    last = int(figures(folder)[-1]["step"])
+    assert (folder / f"model{last:06d}.pt").exists() and (folder / f"opt{last:06d}.pt").exists()
+    assert f"stopped by {number.name} after step {last}" in output
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, tmp_path, monkeypatch):
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    process = start_long_run(data, killed)
+    wait_for(killed, "model000010.pt", process)
+    process.kill()
+    process.communicate()
+    newest = max(int(path.stem[5:]) for path in killed.glob("model*.pt"))
+    options = {"data_dir": data, "batch_size": 2, "iterations": newest + 3, **TINY, **SHARED}
+    monkeypatch.setenv("OPENAI_LOGDIR", str(straight))
+    image_train.main(flags(**options))
+    monkeypatch.setenv("OPENAI_LOGDIR", str(killed))
+    image_train.main(flags(**options, resume_checkpoint="auto"))
+    prefixes = ("model", "ema_0.9_")
+    pairs = zip(
+        tensors(straight, newest + 3, *prefixes),
+        tensors(killed, newest + 3, *prefixes),
+        strict=True,
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+    optimisers = [
+        torch.load(folder / f"opt{newest + 3:06d}.pt", weights_only=True)["state"]
+        for folder in (straight, killed)
+    ]
+    for index, moments in optimisers[0].items():
+        assert all(torch.equal(moments[name], optimisers[1][index][name]) for name in moments)
+
+
+def test_early_stop_is_recorded_and_sampled(data, tmp_path):
+    options = {"iterations": 2, "batch_size": 2, "sample_interval": 2, "early_stop_steps": 40}
+    image_train.main(flags(data_dir=data, **options, **TINY, **SHARED))
+    folder = tmp_path / "run"
+    for name in ("model000002.pt", "ema_0.9_000002.pt"):
+        sidecar = read_sidecar(str(folder / name))
+        assert sidecar["kind"] == "model" and sidecar["early_stop_steps"] == 40
+        assert sidecar["flags"]["num_channels"] == 32
+    assert (folder / "samples000002.png").stat().st_size > 100
+
+
+def test_folder_with_worker_processes(tmp_path):
+    from PIL import Image
+
+    images = tmp_path / "images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(6):
+        pixels = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{'ab'[index % 2]}_{index}.png")
+    (images / "a_broken.png").write_text("nothing")
+    options = {"iterations": 4, "batch_size": 3, "num_workers": 1, "class_cond": True}
+    image_train.main(flags(data_dir=images, **options, **TINY, **SHARED))
+    assert figures(tmp_path / "run")[-1]["unreadable_images"] == "1"
+    assert "skipping" in (tmp_path / "run/log.txt").read_text()
+
+
+def test_classifier(data, tmp_path):
+    options = {
+        "data_dir": data,
+        "val_data_dir": data,
+        "image_size": 8,
+        "classifier_width": 64,
+        "classifier_depth": 1,
+        "classifier_attention_resolutions": "8",
+        "batch_size": 6,
+        "microbatch": 4,
+        "eval_interval": 2,
+        "log_interval": 1,
+        "anneal_lr": True,
+        "lr": 3e-3,
+    }
+    classifier_train.main(flags(**options, iterations=8))
+    rows = figures(tmp_path / "run")
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"]) - 1
+    assert [bool(row["val_loss"]) for row in rows[:4]] == [False, True, False, True]
+    assert {"train_acc@1", "train_acc@5", "val_acc@1", "val_acc@5_q0"} <= rows[1].keys()
+    assert read_sidecar(str(tmp_path / "run/model000008.pt"))["kind"] == "classifier"
+    names = {p.name for p in (tmp_path / "run").glob("*.pt")}
+    assert names == {"model000008.pt", "opt000008.pt", "state000008.pt"}
+    classifier_train.main(flags(**options, iterations=9, resume_checkpoint="auto"))
+    assert (tmp_path / "run/model000009.pt").exists()
+
+
+def test_clean_images_for_the_classifier():
+    parser = classifier_train.create_argparser()
+    assert parser.parse_args([]).noised is True
+    assert parser.parse_args(["--noised", "no"]).noised is False
+
+
+def test_super_resolution(data, tmp_path):
+    sizes = {"large_size": 8, "small_size": 4}
+    network = {k: v for k, v in TINY.items() if k not in ("image_size", "channel_mult")}
+    options = {"iterations": 2, "batch_size": 2, "sample_interval": 2, "class_cond": True}
+    super_res_train.main(flags(data_dir=data, **sizes, **network, **SHARED, **options))
+    folder = tmp_path / "run"
+    assert read_sidecar(str(folder / "model000002.pt"))["flags"]["large_size"] == 8
+    assert (folder / "samples000002.png").exists()
+    stream = super_res_train.load_superres_data(data, 3, large_size=8, small_size=4, seed=0)
+    batch, cond = next(stream)
+    want = batch.view(3, 3, 4, 2, 4, 2).mean((3, 5))
+    torch.testing.assert_close(cond["low_res"], want)
+
+
+BAD = {
+    "data_dir": ("", "--data_dir: give a folder"),
+    "batch_size": (0, "--batch_size is 0, it must be at least 1"),
+    "lr": (-1, "--lr is -1.0, it must be above 0"),
+    "early_stop_steps": (1001, r"--early_stop_steps must be in 1 … 1000"),
+    "schedule_sampler": ("best", "--schedule_sampler must be one of uniform"),
+    "precision": ("int4", "--precision must be one of float32, bfloat16, float16"),
+    "ema_rate": ("much", "--ema_rate must be a comma list"),
+    "noise_schedule": ("flat", "--.*schedule"),
+    "channel_mult": ("a", "--channel_mult must be a comma list"),
+    "label_from": ("colour", "--label_from must be name or folder"),
+    "resume_checkpoint": (
+        "nowhere/model000010.pt",
+        "--resume_checkpoint: there is no file nowhere",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_flags_are_one_clear_line(name, data):
+    value, message = BAD[name]
+    options = {"data_dir": data, "iterations": 1, **TINY, **SHARED, name: value}
+    with pytest.raises(UserError, match=message):
+        image_train.main(flags(**options))
+
+
+def test_float16_on_a_cpu_says_what_it_does_instead(data, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    image_train.main(flags(data_dir=data, iterations=1, use_fp16=True, **TINY, **SHARED))
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "float16 needs CUDA: training in" in log
+    assert read_sidecar(str(tmp_path / "run/model000001.pt"))["flags"]["use_fp16"] is False
