@@ -33,7 +33,10 @@ _ORDER, _FLIP, _CROP = 1, 2, 3
 # An array up to this size is held in memory, a larger one is read row by row where it lies.
 _IN_MEMORY_BYTES = 2 << 30
 # What decoders raise for damaged files.
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error)
+BROKEN_IMAGE = (
+    *(OSError, ValueError, SyntaxError, EOFError, struct.error),
+    Image.DecompressionBombError,
+)
 # Images of a folder that may be unreadable one after the other before the folder is given up.
 _MAX_UNREADABLE_RUN = 100
 
@@ -352,7 +355,7 @@ class ImageDataset(Dataset):
                     image = Image.fromarray(to_rgb(image))
             except UnidentifiedImageError as error:
                 raise UserError("not an image") from error
-            except (*_BROKEN, Image.DecompressionBombError) as error:
+            except BROKEN_IMAGE as error:
                 raise UserError(f"{error}") from error
         if self.random_crop:
             return random_crop_arr(image, self.resolution, rng=rng)
