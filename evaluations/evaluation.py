@@ -15,6 +15,7 @@ from evaluations.scoring import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, Scorer
 
 PUBLISHED_METRICS = ("inception_score", "fid", "sfid", "precision", "recall")
 ALL_METRICS = (*PUBLISHED_METRICS, "kid", "density", "coverage")
+_NEED_REFERENCE_POOL = {"precision", "recall", "kid", "density", "coverage"}
 # Fewest images on either side for which a metric is defined
 _FEWEST = {
     "inception_score": 1,
@@ -115,7 +116,8 @@ def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
     graph = load_graph(chosen.inception_path)
     engine = choose_engine(graph, chosen.backend, chosen.precision, chosen.device)
     extractor = _Extractor(engine, graph.digest, chosen)
-    reference_features = extractor(reference_set, keep_spatial=False)
+    statistics_do = not _NEED_REFERENCE_POOL.intersection(chosen.metrics)
+    reference_features = extractor(reference_set, statistics_do=statistics_do)
     results = []
     for image_set in sample_sets:
         features = extractor(image_set, keep_spatial=chosen.bootstrap > 0)
@@ -184,7 +186,13 @@ class _Extractor:
             how = f"{graph_digest} {engine.name} {settings.precision}"
             self._cache = FeatureCache(settings.cache_dir, how)
 
-    def __call__(self, image_set: ImageSet, keep_spatial: bool) -> Features:
+    def __call__(
+        self, image_set: ImageSet, keep_spatial: bool = False, statistics_do: bool = False
+    ) -> Features:
+        """`statistics_do`: where both Gaussians are given, leave out the images."""
+        if statistics_do and image_set.pool_gaussian and image_set.spatial_gaussian:
+            none = np.empty((0, image_set.pool_gaussian.dimensions), np.float32)
+            return Features(none, image_set.pool_gaussian, image_set.spatial_gaussian)
         features = self._images(image_set, keep_spatial)
         given = {
             name: gaussian

@@ -9,6 +9,7 @@ Exit code 0 is success, 2 something you can put right, which is named.
 import argparse
 import os
 import sys
+import warnings
 
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError, run_main
@@ -106,4 +107,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     run_main(main)
