@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -10,9 +9,9 @@ import torch
 
 from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import load_weights
+from guided_diffusion.dist_util import find_launch
 from guided_diffusion.sampling.random_streams import RandomStreams
 from guided_diffusion.sampling.settings import (
-    LOCAL_RANKS,
     WITHOUT_EFFECT,
     Job,
     diffusion_from,
@@ -200,7 +199,7 @@ def choose_device(text: str) -> torch.device:
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not text:
-        local = next((int(os.environ[name]) for name in LOCAL_RANKS if name in os.environ), 0)
+        local = find_launch().local_rank
         return torch.device("cuda", local % count) if count else torch.device("cpu")
     if text == "cpu":
         return torch.device("cpu")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from esddpm_io.errors import UserError
 from esddpm_io.files import absolute, exists, fingerprint_file
 from guided_diffusion.checkpoints import explicit_flags, read_sidecar, settle_flags
+from guided_diffusion.dist_util import find_launch
 from guided_diffusion.sampling.chunks import default_chunk_size
 from guided_diffusion.sampling.sources import (
     PureNoise,
@@ -324,32 +325,19 @@ def _place(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[int, i
     return rank, size, launched
 
 
-# Variables of rank and size by launcher: torchrun, Open MPI, MPICH and its kin, Slurm.
-_LAUNCHERS = (
-    ("RANK", "WORLD_SIZE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("PMI_RANK", "PMI_SIZE"),
-    ("SLURM_PROCID", "SLURM_NTASKS"),
-)
-LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
-
-
 def rank_from_environment(environ: Mapping[str, str]) -> tuple[int, int, bool]:
     """Rank and size that torchrun, mpiexec or srun gave, and whether one of them did.
 
     The tasks of a Slurm job array count as one world: task a of process p has rank a × size + p.
     """
-    rank, size, launched = 0, 1, False
-    for rank_name, size_name in _LAUNCHERS:
-        if rank_name in environ and size_name in environ:
-            rank, size, launched = int(environ[rank_name]), int(environ[size_name]), True
-            break
+    launch = find_launch(environ)
+    rank, size = launch.rank, launch.world_size
     if "SLURM_ARRAY_TASK_ID" in environ:
         tasks = int(environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
         first = int(environ.get("SLURM_ARRAY_TASK_MIN", "0"))
         task = min(int(environ["SLURM_ARRAY_TASK_ID"]) - first, tasks - 1)
         return task * size + rank, tasks * size, True
-    return rank, size, launched
+    return rank, size, launch.launcher != "alone"
 
 
 def _require(condition: bool, message: str) -> None:

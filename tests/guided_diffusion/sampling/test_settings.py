@@ -103,19 +103,20 @@ def test_blocks_are_contiguous_and_cover_everything(tiny, tmp_path):
     [
         ({}, (0, 1, False)),
         ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4, True)),
-        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, (1, 2, True)),
-        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, (1, 2, True)),
-        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, (5, 8, True)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}, (1, 2, True)),
         (
             {
                 "SLURM_ARRAY_TASK_ID": "12",
                 "SLURM_ARRAY_TASK_MIN": "10",
                 "SLURM_ARRAY_TASK_COUNT": "4",
                 "SLURM_PROCID": "1",
-                "SLURM_NTASKS": "2",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_LOCALID": "0",
             },
             (5, 8, True),
         ),
+        # Tasks of an array that run the script itself, without srun.
+        ({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "4"}, (1, 4, True)),
     ],
 )
 def test_rank_and_size_come_from_the_launcher(environment, place):
