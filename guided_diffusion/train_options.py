@@ -5,8 +5,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-import torch
-
 from esddpm_io.errors import UserError
 
 from . import dist_util, logger
@@ -132,7 +130,7 @@ def settle_device_options(args: argparse.Namespace, fp16_flag: str) -> None:
     device = dist_util.dev()
     wanted = args.precision or ("float16" if getattr(args, fp16_flag) else "float32")
     if wanted == "float16" and device.type == "cpu":
-        wanted = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+        wanted = "bfloat16" if dist_util.cpu_has_bfloat16() else "float32"
         logger.log(f"float16 needs CUDA: training in {wanted} on this CPU")
     args.precision = wanted
     setattr(args, fp16_flag, wanted == "float16")

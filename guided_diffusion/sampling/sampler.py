@@ -1,6 +1,5 @@
 """The models on a device: a range of indices in, finished images out."""
 
-import contextlib
 import inspect
 from collections.abc import Callable
 
@@ -9,7 +8,7 @@ import torch
 
 from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import load_weights
-from guided_diffusion.dist_util import find_launch
+from guided_diffusion.dist_util import cpu_has_bfloat16, find_launch
 from guided_diffusion.sampling.random_streams import RandomStreams
 from guided_diffusion.sampling.settings import (
     WITHOUT_EFFECT,
@@ -210,13 +209,6 @@ def choose_device(text: str) -> torch.device:
     device = torch.device("cuda", int(index))
     torch.cuda.set_device(device)
     return device
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the processor computes in bfloat16 rather than imitating it (known on Linux only)."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as info:
-        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(info.read().split())
-    return False
 
 
 # What torch's CPU allocator, and oneDNN (which gives no reason), say when memory runs out.
