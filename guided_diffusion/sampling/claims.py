@@ -15,6 +15,8 @@ from pathlib import Path
 from esddpm_io.atomic import write_json
 from esddpm_io.files import create_exclusively, join, list_names, read_json, remove
 
+# Set by the launcher for its workers: the process without which they have nobody to work for.
+LAUNCHER_VARIABLE = "ESDDPM_LAUNCHER_PID"
 BEAT_S = 1.0
 # A heart that has not beaten for so long has stopped: many beats, for a shared folder lags.
 DEAD_AFTER_S = 60.0

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from esddpm_io.errors import EXIT_DISK_FULL, EXIT_USER_ERROR
 from guided_diffusion.sampling.chunks import ChunkFolder
-from guided_diffusion.sampling.claims import Observer
+from guided_diffusion.sampling.claims import LAUNCHER_VARIABLE, Observer
 from guided_diffusion.sampling.progress import Overseer, Screen
-from guided_diffusion.sampling.worker import LAUNCHER_VARIABLE
 
 _POLL_S = 0.1
 _PATIENCE_S = 15.0  # for a worker to end by itself after SIGTERM

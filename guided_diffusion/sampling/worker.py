@@ -14,11 +14,9 @@ from esddpm_io.errors import terminate_cleanly
 from esddpm_io.progress import Progress
 from guided_diffusion.sampling import outputs
 from guided_diffusion.sampling.chunks import ChunkFolder
-from guided_diffusion.sampling.claims import Claims, Heart
+from guided_diffusion.sampling.claims import LAUNCHER_VARIABLE, Claims, Heart
 from guided_diffusion.sampling.settings import Job, read_job
 
-# Set by the launcher: the process without which this one has nobody to work for.
-LAUNCHER_VARIABLE = "ESDDPM_LAUNCHER_PID"
 _POLL_S = 0.5  # between two looks at chunks that other processes are at
 
 

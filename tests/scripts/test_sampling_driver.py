@@ -194,7 +194,7 @@ def test_published_defaults_are_frozen():
         "devices": "0,1,2,3,4,5,6,7",
     }
     added = ("seed", "model_path", "classifier_path", "ref_batch", "output_dir")
-    added += ("inception_path", "save_png_files")
+    added += ("inception_path", "save_png_files", "limit")
     defaults = vars(driver.create_argparser().parse_args([]))
     assert published.items() <= defaults.items()
     assert set(defaults) == {*published, *added}

@@ -1,0 +1,159 @@
+"""Peak memory of a sampling worker and of gathering, at 2,000 and at 50,000 images of 256 × 256.
+
+    python benchmarks/sampling_memory.py [--images 2000 50000] [--folder DIR]
+
+Each figure is the largest resident set of one process of its own (ru_maxrss). The worker opens the
+whole input and samples its last images with a small network (the network's own memory does not
+depend on the input); gathering joins all chunks into samples_all.npz. At 50,000 images this takes
+about 20 GB of disk, which is given back.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SIZE = 256
+BATCH = 2  # images that the measured worker samples
+CHUNK = 16  # images in a chunk that is gathered; divides the numbers of images
+WORKER = "image_sample_diffusion_and_reverse.py"
+GATHER = "gather_numpyz_and_compute_fid.py"
+MODEL = {
+    "image_size": SIZE,
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1,1,1,1,1,1",  # down to 8 × 8, where the attention is
+    "attention_resolutions": "",
+    "class_cond": False,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, nargs="+", default=[2000, 50000])
+    parser.add_argument("--folder", help="where the inputs are made; default: a temporary folder")
+    args = parser.parse_args()
+    kinds = ("npz, stored", "npz, compressed", "folder of PNGs")
+    print("| images | " + " | ".join(f"worker, {kind}" for kind in kinds) + " | gather |")
+    print("|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+        checkpoint = make_checkpoint(Path(scratch))
+        for number in args.images:
+            root = Path(scratch) / str(number)
+            root.mkdir()
+            inputs = (
+                make_npz(root / "stored.npz", number, np.savez),
+                make_npz(root / "compressed.npz", number, np.savez_compressed),
+                make_folder(root / "pngs", number),
+            )
+            peaks = [
+                worker_peak(root / f"out{i}", checkpoint, path, number)
+                for i, path in enumerate(inputs)
+            ]
+            peaks.append(gather_peak(root / "gathered", number))
+            figures = " | ".join(f"{peak / 1e6:.0f} MB" for peak in peaks)
+            print(f"| {number} | {figures} |", flush=True)
+            shutil.rmtree(root)
+
+
+def make_checkpoint(folder: Path) -> Path:
+    import torch
+
+    from guided_diffusion.script_util import (
+        create_model_and_diffusion,
+        model_and_diffusion_defaults,
+    )
+
+    model, _ = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **MODEL})
+    torch.save(model.state_dict(), folder / "model.pt")
+    return folder / "model.pt"
+
+
+def make_npz(path: Path, number: int, save) -> Path:
+    """An npz of black images, made without holding them: numpy writes a mapped hole in a file."""
+    hole = path.with_suffix(".hole")
+    black = np.memmap(hole, np.uint8, "w+", shape=(number, SIZE, SIZE, 3))
+    save(path, black)
+    del black
+    hole.unlink()
+    return path
+
+
+def make_folder(path: Path, number: int) -> Path:
+    """A folder of `number` names for one PNG."""
+    from esddpm_io.images import save_png
+
+    noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    save_png(path / "0_label_0.png", noise)
+    for index in range(1, number):
+        os.link(path / "0_label_0.png", path / f"{index}_label_{index % 1000}.png")
+    return path
+
+
+def worker_peak(out: Path, checkpoint: Path, images: Path, number: int) -> int:
+    """Peak bytes of the last of many workers, which has the way through all of the input."""
+    flags = {
+        **MODEL,
+        "model_path": checkpoint,
+        "dataset_path": images,
+        "timestep_respacing": "1",
+        "denoise_steps": 1,
+        "batch_size": BATCH,
+        "chunk_size": BATCH,
+        "save_dir": out,
+        "device": "cpu",
+        "global_rank": number // BATCH - 1,
+        "world_size": number // BATCH,
+    }
+    argv = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+    return peak_of([sys.executable, str(SCRIPTS / WORKER), *argv])
+
+
+def gather_peak(out: Path, number: int) -> int:
+    """Peak bytes of gathering `number` samples out of chunks that are links to one of them."""
+    from guided_diffusion.sampling.chunks import ChunkFolder
+
+    settings = {"num_samples": number}
+    folder = ChunkFolder.open(out, settings, {"dataset_path": None}, CHUNK)
+    noise = np.random.default_rng(0).integers(0, 256, (CHUNK, SIZE, SIZE, 3), dtype=np.uint8)
+    folder.write(0, noise, np.zeros(CHUNK, np.int64))
+    [first] = (out / "chunks").iterdir()
+    for start, stop in map(folder.bounds, range(1, len(folder))):
+        os.link(first, out / "chunks" / f"{start:07}-{stop:07}.npz")
+    argv = [sys.executable, str(SCRIPTS / GATHER), "--dir", str(out), "--not_eval_metrics"]
+    return peak_of(argv)
+
+
+# A process starts out with the peak of the one that it was split off from, so the measured command
+# is started by a small one.
+_MEASURE = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)  # Linux counts in KiB
+sys.exit(code)
+"""
+
+
+def peak_of(argv: list[str]) -> int:
+    """Run a command to its end; its largest resident set in bytes."""
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, *argv],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(argv)} ended with exit code {done.returncode}")
+    return int(done.stdout)
+
+
+if __name__ == "__main__":
+    main()

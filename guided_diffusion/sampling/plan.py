@@ -1,0 +1,179 @@
+"""What the driver is to run: its flags checked, and turned into the commands of this machine."""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from esddpm_io.errors import UserError
+from esddpm_io.files import absolute, is_blob
+from guided_diffusion.presets import GUIDED_SAMPLER, SCRIPTS_FOLDER, Preset
+from guided_diffusion.sampling.launcher import WorkerCommand
+
+# A default stands for "what the preset says", or "what is there": these are compared by identity,
+# so that the same text typed by the user is taken at its word.
+DEFAULT_DEVICES = "0,1,2,3,4,5,6,7"
+DEFAULT_DATASET_PATH = "../evaluations/precomputed/biggan_deep_imagenet64.npz"
+
+
+def check_numbers(args: argparse.Namespace, preset: Preset) -> list[int]:
+    """Check what needs no file; return the original timesteps of the chain."""
+    from guided_diffusion.respace import space_timesteps
+
+    if not 0 <= args.machine_idx < args.num_machines:
+        raise UserError(
+            f"--machine_idx must be in 0 … {args.num_machines - 1} (--num_machines "
+            f"{args.num_machines}), not {args.machine_idx}"
+        )
+    try:
+        total = preset.diffusion_flags.get("diffusion_steps", 1000)
+        steps = sorted(space_timesteps(total, args.chain_length))
+    except ValueError as error:
+        raise UserError(f"--chain_length {args.chain_length}: {error}") from error
+    if not (args.start_from_scratch or 1 <= args.reverse_steps <= len(steps)):
+        raise UserError(
+            f"--reverse_steps must be in 1 … {len(steps)}, the length of the chain "
+            f"(--chain_length {args.chain_length}), not {args.reverse_steps}"
+        )
+    return steps
+
+
+def describe_steps(args: argparse.Namespace, steps: list[int]) -> str:
+    """One line on the chain, whose original timesteps are `steps`, and where sampling starts."""
+    if args.start_from_scratch:
+        return f"{len(steps)} steps from pure noise at original timestep {steps[-1]}"
+    start = steps[args.reverse_steps - 1]
+    return f"{args.reverse_steps} of {len(steps)} steps, starting at original timestep {start}"
+
+
+def default_output(args: argparse.Namespace, dataset: str) -> Path:
+    """The output folder that stands for what is sampled and how."""
+    kind = f"diffusion_and_reverse_{args.reverse_steps}_steps"
+    if args.start_from_scratch:
+        kind = "generate_from_scratch"
+    suffix = f"_{args.save_dir_suffix}" if args.save_dir_suffix else ""
+    return SCRIPTS_FOLDER / "exps" / dataset / f"ddpm_{args.chain_length}_steps" / f"{kind}{suffix}"
+
+
+def choose_devices(text: str, execute: bool) -> list[str]:
+    """The devices to use, one a process; UserError, naming the valid ones, if one is not there.
+
+    Commands that are only printed may be for another machine: there, typed devices need not exist.
+    """
+    import torch
+
+    there = [str(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if text is DEFAULT_DEVICES or text == "none":
+        if not there:
+            print("no CUDA device is there: using the CPU")
+            return ["cpu"]
+        return there if text == "none" else [d for d in text.split(",") if d in there]
+    devices = [device.strip() for device in text.split(",")]
+    absent = [device for device in devices if device not in (*there, "cpu")]
+    if absent and (execute or "" in absent):
+        raise UserError(
+            f"--devices {text}: there is no device {absent[0] or '(empty)'}; valid on this "
+            f"machine: {', '.join([*there, 'cpu', 'none'])}"
+        )
+    return devices
+
+
+def worker_commands(args: argparse.Namespace, preset: Preset, output: str) -> list[WorkerCommand]:
+    """The command of every process of this machine."""
+    devices = choose_devices(args.devices, args.execute)
+    script, flags = sampler_and_flags(args, preset)
+    beside_samples = args.output_dir and not is_blob(output)
+    logs = Path(output if beside_samples else SCRIPTS_FOLDER) / "logs"
+    part = "" if args.start_from_scratch else f"_reverse_{args.reverse_steps}_steps"
+    commands = []
+    for local, device in enumerate(devices):
+        rank = local + len(devices) * args.machine_idx
+        place = {
+            "device": device,
+            "global_rank": rank,
+            "world_size": len(devices) * args.num_machines,
+            "any_chunk": True,
+            "save_dir": output,
+        }
+        argv = [sys.executable, str(SCRIPTS_FOLDER / script), *as_argv({**flags, **place})]
+        log = logs / f"ddpm_{args.chain_length}_length{part}_global_rank_{rank}.log"
+        commands.append(WorkerCommand(argv, device, log))
+    return commands
+
+
+def sampler_and_flags(args: argparse.Namespace, preset: Preset) -> tuple[str, dict]:
+    """The sampling script for the preset, and the flags that all its processes share."""
+    flags = {
+        **preset.model_flags,
+        **preset.diffusion_flags,
+        "timestep_respacing": args.chain_length,
+        "use_ddim": args.chain_length.startswith("ddim"),
+        "model_path": typed(args.model_path) or preset.checkpoint,
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "save_png_files": args.save_png_files,
+    }
+    if args.start_from_scratch:
+        flags |= {"start_from_scratch": True, "num_samples": args.num_samples}
+    else:
+        flags |= {
+            "denoise_steps": args.reverse_steps,
+            "dataset_path": generator_images(args, preset),
+            "limit": args.limit,
+        }
+    if not (preset.is_guided or args.classifier_path):
+        return preset.sampler_script, flags
+    flags |= preset.classifier_flags
+    flags["classifier_scale"] = args.classifier_guidance_scale
+    flags["classifier_path"] = typed(args.classifier_path) or preset.classifier or ""
+    return GUIDED_SAMPLER, flags
+
+
+def generator_images(args: argparse.Namespace, preset: Preset) -> str:
+    """The generator's images: what the user typed, else the preset's, else nothing."""
+    if args.dataset_path is DEFAULT_DATASET_PATH:
+        return preset.generator_images or ""
+    return typed(args.dataset_path) or ""
+
+
+def typed(path: str | None) -> str | None:
+    """A path from the command line as an absolute one, None where none was given."""
+    return absolute(path) if path else None
+
+
+def as_argv(flags: dict) -> list[str]:
+    """Flags as a command line has them."""
+    return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+
+
+def check_files(args: argparse.Namespace, preset: Preset) -> None:
+    """UserError for files that are missing, all of them, with the command that fetches them."""
+    needed = {"--model_path": typed(args.model_path) or preset.checkpoint}
+    if not args.start_from_scratch:
+        needed["--dataset_path"] = generator_images(args, preset)
+    if preset.is_guided and args.classifier_guidance_scale:
+        needed["--classifier_path"] = typed(args.classifier_path) or preset.classifier
+    if evaluates(args):
+        needed["--ref_batch"] = typed(args.ref_batch) or preset.reference_batch
+        if args.inception_path or preset.feature_graph:
+            needed["--inception_path"] = typed(args.inception_path) or preset.feature_graph
+    for flag, path in needed.items():
+        if not path:
+            raise UserError(f"{flag}: the preset {preset.name} names no such file: give one")
+    missing = {f: p for f, p in needed.items() if not (is_blob(p) or os.path.exists(p))}
+    if missing:
+        what = "; ".join(f"{flag}: there is no file or folder {p}" for flag, p in missing.items())
+        fetch = shlex.join(["python", str(SCRIPTS_FOLDER / "download.py"), args.dataset])
+        shipped = {file.path for file in preset.download} & set(missing.values())
+        raise UserError(f"{what}; fetch with: {fetch}" if shipped else what)
+
+
+def evaluates(args: argparse.Namespace) -> bool:
+    """Whether this machine evaluates the samples."""
+    return not args.not_eval_metrics and args.machine_idx == 0
+
+
+def preset_argument(text: str) -> str:
+    """`--dataset` for another process, which may stand elsewhere."""
+    return absolute(text) if text.endswith(".toml") else text
