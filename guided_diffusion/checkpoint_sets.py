@@ -30,10 +30,10 @@ class CheckpointSet:
         """
         if not exists(path):
             raise UserError(f'--resume_checkpoint: there is no file {path} (or say "auto")')
-        match = _MODEL_NAME.search(Path(path).name)
-        if match is None:
+        step = step_of_model(path)
+        if step is None:
             return None
-        return cls(path.rsplit("/", 1)[0] if is_blob(path) else Path(path).parent, int(match[1]))
+        return cls(path.rsplit("/", 1)[0] if is_blob(path) else Path(path).parent, step)
 
     @property
     def model(self) -> str:
@@ -82,6 +82,12 @@ class CheckpointSet:
                 remove(path)
                 remove(sidecar_path(path))
             raise
+
+
+def step_of_model(path: str) -> int | None:
+    """NNNNNN of a path …/modelNNNNNN.pt, None for another name."""
+    match = _MODEL_NAME.fullmatch(Path(path).name)
+    return int(match[1]) if match else None
 
 
 def exists(path: str) -> bool:

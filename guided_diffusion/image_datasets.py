@@ -284,9 +284,8 @@ def list_image_files(data_dir: str) -> list[str]:
     walk = blobfile().walk if is_blob(data_dir) else os.walk
     if not is_blob(data_dir) and not os.path.isdir(data_dir):
         raise UserError(f"--data_dir: {data_dir} is neither a folder nor an .npz file")
-    separator = "" if str(data_dir).endswith("/") else "/"
     paths = [
-        f"{folder}{separator if folder == data_dir else '/'}{name}"
+        os.path.join(folder, name)
         for folder, _, names in walk(data_dir)
         for name in names
         if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")

@@ -38,7 +38,7 @@ from esddpm_io.errors import UserError
 from esddpm_io.progress import Progress
 
 from . import dist_util, logger
-from .checkpoint_sets import CheckpointSet, exists, newest_set, prune_sets
+from .checkpoint_sets import CheckpointSet, exists, newest_set, prune_sets, step_of_model
 from .checkpoints import load_weights
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .nn import update_ema
@@ -465,17 +465,9 @@ class Trainer:
             update_ema(params, self.master_params, rate=rate)
 
     def _log_losses(self, figures: dict[str, np.ndarray], prefix: str) -> None:
-        """Means of all terms, and of each quarter of the timesteps."""
         weights = figures.get("weight", 1.0)
         terms = {k: v * weights for k, v in figures.items() if k not in ("t", "weight")}
-        for name, values in terms.items():
-            logger.logkv_mean(prefix + name, float(values.mean()))
-        if "t" not in figures or not self.num_timesteps:
-            return
-        quarters = (4 * figures["t"] / self.num_timesteps).astype(int)
-        for quarter, *values in zip(quarters, *terms.values(), strict=True):
-            for name, value in zip(terms, values, strict=True):
-                logger.logkv_mean(f"{prefix}{name}_q{quarter}", float(value))
+        _log_terms(terms, figures.get("t"), self.num_timesteps, prefix)
 
     # Between steps.
 
@@ -665,6 +657,30 @@ class TrainLoop(Trainer):
 
     def load_sampler_state(self, state: dict[str, torch.Tensor]) -> None:
         self.schedule_sampler.load_state_dict(state)
+
+
+def log_loss_dict(diffusion, ts: torch.Tensor, losses: dict[str, torch.Tensor]) -> None:
+    """Log the means of loss terms [N], over all and over each quarter of the timesteps `ts` [N]."""
+    terms = {name: values.detach().double().cpu().numpy() for name, values in losses.items()}
+    _log_terms(terms, ts.cpu().numpy(), diffusion.num_timesteps)
+
+
+def parse_resume_step_from_filename(filename: str) -> int:
+    """NNNNNN of a path …/modelNNNNNN.pt, 0 for another name."""
+    return step_of_model(filename) or 0
+
+
+def _log_terms(
+    terms: dict[str, np.ndarray], t: np.ndarray | None, num_timesteps: int | None, prefix: str = ""
+) -> None:
+    for name, values in terms.items():
+        logger.logkv_mean(prefix + name, float(values.mean()))
+    if t is None or not num_timesteps:
+        return
+    quarters = (4 * t / num_timesteps).astype(int)
+    for quarter, *values in zip(quarters, *terms.values(), strict=True):
+        for name, value in zip(terms, values, strict=True):
+            logger.logkv_mean(f"{prefix}{name}_q{quarter}", float(value))
 
 
 def _concatenated(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from esddpm_io.errors import UserError
-from guided_diffusion import image_datasets
+from guided_diffusion import image_datasets, logger
 from guided_diffusion.image_datasets import (
     ImageDataset,
     center_crop_arr,
@@ -152,7 +152,7 @@ def test_worker_processes_leave_torchs_global_generator_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_unreadable_images_are_named_skipped_and_counted(tmp_path, capsys):
+def test_unreadable_images_are_named_skipped_and_counted(tmp_path):
     folder = write_images(tmp_path, [f"{i}.png" for i in range(5)])
     broken = tmp_path / "2.png"
     noise = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
@@ -160,12 +160,13 @@ def test_unreadable_images_are_named_skipped_and_counted(tmp_path, capsys):
     broken.write_bytes(broken.read_bytes()[:600])
     (tmp_path / "4.png").write_text("not an image")
     data = load_data(data_dir=folder, batch_size=5, image_size=8, deterministic=True, seed=0)
-    for _ in range(2):
-        batch, _ = next(data)
-        # The next image that can be read takes the place.
-        assert numbers(batch) == [0, 1, 3, 3, 0]
+    with logger.scoped_configure(str(tmp_path / "log"), ["log"]):
+        for _ in range(2):
+            batch, _ = next(data)
+            # The next image that can be read takes the place.
+            assert numbers(batch) == [0, 1, 3, 3, 0]
     assert data.figures() == {"unreadable_images": 2}
-    out = capsys.readouterr().out
+    out = (tmp_path / "log/log.txt").read_text()
     assert out.count("2.png") == 1 and out.count("4.png: not an image") == 1
 
 

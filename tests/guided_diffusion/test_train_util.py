@@ -11,7 +11,13 @@ from esddpm_io.errors import UserError
 from guided_diffusion import checkpoint_sets, logger
 from guided_diffusion.image_datasets import ArrayImages, BatchStream
 from guided_diffusion.resample import create_named_schedule_sampler
-from guided_diffusion.train_util import Draws, Trainer, TrainLoop
+from guided_diffusion.train_util import (
+    Draws,
+    Trainer,
+    TrainLoop,
+    log_loss_dict,
+    parse_resume_step_from_filename,
+)
 from tests.golden_values import arrays, meta, small_model
 
 
@@ -443,3 +449,40 @@ def test_newest_set_that_is_whole(log_folder):
     assert checkpoint_sets.newest_set(log_folder, [0.5]) is None
     checkpoint_sets.prune_sets(log_folder, 2)
     assert sorted({p.name[-9:-3] for p in log_folder.glob("*.pt")}) == ["000003", "000004"]
+
+
+def test_a_loop_of_ones_own_on_the_published_parts(log_folder):
+    """The parts that scripts written for guided-diffusion put together themselves."""
+    from guided_diffusion import dist_util
+    from guided_diffusion.fp16_util import MixedPrecisionTrainer
+
+    dist_util.setup_dist()
+    model, process = Network().eval().to(dist_util.dev()), Process()
+    sampler = create_named_schedule_sampler("uniform", process)
+    trainer = MixedPrecisionTrainer(model=model, use_fp16=False, initial_lg_loss_scale=16.0)
+    opt = torch.optim.AdamW(trainer.master_params, lr=1e-2)
+    data = batches()
+    for step in range(3):
+        logger.logkv("step", step)
+        batch, _ = next(data)
+        t, _ = sampler.sample(len(batch), dist_util.dev())
+        losses = process.training_losses(model, batch, t)
+        log_loss_dict(process, t, {f"train_{name}": value for name, value in losses.items()})
+        trainer.zero_grad()
+        trainer.backward(losses["loss"].mean())
+        assert trainer.optimize(opt)
+        logger.dumpkvs()
+    header = (log_folder / "progress.csv").read_text().splitlines()[0].split(",")
+    assert {"step", "train_loss", "grad_norm", "param_norm"} <= set(header)
+    state = trainer.master_params_to_state_dict(trainer.master_params)
+    torch.save(state, log_folder / "model000003.pt")
+    loaded = dist_util.load_state_dict(
+        str(log_folder / "model000003.pt"), map_location=dist_util.dev()
+    )
+    assert equal(list(loaded.values()), [p.detach() for p in model.parameters()])
+
+
+def test_step_of_a_file_name():
+    assert parse_resume_step_from_filename("a/model012345.pt") == 12345
+    assert parse_resume_step_from_filename("a/64x64_diffusion.pt") == 0
+    assert parse_resume_step_from_filename("a/supermodel000001.pt") == 0
