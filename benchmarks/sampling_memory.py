@@ -1,6 +1,6 @@
 """Peak memory of a sampling worker and of gathering, at 2,000 and at 50,000 images of 256 × 256.
 
-    python benchmarks/sampling_memory.py [--images 2000 50000] [--folder DIR]
+    python benchmarks/sampling_memory.py [--images 2000 50000] [--inputs stored compressed pngs]
 
 Each figure is the largest resident set of one process of its own (ru_maxrss). The worker opens the
 whole input and samples its last images with a small network (the network's own memory does not
@@ -14,9 +14,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
+from esddpm_io.images import save_png
+from esddpm_io.npz import NpzWriter
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SIZE = 256
@@ -39,25 +44,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, nargs="+", default=[2000, 50000])
+    parser.add_argument("--inputs", nargs="+", choices=INPUTS, default=list(INPUTS))
     parser.add_argument("--folder", help="where the inputs are made; default: a temporary folder")
     args = parser.parse_args()
-    kinds = ("npz, stored", "npz, compressed", "folder of PNGs")
-    print("| images | " + " | ".join(f"worker, {kind}" for kind in kinds) + " | gather |")
-    print("|---|---|---|---|---|")
+    columns = ["images", *(f"worker, {name}" for name in args.inputs), "gather"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         checkpoint = make_checkpoint(Path(scratch))
         for number in args.images:
             root = Path(scratch) / str(number)
             root.mkdir()
-            inputs = (
-                make_npz(root / "stored.npz", number, np.savez),
-                make_npz(root / "compressed.npz", number, np.savez_compressed),
-                make_folder(root / "pngs", number),
-            )
-            peaks = [
-                worker_peak(root / f"out{i}", checkpoint, path, number)
-                for i, path in enumerate(inputs)
-            ]
+            peaks = []
+            for name in args.inputs:
+                images = INPUTS[name](root / name, number)
+                peaks.append(worker_peak(root / f"out_{name}", checkpoint, images, number))
             peaks.append(gather_peak(root / "gathered", number))
             figures = " | ".join(f"{peak / 1e6:.0f} MB" for peak in peaks)
             print(f"| {number} | {figures} |", flush=True)
@@ -77,25 +77,46 @@ def make_checkpoint(folder: Path) -> Path:
     return folder / "model.pt"
 
 
-def make_npz(path: Path, number: int, save) -> Path:
-    """An npz of black images, made without holding them: numpy writes a mapped hole in a file."""
-    hole = path.with_suffix(".hole")
-    black = np.memmap(hole, np.uint8, "w+", shape=(number, SIZE, SIZE, 3))
-    save(path, black)
-    del black
-    hole.unlink()
-    return path
+def make_stored(path: Path, number: int) -> Path:
+    """An npz of black images, stored."""
+    layout = {"arr_0": ((number, SIZE, SIZE, 3), np.uint8)}
+    with NpzWriter(path.with_suffix(".npz"), layout) as writer:
+        for block in black_blocks(number):
+            writer.append("arr_0", block)
+    return path.with_suffix(".npz")
+
+
+def make_compressed(path: Path, number: int) -> Path:
+    """An npz of black images, compressed."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (number, SIZE, SIZE, 3)}
+    with (
+        zipfile.ZipFile(
+            path.with_suffix(".npz"), "w", zipfile.ZIP_DEFLATED, compresslevel=1
+        ) as out,
+        out.open("arr_0.npy", "w", force_zip64=True) as member,
+    ):
+        np.lib.format.write_array_header_1_0(member, header)
+        for block in black_blocks(number):
+            member.write(block.data)
+    return path.with_suffix(".npz")
+
+
+def black_blocks(number: int) -> Iterator[np.ndarray]:
+    """`number` black images, as many at a time as a chunk has."""
+    for start in range(0, number, CHUNK):
+        yield np.zeros((min(CHUNK, number - start), SIZE, SIZE, 3), np.uint8)
 
 
 def make_folder(path: Path, number: int) -> Path:
     """A folder of `number` names for one PNG."""
-    from esddpm_io.images import save_png
-
     noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     save_png(path / "0_label_0.png", noise)
     for index in range(1, number):
         os.link(path / "0_label_0.png", path / f"{index}_label_{index % 1000}.png")
     return path
+
+
+INPUTS = {"stored": make_stored, "compressed": make_compressed, "pngs": make_folder}
 
 
 def worker_peak(out: Path, checkpoint: Path, images: Path, number: int) -> int:

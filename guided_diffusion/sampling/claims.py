@@ -20,6 +20,8 @@ LAUNCHER_VARIABLE = "ESDDPM_LAUNCHER_PID"
 BEAT_S = 1.0
 # A heart that has not beaten for so long has stopped: many beats, for a shared folder lags.
 DEAD_AFTER_S = 60.0
+# One that beats but has not come a step further for so long hangs, on a broken device say.
+STUCK_AFTER_S = 1800.0
 
 
 class Heart:
@@ -85,11 +87,11 @@ class Heart:
 
 
 class Observer:
-    """Watches the workers of a folder, and tells slow ones from dead ones."""
+    """Watches the workers of a folder, and tells slow ones from dead and stuck ones."""
 
     def __init__(self, folder: str):
         self._folder = join(folder, "workers")
-        self._seen: dict[str, tuple[int, float]] = {}  # worker: its beat, when we first saw it
+        self._seen: dict[tuple[str, str], tuple[object, float]] = {}
 
     def workers(self) -> list[dict]:
         """The records of all workers, in order of rank, with `alive` added."""
@@ -109,13 +111,24 @@ class Observer:
             return False
         if record["machine"] == machine_id() and not process_runs(record["pid"]):
             return False
-        # Clocks of machines differ, so time is counted on ours from when a beat was first seen.
+        silent = self._unchanged_for(record, "beat")
+        idle = self._unchanged_for(record, "state", "chunk", "step")
+        stuck = idle >= STUCK_AFTER_S and record["state"] != "waiting"
+        return silent < DEAD_AFTER_S and not stuck
+
+    def _unchanged_for(self, record: dict, *names: str) -> float:
+        """Seconds since we first saw these entries as they are.
+
+        Clocks of machines differ, so time is counted on ours.
+        """
+        key = (record["worker"], names[0])
         now = time.monotonic()
-        beat, since = self._seen.get(record["worker"], (None, now))
-        if beat != record["beat"]:
+        values = [record.get(name) for name in names]
+        before, since = self._seen.get(key, (None, now))
+        if before != values:
             since = now
-        self._seen[record["worker"]] = (record["beat"], since)
-        return now - since < DEAD_AFTER_S
+        self._seen[key] = (values, since)
+        return now - since
 
 
 class Claims:

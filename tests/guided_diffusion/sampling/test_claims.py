@@ -56,20 +56,35 @@ def test_a_killed_process_is_dead_at_once_even_as_a_zombie(tmp_path):
 
 
 def test_on_another_machine_a_heart_that_stands_still_is_dead(tmp_path, fast_beats, monkeypatch):
-    monkeypatch.setattr(claims, "DEAD_AFTER_S", 0.3)
+    monkeypatch.setattr(claims, "DEAD_AFTER_S", 1.0)
     monkeypatch.setattr(claims, "machine_id", lambda: "there")
     heart = Heart(tmp_path, rank=0)
     heart.__enter__()
     monkeypatch.setattr(claims, "machine_id", lambda: "here")
     observer = Observer(tmp_path)
-    for _ in range(10):  # slow, but it beats
+    for _ in range(24):  # slow, but it beats
         time.sleep(0.05)
         assert observer.workers()[0]["alive"]
     heart._stop.set()  # as if the machine had lost its power: no last word
     heart._thread.join()
     observer.workers()
-    time.sleep(0.4)
+    time.sleep(1.1)
     assert not observer.workers()[0]["alive"]
+
+
+def test_a_heart_that_beats_without_a_step_forward_is_stuck(tmp_path, fast_beats, monkeypatch):
+    monkeypatch.setattr(claims, "STUCK_AFTER_S", 0.3)
+    with Heart(tmp_path, rank=0) as heart:
+        observer = Observer(tmp_path)
+        for step in range(8):  # as slow as can be, but it gets on
+            heart.tell(state="sampling", chunk=1, step=step)
+            assert observer.workers()[0]["alive"]
+            time.sleep(0.05)
+        time.sleep(0.4)
+        assert not observer.workers()[0]["alive"]
+        heart.tell(state="waiting")  # for others, with no chunk of its own
+        time.sleep(0.4)
+        assert observer.workers()[0]["alive"]
 
 
 def test_a_full_disk_under_the_heart_reaches_the_worker(tmp_path, fast_beats):
