@@ -1,6 +1,6 @@
 """What early stop is worth, on emoji32: the generator alone, the plain DDPM, and the two together.
 
-    python benchmarks/emoji32_early_stop.py [--num_samples 1000] [--devices cpu,cpu]
+    python benchmarks/emoji32_early_stop.py [--num_samples 500] [--devices cpu,cpu]
 
 Samples with the driver, one network for all rows, scores all batches in one call of the evaluator,
 and prints a Markdown table; finished samples stay in --work_dir, so a second run only evaluates.
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--num_samples", type=int, default=1000, help="images of every row")
+    parser.add_argument("--num_samples", type=int, default=500, help="images of every row")
     parser.add_argument("--devices", default="cpu,cpu", help="as in the driver")
     parser.add_argument("--steps", type=int, default=25, help="steps of the short chains")
     parser.add_argument("--chain_length", type=int, default=50, help="early stop's chain")
