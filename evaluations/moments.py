@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import lapack
 
+_TOLERANCE = 1e-9  # relative error of a distance that is good enough
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -47,9 +49,7 @@ class Gaussian:
         upper, pivots, rank, status = lapack.dpstrf(self.covariance)
         if status < 0:
             raise ValueError(f"dpstrf refused its argument {-status}")
-        root = np.empty((rank, self.dimensions))
-        root[:, pivots - 1] = np.triu(upper[:rank])
-        return root
+        return np.triu(upper[:rank])[:, np.argsort(pivots)]
 
 
 class RunningMoments:
@@ -116,10 +116,9 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
     |mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)) for covariances A and B.
 
-    With A = R^T R and B = S^T S that last trace is the sum of the singular values of R S^T. It
-    cannot come out complex and, unlike roots of eigenvalues of A B, takes no roots of rounding
-    errors where a covariance is singular: those values come out as 1e-16 of the largest, not as
-    1e-8. `ValueError` if the dimensions differ or a value is not finite.
+    With A = R^T R and B = S^T S that last trace is the sum of the singular values of R S^T: it
+    cannot come out complex, and singular covariances are no special case. `ValueError` if the
+    dimensions differ or a value is not finite.
     """
     if a.dimensions != b.dimensions:
         raise ValueError(
@@ -131,5 +130,26 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     root_a, root_b = a.root, b.root
     shift = a.mean - b.mean
     total = shift @ shift + np.sum(root_a**2) + np.sum(root_b**2)
-    trace = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
-    return max(float(total - 2.0 * trace), 0.0)  # rounding can leave -1e-14 of equal sets
+    distance = total - 2.0 * _sum_of_singular_values(root_a @ root_b.T, total)
+    return max(float(distance), 0.0)  # rounding can leave -1e-14 of equal sets
+
+
+def _sum_of_singular_values(matrix: np.ndarray, total: float) -> float:
+    """Sum of the singular values, such that `total` minus twice the sum is right to 1e-9.
+
+    As roots of the eigenvalues of the smaller Gram matrix, which takes a quarter of the time,
+    where these are far enough from zero: an eigenvalue carries an error of some 1e-16 of the
+    largest, its root s that over 2 s. A singular matrix has eigenvalues near zero, of which
+    the roots would be roots of rounding errors, 1e-8: its singular values are computed as such.
+    """
+    if matrix.size == 0:  # a set without any spread
+        return 0.0
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = matrix.T
+    squares = np.maximum(np.linalg.eigvalsh(matrix @ matrix.T), 0.0)
+    roots = np.sqrt(squares)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = np.finfo(float).eps * squares[-1] * np.sum(0.5 / roots)
+    if error <= _TOLERANCE * (total - 2.0 * roots.sum()):
+        return roots.sum()
+    return np.linalg.svd(matrix, compute_uv=False).sum()

@@ -98,9 +98,32 @@ def test_distance_of_singular_covariances_is_exact(rank_a, rank_b):
     assert frechet_distance(as_matrix, few[1]) == pytest.approx(frechet_distance(*few), rel=1e-9)
 
 
+def test_distance_of_nearly_singular_covariances_is_exact():
+    """Half the directions a billion times narrower: roots of eigenvalues would be off by 1e-7."""
+    rng = np.random.default_rng(0)
+    axes = np.linalg.qr(rng.standard_normal((100, 100)))[0]
+    turned = np.linalg.qr(np.eye(100) + 0.02 * rng.standard_normal((100, 100)))[0]
+    spread = np.where(np.arange(100) < 50, 1.0, 1e-9)
+    covariances = [(a * spread) @ a.T for a in (axes, axes @ turned)]
+    roots = [a * np.sqrt(spread) for a in (axes, axes @ turned)]
+    trace = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
+    exact = sum(np.trace(c) for c in covariances) - 2 * trace
+    got = frechet_distance(*(Gaussian(np.zeros(100), c) for c in covariances))
+    assert got == pytest.approx(exact, rel=1e-9)
+
+
 def test_distance_of_a_set_from_itself_is_zero():
     for features in (REFERENCE, random_features(20, 50, 4)):
         assert frechet_distance(gaussian_of(features), gaussian_of(features)) < 1e-9
+
+
+def test_distance_of_a_set_without_spread():
+    """All its points are one: the mean square distance of the others from that point."""
+    point = REFERENCE[:1].repeat(30, axis=0)
+    expected = (gaussian_of(REFERENCE).mean - point[0]) @ (gaussian_of(REFERENCE).mean - point[0])
+    expected += np.trace(gaussian_of(REFERENCE).covariance)
+    for gaussian in (gaussian_of(point), gaussian_of(point[:5]), matrix_gaussian(point)):
+        assert frechet_distance(gaussian_of(REFERENCE), gaussian) == pytest.approx(expected)
 
 
 def test_distance_refuses_what_has_none():
