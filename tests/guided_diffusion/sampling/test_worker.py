@@ -12,7 +12,7 @@ import pytest
 from esddpm_io.errors import UserError
 from guided_diffusion.sampling import worker
 from guided_diffusion.sampling.chunks import ChunkFolder
-from guided_diffusion.sampling.claims import Observer
+from guided_diffusion.sampling.claims import LAUNCHER_VARIABLE, Observer, process_runs
 from guided_diffusion.sampling.settings import read_job
 from tests.tiny_sampling import NUM_IMAGES, chunks
 
@@ -180,3 +180,24 @@ def test_out_of_memory_halves_the_batch(tiny, tmp_path, undisturbed):
     assert "out of memory with 2000 images a step" in out.stdout
     assert "going on with 1000" in out.stdout
     assert len(chunks(tmp_path / "out")[0]) == 2000
+
+
+def test_workers_do_not_outlive_a_killed_launcher(tiny, tmp_path):
+    argv = tiny.worker_flags(tmp_path, batch_size=1, denoise_steps=900, timestep_respacing="")
+    child = f"from guided_diffusion.sampling import worker; worker.main({argv!r}, guided=False)"
+    launcher = (
+        "import os, subprocess, sys, time\n"
+        f"os.environ[{LAUNCHER_VARIABLE!r}] = str(os.getpid())\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", launcher], stderr=subprocess.DEVNULL)
+    while not (workers := Observer(str(tmp_path)).workers()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while process_runs(workers[0]["pid"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
