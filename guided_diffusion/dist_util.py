@@ -237,6 +237,19 @@ def gather_objects(obj: Any) -> list[Any]:
     return gathered
 
 
+class AllRanks:
+    """The one method of an mpi4py communicator that `logger` uses, over our own group.
+
+    `logger.configure(comm=AllRanks())` makes figures means over all processes; all of them must
+    call `dumpkvs` then.
+    """
+
+    def gather(self, obj: Any, root: int = 0) -> list[Any] | None:
+        """`obj` of every rank in rank order on `root`, None elsewhere."""
+        gathered = gather_objects(obj)
+        return gathered if rank() == root else None
+
+
 def any_rank(*flags: bool) -> list[bool]:
     """For each flag whether it is set on any rank; all ranks get one answer."""
     if world_size() == 1:

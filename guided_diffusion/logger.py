@@ -240,6 +240,9 @@ class Logger:
         merged = {}
         for name in {name for part in rows for name in part}:
             pairs = [part[name] for part in rows if name in part]
+            if len({value for value, _ in pairs}) == 1:
+                merged[name] = pairs[0][0]  # a step stays an integer
+                continue
             total = sum(count for _, count in pairs)
             merged[name] = sum(value * count for value, count in pairs) / total
         return merged

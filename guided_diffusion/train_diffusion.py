@@ -43,7 +43,7 @@ def train_diffusion(
     """
     check_ranges(args)
     dist_util.setup_dist()
-    logger.configure()
+    logger.configure(comm=dist_util.AllRanks())
     settle_device_options(args, "use_fp16")
     torch.manual_seed(args.seed)
     flags = args_to_dict(args, flag_names)

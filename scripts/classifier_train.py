@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     check_ranges(args)
     dist_util.setup_dist()
-    logger.configure()
+    logger.configure(comm=dist_util.AllRanks())
     settle_device_options(args, "classifier_use_fp16")
     torch.manual_seed(args.seed)
 

@@ -123,6 +123,9 @@ class Communicator:
 
 
 def test_rows_are_averaged_over_a_communicator():
-    outputs = logger.Logger(None, [], comm=Communicator({"loss": (5.0, 3), "extra": (1.0, 1)}))
+    other = {"loss": (5.0, 3), "extra": (1.0, 1), "step": (7, 1)}
+    outputs = logger.Logger(None, [], comm=Communicator(other))
     outputs.logkv_mean("loss", 1.0)
-    assert outputs.dumpkvs() == {"loss": 4.0, "extra": 1.0}
+    outputs.logkv("step", 7)
+    row = outputs.dumpkvs()
+    assert row == {"loss": 4.0, "extra": 1.0, "step": 7} and isinstance(row["step"], int)
