@@ -319,7 +319,7 @@ def test_stopped_then_continued_by_two_machines_of_which_one_loses_a_worker(
     first = start(command)
     wait_for_chunks(out, 2, first)
     first.send_signal(signal.SIGTERM)
-    said = first.communicate(timeout=60)[0]
+    said = first.communicate(timeout=300)[0]
     assert first.returncode == 143, said
     assert "what is finished stays; continue with\n" in said
     assert said.split("continue with\n  ")[1].split()[:2] == command[:2]
@@ -332,7 +332,7 @@ def test_stopped_then_continued_by_two_machines_of_which_one_loses_a_worker(
         assert all(machine.poll() is None for machine in machines)
         time.sleep(0.01)
     os.kill(workers[0]["pid"], signal.SIGKILL)
-    said = [machine.communicate(timeout=120)[0] for machine in machines]
+    said = [machine.communicate(timeout=300)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert "was ended by SIGKILL" in said[0] + said[1]
     assert_equal(all_samples(out), slow_job)
@@ -347,13 +347,13 @@ def test_torchrun_loses_a_process_and_mpiexec_finishes(tiny, tmp_path, slow_job)
     run = start([*torchrun, "--nproc_per_node", "2", *argv])
     wait_for_chunks(tmp_path, 2, run)
     os.kill(sampling_workers(tmp_path)[0]["pid"], signal.SIGKILL)
-    run.communicate(timeout=60)
+    run.communicate(timeout=300)
     assert run.returncode != 0 and ChunkFolder.load(tmp_path).missing()
 
     if mpiexec is None:
         pytest.skip("mpiexec is not installed: only torchrun was tested")
     run = start([mpiexec, "-n", "2", sys.executable, *argv])
-    said = run.communicate(timeout=120)[0]
+    said = run.communicate(timeout=300)[0]
     assert run.returncode == 0, said
     assert "rank 0 of 2" in said and "rank 1 of 2" in said
     assert_equal(chunks(tmp_path), slow_job)

@@ -146,7 +146,7 @@ def test_sigterm_keeps_finished_chunks_and_frees_the_claim(tiny, tmp_path):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) != 0
+    assert process.wait(120) != 0
     assert list((tmp_path / "claims").iterdir()) == []
     assert [record["state"] for record in Observer(str(tmp_path)).workers()] == ["stopped"]
     assert 0 < len(list((tmp_path / "chunks").iterdir())) < NUM_IMAGES
@@ -197,7 +197,7 @@ def test_workers_do_not_outlive_a_killed_launcher(tiny, tmp_path):
         time.sleep(0.05)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while process_runs(workers[0]["pid"]):
         assert time.monotonic() < deadline
         time.sleep(0.05)
