@@ -9,6 +9,7 @@ Squared Euclidean distances are |u|^2 - 2uv + |v|^2, in one of two arithmetics:
 * `float32` throughout.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,11 +55,8 @@ class PairwiseDistances:
             self._half = [_half_rows(u)]
             self._half.append(self._half[0] if v is None else _half_rows(v))
 
-    def blocks(self) -> Iterator[tuple[slice, slice, np.ndarray, np.ndarray | None]]:
-        """(rows, columns, distances [rows, columns], mirror [columns, rows] or None), float32.
-
-        The mirror image is not just the transpose: in half precision d(u, v) and d(v, u) differ.
-        """
+    def blocks(self) -> Iterator[tuple[slice, slice, "Block"]]:
+        """Rows, columns and the block of distances between them."""
         sizes = len(self._full[0]), len(self._full[1])
         for top in range(0, sizes[0], PUBLISHED_TILE):
             for left in range(top if self._symmetric else 0, sizes[1], PUBLISHED_TILE):
@@ -69,8 +67,7 @@ class PairwiseDistances:
     def _tile(self, rows: slice, columns: slice):
         half = self._half is not None and self._half_is_finite(rows, columns)
         for part, other in self._block_slices(rows, columns):
-            mirrored = self._symmetric and part != other
-            yield part, other, *self._block(part, other, half, mirrored)
+            yield part, other, self._block(part, other, half)
 
     def _block_slices(self, rows: slice, columns: slice) -> Iterator[tuple[slice, slice]]:
         for top in range(rows.start, rows.stop, _BLOCK):
@@ -82,22 +79,9 @@ class PairwiseDistances:
                     slice(left, min(left + _BLOCK, columns.stop)),
                 )
 
-    def _block(self, part: slice, other: slice, half: bool, mirrored: bool):
-        u, v = (
-            (self._half[0][part], self._half[1][other])
-            if half
-            else (
-                self._full[0][part],
-                self._full[1][other],
-            )
-        )
-        products = u.values @ v.values.T
-        if half:
-            _round_products(products)
-        products *= 2.0
-        distances = _combine(u.norms, products, v.norms, half)
-        mirror = _combine(v.norms, products.T, u.norms, half) if mirrored else None
-        return distances, mirror
+    def _block(self, part: slice, other: slice, half: bool) -> "Block":
+        first, second = self._half if half else self._full
+        return Block(first[part], second[other], half)
 
     def _half_is_finite(self, rows: slice, columns: slice) -> bool:
         """Whether no step of a tile's distances overflows half precision."""
@@ -107,25 +91,72 @@ class PairwiseDistances:
             return True
         if not np.isfinite(largest):
             return False
+        blocks = (self._block(*part, half=True) for part in self._block_slices(rows, columns))
         return all(
             np.abs(distances).max() < _HALF_OVERFLOW
-            and (mirror is None or np.abs(mirror).max() < _HALF_OVERFLOW)
-            for part, other in self._block_slices(rows, columns)
-            for distances, mirror in [self._block(part, other, True, self._symmetric)]
+            for block in blocks
+            for distances in (block.distances(), block.mirror())
         )
 
 
-def _combine(u_norms: np.ndarray, doubled: np.ndarray, v_norms: np.ndarray, half: bool):
-    """(|u|^2 - 2uv) + |v|^2, float32 [n, m], each step rounded if `half`."""
-    distances = np.subtract(u_norms[:, None], doubled, order="C")
-    if half:
+class Block:
+    """Squared distances of a few rows `u` [n, D] from a few rows `v` [m, D], float32.
+
+    Rounding costs more than the product itself, so it is done for all pairs only where all are
+    wanted, and else for those that may be near enough.
+    """
+
+    def __init__(self, u: _Rows, v: _Rows, half: bool):
+        self._u, self._v, self._half = u, v, half
+        self._products = u.values @ v.values.T
+
+    def distances(self) -> np.ndarray:
+        """All of them, [n, m]."""
+        return self._combine(self._u.norms[:, None], self._products, self._v.norms)
+
+    def mirror(self) -> np.ndarray:
+        """Those of v from u, [m, n]. In half precision they are not just the transpose."""
+        return self._combine(self._v.norms[:, None], self._products.T, self._u.norms)
+
+    def candidates(self, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Indices, sorted by row, of all pairs that are within `limits` (of a shape that spreads
+        to [n, m]), or so close to it that only rounding can tell."""
+        if self._half:
+            # Three roundings, each by 2^-11 at the most of terms up to 2, 3 and 4 times the
+            # largest norm, or by 2^-25 of the tiniest numbers (twice that after doubling).
+            largest = max(self._u.norms.max(), self._v.norms.max())
+            limits = limits + (largest * np.float32(2.0**-7) + np.float32(2.0**-22))
+        return np.nonzero(self._unrounded <= limits)
+
+    @functools.cached_property
+    def _unrounded(self) -> np.ndarray:
+        distances = self._products * np.float32(-2.0)
+        distances += self._u.norms[:, None]
+        distances += self._v.norms
+        return distances
+
+    def at(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Elements of `distances()`, [number of indices]."""
+        products = self._products[rows, columns]
+        return self._combine(self._u.norms[rows], products, self._v.norms[columns])
+
+    def mirror_at(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Elements [column, row] of `mirror()`, [number of indices]."""
+        products = self._products[rows, columns]
+        return self._combine(self._v.norms[columns], products, self._u.norms[rows])
+
+    def _combine(self, first: np.ndarray, products: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """(first norm - 2uv) + second norm, each step rounded in half precision."""
+        if not self._half:
+            return np.maximum((first - 2.0 * products) + second, 0.0)
+        doubled = products.copy()
+        _round_products(doubled)
+        doubled *= 2.0
+        distances = np.subtract(first, doubled, order="C")
         _round_half(distances)
-    distances += v_norms
-    if half:
+        distances += second
         _round_half(distances)
-    else:
-        np.maximum(distances, 0.0, out=distances)
-    return distances
+        return distances
 
 
 def _round_products(products: np.ndarray) -> None:
@@ -213,18 +244,38 @@ def neighbour_radii(features: np.ndarray, k: int, arithmetic: str = "float16") -
     if count <= k:
         raise ValueError(f"{count} points: at least {k + 1} are needed for {k} neighbours")
     nearest = np.full((count, k + 1), np.inf, np.float32)
+    bound = np.full(count, np.inf, np.float32)  # what the next candidate has to beat
 
     def keep(rows: slice, distances: np.ndarray) -> None:
-        if distances.shape[1] > k + 1:
-            distances = np.partition(distances, k, axis=1)[:, : k + 1]
         both = np.concatenate([nearest[rows], distances], axis=1)
         nearest[rows] = np.partition(both, k, axis=1)[:, : k + 1]
+        bound[rows] = nearest[rows].max(axis=1)
 
-    for rows, columns, distances, mirror in PairwiseDistances(features, None, arithmetic).blocks():
-        keep(rows, distances)
-        if mirror is not None:
-            keep(columns, mirror)
-    return nearest.max(axis=1)
+    for rows, columns, block in PairwiseDistances(features, None, arithmetic).blocks():
+        if np.isinf(bound[rows]).any():
+            keep(rows, block.distances())
+        else:
+            near = block.candidates(bound[rows, None])
+            keep(rows, _table(near[0], block.at(*near), rows.stop - rows.start))
+        if rows == columns:
+            continue
+        if np.isinf(bound[columns]).any():
+            keep(columns, block.mirror())
+        else:
+            near = block.candidates(bound[columns])
+            keep(columns, _table(near[1], block.mirror_at(*near), columns.stop - columns.start))
+    return bound
+
+
+def _table(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """Values by the row that they belong to, float32 [count, most of one row], filled with inf."""
+    order = np.argsort(rows, kind="stable")
+    rows, values = rows[order], values[order]
+    lengths = np.bincount(rows, minlength=count)
+    slots = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    table = np.full((count, lengths.max()), np.inf, np.float32)
+    table[rows, slots] = values
+    return table
 
 
 def precision_recall(
@@ -239,9 +290,12 @@ def precision_recall(
     reference_radii = neighbour_radii(reference, k, arithmetic)
     sample_radii = neighbour_radii(samples, k, arithmetic)
     precise, recalled = np.zeros(len(samples), bool), np.zeros(len(reference), bool)
-    for rows, columns, distances, _ in PairwiseDistances(reference, samples, arithmetic).blocks():
-        precise[columns] |= (distances <= reference_radii[rows, None]).any(axis=0)
-        recalled[rows] |= (distances <= sample_radii[columns]).any(axis=1)
+    for rows, columns, block in PairwiseDistances(reference, samples, arithmetic).blocks():
+        outer, inner = reference_radii[rows], sample_radii[columns]
+        near = block.candidates(np.maximum(outer[:, None], inner))
+        distances = block.at(*near)
+        precise[columns][near[1][distances <= outer[near[0]]]] = True
+        recalled[rows][near[0][distances <= inner[near[1]]]] = True
     return precise, recalled
 
 
@@ -256,8 +310,8 @@ def density_coverage(
     """
     radii = neighbour_radii(reference, k, arithmetic)
     balls, covered = np.zeros(len(samples), np.int64), np.zeros(len(reference), bool)
-    for rows, columns, distances, _ in PairwiseDistances(reference, samples, arithmetic).blocks():
-        inside = distances < radii[rows, None]
+    for rows, columns, block in PairwiseDistances(reference, samples, arithmetic).blocks():
+        inside = block.distances() < radii[rows, None]
         balls[columns] += inside.sum(axis=0)
         covered[rows] |= inside.any(axis=1)
     return balls / k, covered

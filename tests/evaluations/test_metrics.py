@@ -161,13 +161,21 @@ def test_distances_are_rounded_as_half_precision_is(scale, monkeypatch):
     rng = np.random.default_rng(0)
     u, v = (scale * rng.standard_normal((n, 24)).astype(np.float32) for n in (50, 70))
     got = np.empty((50, 70), np.float32)
-    for rows, columns, distances, _ in neighbours.PairwiseDistances(u, v).blocks():
-        got[rows, columns] = distances
+    for rows, columns, block in neighbours.PairwiseDistances(u, v).blocks():
+        got[rows, columns] = block.distances()
+        everywhere = np.indices(got[rows, columns].shape).reshape(2, -1)
+        np.testing.assert_array_equal(block.at(*everywhere), block.distances().ravel())
+        # No pair within a limit is overlooked for being rounded later.
+        limit = np.median(block.distances())
+        found = np.zeros(block.distances().shape, bool)
+        found[block.candidates(limit)] = True
+        assert found[block.distances() <= limit].all()
     own = np.full((50, 50), np.nan, np.float32)
-    for rows, columns, distances, mirror in neighbours.PairwiseDistances(u).blocks():
-        own[rows, columns] = distances
-        if mirror is not None:
-            own[columns, rows] = mirror
+    for rows, columns, block in neighbours.PairwiseDistances(u).blocks():
+        own[rows, columns] = block.distances()
+        own[columns, rows] = block.mirror()
+        everywhere = np.indices(own[rows, columns].shape).reshape(2, -1)
+        np.testing.assert_array_equal(block.mirror_at(*everywhere), block.mirror().T.ravel())
     # A product may fall on the other side of a tie when BLAS adds in another order.
     assert np.mean(got == half_arithmetic(u, v)) > 0.999
     assert np.mean(own == half_arithmetic(u, u)) > 0.999
@@ -176,7 +184,8 @@ def test_distances_are_rounded_as_half_precision_is(scale, monkeypatch):
 def test_overflow_of_half_precision_leads_to_float32():
     rng = np.random.default_rng(0)
     u, v = (rng.standard_normal((n, 24)).astype(np.float32) * 60 for n in (40, 30))
-    ((_, _, got, _),) = neighbours.PairwiseDistances(u, v).blocks()
+    ((_, _, block),) = neighbours.PairwiseDistances(u, v).blocks()
+    got = block.distances()
     exact = ((u[:, None].astype(np.float64) - v) ** 2).sum(axis=-1)
     assert exact.max() > 65504
     np.testing.assert_allclose(got, exact, rtol=1e-5)
@@ -185,9 +194,9 @@ def test_overflow_of_half_precision_leads_to_float32():
     for tile in (20, 40):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(neighbours, "PUBLISHED_TILE", tile)
-            blocks = list(neighbours.PairwiseDistances(u, u[:20]).blocks())
+            blocks = [b.distances() for *_, b in neighbours.PairwiseDistances(u, u[:20]).blocks()]
         with np.errstate(over="ignore"):
-            is_half = [np.array_equal(b[2], b[2].astype(np.float16)) for b in blocks]
+            is_half = [np.array_equal(b, b.astype(np.float16)) for b in blocks]
         assert is_half == ([True, False] if tile == 20 else [False])
 
 
