@@ -17,11 +17,9 @@ import numpy as np
 def images(count: int, size: int) -> np.ndarray:
     """Smooth colour ramps uint8 [N, size, size, 3]."""
     rng = np.random.default_rng(0)
-    y, x = np.mgrid[:size, :size, None] / size
+    y, x = np.mgrid[:size, :size][..., None] / size
     slopes = rng.uniform(-200, 200, (2, count, 1, 1, 3))
-    return np.clip(128 + slopes[0] * y[..., 0, None] + slopes[1] * x[..., 0, None], 0, 255).astype(
-        np.uint8
-    )
+    return np.clip(128 + slopes[0] * y + slopes[1] * x, 0, 255).astype(np.uint8)
 
 
 def main() -> None:
