@@ -4,24 +4,26 @@
 
 Samples with the driver, one network for all rows, scores all batches in one call of the evaluator,
 and prints a Markdown table; finished samples stay in --work_dir, so a second run only evaluates.
-Wall times are of the sampling alone, start-up included, and mean something only beside each other.
+Draws the first images of the generator, and under each what early stop makes of it, to --figure.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import numpy as np
+
 from esddpm_io.errors import UserError, run_main
-from esddpm_io.images import open_images
+from esddpm_io.images import image_grid, open_images, save_png
 from esddpm_io.npz import NpzWriter
 from guided_diffusion.presets import load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 DRIVER = ROOT / "scripts" / "generate_processes_diffusion_and_reverse.py"
 EVALUATOR = ROOT / "evaluations" / "evaluator.py"
+FIGURE_COLUMNS, FIGURE_ROWS, FIGURE_ZOOM = 16, 2, 2
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--chain_length", type=int, default=50, help="early stop's chain")
     parser.add_argument("--full_length", type=int, default=250, help="steps of the long chain")
     parser.add_argument("--work_dir", default="benchmarks/results/emoji32", type=Path)
+    parser.add_argument("--figure", type=Path, help="PNG to draw")
     args = parser.parse_args(argv)
     preset = load_preset("emoji32")
     images = first_images(preset.generator_images, args.num_samples, args.work_dir / "vae.npz")
@@ -53,14 +56,13 @@ def main(argv: list[str] | None = None) -> None:
             ],
         ),
     }
-    batches, seconds = [images], [0.0]
+    batches = [images]
     for number, (_, flags) in enumerate(rows.values()):
         if flags is not None:
-            started = time.monotonic()
             batches.append(sample(flags, args.devices, args.work_dir / f"row{number}"))
-            seconds.append(time.monotonic() - started)
-    results = score(preset, batches, args.work_dir / "metrics.json")
-    print_table(rows, results, seconds, args.num_samples)
+    if args.figure:
+        save_png(args.figure, draw_pairs(batches[0], batches[-1]))
+    print_table(rows, score(preset, batches, args.work_dir / "metrics.json"), args.num_samples)
 
 
 def first_images(path: str, count: int, subset: Path) -> Path:
@@ -97,17 +99,25 @@ def run(command: list[str]) -> None:
         sys.exit(code)
 
 
-def print_table(rows: dict, results: list[dict], seconds: list[float], count: int) -> None:
+def draw_pairs(above: Path, below: Path) -> np.ndarray:
+    """The first images of two batches in rows of pairs, enlarged, uint8 [H, W, 3]."""
+    count = FIGURE_COLUMNS * FIGURE_ROWS
+    batches = [open_images(path, flag="--figure").read(0, count) for path in (above, below)]
+    rows = np.stack([b.reshape(FIGURE_ROWS, FIGURE_COLUMNS, *b.shape[1:]) for b in batches], axis=1)
+    grid = image_grid(rows.reshape(-1, *batches[0].shape[1:]), FIGURE_COLUMNS)
+    return grid.repeat(FIGURE_ZOOM, axis=0).repeat(FIGURE_ZOOM, axis=1)
+
+
+def print_table(rows: dict, results: list[dict], count: int) -> None:
     print(f"{count} images each; distances in emoji32 features, which are no FID\n")
-    print("| images of | steps | Fréchet distance | spatial | precision | recall | sampling |")
-    print("|---|---|---|---|---|---|---|")
-    for (name, (steps, _)), metrics, wall in zip(rows.items(), results, seconds, strict=True):
+    print("| images of | steps | Fréchet distance | spatial | precision | recall |")
+    print("|---|---|---|---|---|---|")
+    for (name, (steps, _)), metrics in zip(rows.items(), results, strict=True):
         figures = [
             f"{metrics['frechet_distance']:.2f}",
             f"{metrics['spatial_frechet_distance']:.2f}",
             f"{metrics['precision']:.3f}",
             f"{metrics['recall']:.3f}",
-            f"{wall:.0f} s" if wall else "",
         ]
         print(f"| {name} | {steps} | {' | '.join(figures)} |")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from esddpm_io.errors import UserError
-from guided_diffusion.sampling import worker
+from guided_diffusion.sampling import outputs, worker
 from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.claims import LAUNCHER_VARIABLE, Observer, process_runs
 from guided_diffusion.sampling.settings import read_job
@@ -110,32 +110,63 @@ def sample_in_child(argv: list[str]) -> None:
     worker.run(read_job(argv, guided=False))
 
 
-def test_killing_workers_at_random_moments_changes_nothing(tiny, tmp_path, undisturbed):
-    """20 rounds of two real worker loops, both ended by SIGKILL somewhere in the work."""
+ONE_BY_ONE = {"chunk_size": 1, "batch_size": 1, "timestep_respacing": "25", "denoise_steps": 10}
+
+
+def start_two_workers(tiny, folder) -> list:
     # Forked from a server that has torch loaded, so that a round costs no import.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["guided_diffusion.sampling.sampler", __name__])
+    workers = []
+    for rank in range(2):
+        place = {"global_rank": rank, "world_size": 2, "any_chunk": True}
+        argv = tiny.worker_flags(folder, **ONE_BY_ONE, **place)
+        workers.append(context.Process(target=sample_in_child, args=(argv,)))
+        workers[-1].start()
+    return workers
+
+
+def gathered(folder) -> bytes:
+    """The bytes of samples_all.npz."""
+    there = ChunkFolder.load(folder)
+    outputs.join_parts(outputs.parts_of(there, 0, NUM_IMAGES), str(folder / "samples_all.npz"))
+    return (folder / "samples_all.npz").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def one_by_one(tiny, tmp_path_factory) -> bytes:
+    folder = tmp_path_factory.mktemp("whole")
+    worker.main(tiny.worker_flags(folder, **ONE_BY_ONE), guided=False)
+    return gathered(folder)
+
+
+def test_killing_workers_at_random_moments_changes_nothing(tiny, tmp_path, one_by_one):
+    """20 rounds of two real worker loops, both ended by SIGKILL somewhere in the work."""
     rng = random.Random(0)
-    flags = {"chunk_size": 1, "batch_size": 1, "timestep_respacing": "25", "denoise_steps": 10}
-    worker.main(tiny.worker_flags(tmp_path / "whole", **flags), guided=False)
     folder, kills = tmp_path / "killed", 0
     for _ in range(20):
-        workers = []
-        for rank in range(2):
-            place = {"global_rank": rank, "world_size": 2, "any_chunk": True}
-            argv = tiny.worker_flags(folder, **flags, **place)
-            workers.append(context.Process(target=sample_in_child, args=(argv,)))
-            workers[-1].start()
+        workers = start_two_workers(tiny, folder)
         time.sleep(rng.uniform(0.02, 0.35))
         for process in workers:
             kills += process.is_alive()
             process.kill()
             process.join()
     done_by_the_killed = ChunkFolder.load(folder).count_done()
-    worker.main(tiny.worker_flags(folder, **flags, any_chunk=True), guided=False)
+    worker.main(tiny.worker_flags(folder, **ONE_BY_ONE, any_chunk=True), guided=False)
     print(f"{kills} kills, {done_by_the_killed} of {NUM_IMAGES} samples finished meanwhile")
     assert kills >= 10
-    assert_same(folder, chunks(tmp_path / "whole"))
+    assert gathered(folder) == one_by_one
+
+
+def test_half_by_one_device_and_the_rest_by_two(tiny, tmp_path, one_by_one):
+    folder = tmp_path / "halves"
+    first_half = tiny.worker_flags(folder, **ONE_BY_ONE, global_rank=0, world_size=2)
+    worker.main(first_half, guided=False)
+    assert ChunkFolder.load(folder).count_done() == NUM_IMAGES // 2
+    for process in start_two_workers(tiny, folder):
+        process.join()
+        assert process.exitcode == 0
+    assert gathered(folder) == one_by_one
 
 
 def test_sigterm_keeps_finished_chunks_and_frees_the_claim(tiny, tmp_path):
