@@ -1,7 +1,10 @@
+import shutil
+
 import numpy as np
 import pytest
 
 from esddpm_io.errors import UserError
+from guided_diffusion.checkpoints import write_sidecar
 from guided_diffusion.sampling.settings import (
     build_parser,
     rank_from_environment,
@@ -9,6 +12,7 @@ from guided_diffusion.sampling.settings import (
     sampling_defaults,
 )
 from guided_diffusion.script_util import classifier_defaults, model_and_diffusion_defaults
+from tests.tiny_sampling import MODEL
 
 
 def test_published_flags_and_defaults_are_frozen():
@@ -121,3 +125,24 @@ def test_blocks_are_contiguous_and_cover_everything(tiny, tmp_path):
 )
 def test_rank_and_size_come_from_the_launcher(environment, place):
     assert rank_from_environment(environment) == place
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"denoise_steps": 2}, "--denoise_steps"),
+        ({"start_from_scratch": True}, "--start_from_scratch"),
+    ],
+)
+def test_sampling_beyond_what_an_early_stopped_network_learned_is_refused(
+    tiny, tmp_path, changes, flag
+):
+    """Ten steps of 1000 start at 0, 111, …: a network of t < 100 can be asked for one of them."""
+    model = tmp_path / "model.pt"
+    shutil.copy(tiny.model, model)
+    flags = {**model_and_diffusion_defaults(), **MODEL}
+    write_sidecar(str(model), flags, early_stop_steps=100)
+    base = {"save_dir": tmp_path / "out", "model_path": model, "timestep_respacing": "10"}
+    assert read_job(tiny.worker_flags(**base, denoise_steps=1), guided=False).info
+    with pytest.raises(UserError, match=rf"{flag}: .*below 100 only; .* can be 1 … 1 here"):
+        read_job(tiny.worker_flags(**base, **changes), guided=False)
