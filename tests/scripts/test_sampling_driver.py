@@ -176,34 +176,6 @@ def test_folders_and_flags_of_the_other_modes(capsys):
     assert "--denoise_steps" not in command and "--dataset_path" not in command
 
 
-def test_published_defaults_are_frozen():
-    published = {
-        "execute": False,
-        "machine_idx": 0,
-        "num_machines": 1,
-        "batch_size": 32,
-        "reverse_steps": 25,
-        "chain_length": "250",
-        "start_from_scratch": False,
-        "num_samples": 50000,
-        "dataset": "imagenet64",
-        "dataset_path": "../evaluations/precomputed/biggan_deep_imagenet64.npz",
-        "save_dir_suffix": "",
-        "classifier_guidance_scale": 1.0,
-        "not_eval_metrics": False,
-        "devices": "0,1,2,3,4,5,6,7",
-    }
-    added = ("seed", "model_path", "classifier_path", "ref_batch", "output_dir")
-    added += ("inception_path", "save_png_files", "limit")
-    defaults = vars(driver.create_argparser().parse_args([]))
-    assert published.items() <= defaults.items()
-    assert set(defaults) == {*published, *added}
-    assert set(vars(gather.create_argparser().parse_args(["--dir", "x"]))) == {
-        *("dir", "num_file", "wait_time", "dataset"),
-        *("ref_batch", "inception_path", "not_eval_metrics"),
-    }
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
