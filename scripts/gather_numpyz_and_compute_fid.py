@@ -49,8 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     samples = join(args.dir, "samples_all.npz")
     outputs.join_parts(parts, samples)
     starts = folder.info["dataset_path"] if folder else None
-    outputs.save_grid(samples, starts, join(args.dir, "samples_grid.png"))
-    print(f"samples: {absolute(samples)}", flush=True)
+    grid = join(args.dir, "samples_grid.png")
+    outputs.save_grid(samples, starts, grid)
+    print(f"samples: {absolute(samples)}\ngrid: {absolute(grid)}", flush=True)
     if not args.not_eval_metrics:
         evaluate(args, samples, folder)
 
@@ -116,7 +117,9 @@ def evaluate(args: argparse.Namespace, samples: str, folder: ChunkFolder | None)
         "evaluation": evaluation,
         "sampling": None if folder is None else {**folder.info, **folder.settings},
     }
-    write_json(join(args.dir, "metrics.json"), record)
+    metrics = join(args.dir, "metrics.json")
+    write_json(metrics, record)
+    print(f"metrics and settings: {absolute(metrics)}")
 
 
 if __name__ == "__main__":
