@@ -28,6 +28,14 @@ def terminate_cleanly() -> None:
     signal.signal(signal.SIGTERM, handle)
 
 
+def check_at_least(args: object, lowest: dict[str, int]) -> None:
+    """UserError for the first flag of parsed `args` whose value is below its lowest one."""
+    for name, least in lowest.items():
+        value = getattr(args, name, least)
+        if value < least:
+            raise UserError(f"--{name} is {value}, it must be at least {least}")
+
+
 def describe_os_error(error: OSError) -> str | None:
     """One line for a full disk or a spent quota, None for any other error."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -5,7 +5,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from esddpm_io.errors import UserError
+from esddpm_io.errors import UserError, check_at_least
 
 from . import dist_util, logger
 from .script_util import add_dict_to_argparser
@@ -113,10 +113,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         ),
         0,
     )
-    for name, least in lowest.items():
-        value = getattr(args, name, least)
-        if value < least:
-            raise UserError(f"--{name} is {value}, it must be at least {least}")
+    check_at_least(args, lowest)
     if args.lr <= 0:
         raise UserError(f"--lr is {args.lr}, it must be above 0")
 

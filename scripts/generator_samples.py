@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from esddpm_io.errors import UserError, run_main
+from esddpm_io.errors import UserError, check_at_least, run_main
 from esddpm_io.npz import NpzWriter
 from esddpm_io.progress import Progress
 
@@ -125,11 +125,7 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    for flag in ("num_samples", "batch_size"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} is {getattr(args, flag)}, but must be at least 1")
-    if args.seed < 0:
-        raise UserError(f"--seed is {args.seed}, but must not be negative")
+    check_at_least(args, {"num_samples": 1, "batch_size": 1, "seed": 0})
     function = load_function(args.function)
     write_samples(function, args.function, args.out, args.num_samples, args.batch_size, args.seed)
     print(f"{args.out}: {args.num_samples} images of {args.function}")

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import torch
 
-from esddpm_io.errors import UserError, run_main
+from esddpm_io.errors import UserError, check_at_least, run_main
 from esddpm_io.npz import NpzWriter
 from esddpm_io.progress import Progress
 from guided_diffusion import dist_util
@@ -81,11 +81,7 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    for flag in ("num_samples", "batch_size"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} is {getattr(args, flag)}, but must be at least 1")
-    if args.seed < 0:
-        raise UserError(f"--seed is {args.seed}, but must not be negative")
+    check_at_least(args, {"num_samples": 1, "batch_size": 1, "seed": 0})
     vae = load_vae(args.model_path).to(dist_util.dev())
     shape = (args.num_samples, vae.image_size, vae.image_size, 3)
     arrays = {"arr_0": (shape, np.uint8)}
