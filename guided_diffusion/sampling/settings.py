@@ -254,7 +254,7 @@ def _check_steps(args: argparse.Namespace) -> int:
     """Check chain and number of steps; return the original timestep that sampling starts at."""
     try:
         diffusion = diffusion_from(vars(args))
-    except (ValueError, NotImplementedError) as error:
+    except ValueError as error:
         raise UserError(f"--timestep_respacing, --noise_schedule: {error}") from error
     steps = diffusion.num_timesteps
     if args.start_from_scratch:
