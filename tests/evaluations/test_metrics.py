@@ -147,6 +147,10 @@ def test_moments_of_a_stream_are_those_of_the_whole(rows):
     np.testing.assert_allclose(gaussian.full_covariance(), expected, rtol=1e-9, atol=1e-9)
 
 
+def distances_of(*features: np.ndarray) -> neighbours.PairwiseDistances:
+    return neighbours.PairwiseDistances(*map(neighbours.Points, features))
+
+
 def half_arithmetic(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """The published distances in NumPy's own half precision, but for the order of the norms."""
     norms = [neighbours._half_rows(x).norms.astype(np.float16) for x in (u, v)]
@@ -161,7 +165,7 @@ def test_distances_are_rounded_as_half_precision_is(scale, monkeypatch):
     rng = np.random.default_rng(0)
     u, v = (scale * rng.standard_normal((n, 24)).astype(np.float32) for n in (50, 70))
     got = np.empty((50, 70), np.float32)
-    for rows, columns, block in neighbours.PairwiseDistances(u, v).blocks():
+    for rows, columns, block in distances_of(u, v).blocks():
         got[rows, columns] = block.distances()
         everywhere = np.indices(got[rows, columns].shape).reshape(2, -1)
         np.testing.assert_array_equal(block.at(*everywhere), block.distances().ravel())
@@ -171,7 +175,7 @@ def test_distances_are_rounded_as_half_precision_is(scale, monkeypatch):
         found[block.candidates(limit)] = True
         assert found[block.distances() <= limit].all()
     own = np.full((50, 50), np.nan, np.float32)
-    for rows, columns, block in neighbours.PairwiseDistances(u).blocks():
+    for rows, columns, block in distances_of(u).blocks():
         own[rows, columns] = block.distances()
         own[columns, rows] = block.mirror()
         everywhere = np.indices(own[rows, columns].shape).reshape(2, -1)
@@ -184,7 +188,7 @@ def test_distances_are_rounded_as_half_precision_is(scale, monkeypatch):
 def test_overflow_of_half_precision_leads_to_float32():
     rng = np.random.default_rng(0)
     u, v = (rng.standard_normal((n, 24)).astype(np.float32) * 60 for n in (40, 30))
-    ((_, _, block),) = neighbours.PairwiseDistances(u, v).blocks()
+    ((_, _, block),) = distances_of(u, v).blocks()
     got = block.distances()
     exact = ((u[:, None].astype(np.float64) - v) ** 2).sum(axis=-1)
     assert exact.max() > 65504
@@ -194,7 +198,7 @@ def test_overflow_of_half_precision_leads_to_float32():
     for tile in (20, 40):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(neighbours, "PUBLISHED_TILE", tile)
-            blocks = [b.distances() for *_, b in neighbours.PairwiseDistances(u, u[:20]).blocks()]
+            blocks = [b.distances() for *_, b in distances_of(u, u[:20]).blocks()]
         with np.errstate(over="ignore"):
             is_half = [np.array_equal(b, b.astype(np.float16)) for b in blocks]
         assert is_half == ([True, False] if tile == 20 else [False])
