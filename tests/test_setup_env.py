@@ -3,9 +3,12 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parents[1]
 
@@ -16,7 +19,7 @@ def run(*words, path=os.environ["PATH"], **environment):
         env={"PATH": str(path), **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
 
@@ -41,7 +44,7 @@ def clone(tmp_path):
 def test_shellcheck_is_clean():
     lint = subprocess.run(
         ["shellcheck", ROOT / "setup_env.sh", ROOT / ".ci/run"],
-        env={"PATH": f"{ROOT / '.venv/bin'}:{os.environ['PATH']}"},
+        env={"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         check=False,

@@ -1,15 +1,18 @@
 """A tiny real model, classifier, and generator images, for tests of the sampling command lines."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from esddpm_io.images import save_png
+from guided_diffusion.sampling.claims import Claims, Heart
 from guided_diffusion.script_util import (
     classifier_defaults,
     create_classifier,
@@ -121,3 +124,17 @@ def chunks(save_dir: Path) -> tuple[np.ndarray, np.ndarray | None]:
     images = np.concatenate([file["arr_0"] for file in files])
     labelled = "arr_1" in files[0].files
     return images, np.concatenate([file["arr_1"] for file in files]) if labelled else None
+
+
+@contextlib.contextmanager
+def chunk_held(save_dir: Path, chunk: int) -> Iterator[str]:
+    """Claim a chunk as a live worker does; yields the worker's name.
+
+    Until the block ends nobody can finish the folder, so workers on it live and work or wait,
+    however fast the machine is.
+    """
+    with Heart(str(save_dir), rank=NUM_IMAGES, device="none") as heart:
+        claims = Claims(str(save_dir), heart.worker_id)
+        assert claims.take(chunk)
+        yield heart.worker_id
+        claims.release(chunk)

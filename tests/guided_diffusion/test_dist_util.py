@@ -1,4 +1,7 @@
+import contextlib
+import itertools
 import os
+import socket
 import subprocess
 import sys
 
@@ -8,6 +11,7 @@ import torch
 from esddpm_io.errors import UserError
 from guided_diffusion import dist_util
 from guided_diffusion.dist_util import Launch, find_launch
+from tests.waiting import PATIENCE_S
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 HYDRA = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}
@@ -72,8 +76,7 @@ assert dist_util.dev() == torch.device("cpu") or torch.cuda.is_available()
 x = torch.ones(2); dist.all_reduce(x); assert x.tolist() == [1, 1]
 assert not {"mpi4py", "tensorflow", "matplotlib", "blobfile"} & set(sys.modules)
 """
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PMI", "OMPI"))}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environ)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 WORKER = """
@@ -100,16 +103,25 @@ print(launch.launcher, "fine")
 """
 
 
+def has_free_port(job: int) -> bool:
+    environ = {"SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(job)}
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.bind(("", dist_util._address_from_slurm(environ)[1]))
+        return True
+    return False
+
+
 def test_two_processes_under_slurms_variables(tmp_path):
     """A stand-in for srun: its variables, set by hand for two processes on this machine."""
     path = tmp_path / "weights.pt"
     torch.save({"w": torch.arange(5)}, path)
+    job = next(job for job in itertools.count(os.getpid()) if has_free_port(job))
     shared = {
         **os.environ,
         "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_STEP_NODELIST": "localhost",
         "SLURM_STEP_NUM_NODES": "1",
-        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_ID": str(job),
     }
     workers = [
         subprocess.Popen(
@@ -120,7 +132,7 @@ def test_two_processes_under_slurms_variables(tmp_path):
         )
         for rank in range(2)
     ]
-    outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    outputs = [worker.communicate(timeout=PATIENCE_S)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0]
     assert outputs == ["slurm fine\n"] * 2
 

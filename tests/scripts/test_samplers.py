@@ -17,6 +17,7 @@ from guided_diffusion.checkpoints import load_weights, write_sidecar
 from scripts import classifier_sample, image_nll, image_sample, super_res_sample
 from tests.golden_values import fill
 from tests.tiny_sampling import MODEL, SCRIPTS, TinyFiles
+from tests.waiting import PATIENCE_S
 
 FLAGS = [part for name, value in MODEL.items() for part in (f"--{name}", str(value))]
 CHAIN = ["--timestep_respacing", "3", "--num_samples", "5", "--batch_size", "2"]
@@ -194,7 +195,7 @@ def test_two_processes_share_the_work(run, tiny, tmp_path, launcher):
         env={**os.environ, "OPENAI_LOGDIR": str(together), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

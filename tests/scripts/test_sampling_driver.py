@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,13 @@ import pytest
 from PIL import Image
 
 from esddpm_io.errors import UserError, run_main
+from guided_diffusion import presets
 from guided_diffusion.sampling import worker
 from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.claims import Observer
 from guided_diffusion.sampling.sources import open_generator_images
-from tests.tiny_sampling import NUM_IMAGES, SCRIPTS, TinyFiles, chunks, run_script
+from tests.tiny_sampling import NUM_IMAGES, SCRIPTS, TinyFiles, chunk_held, chunks, run_script
+from tests.waiting import PATIENCE_S, wait_until
 
 DRIVER = "generate_processes_diffusion_and_reverse.py"
 GATHER = "gather_numpyz_and_compute_fid.py"
@@ -199,8 +200,11 @@ def test_bad_input_is_one_line_before_any_work(tiny, tmp_path, changes, message)
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_published_files_are_named_with_the_command_that_fetches_them():
+def test_missing_published_files_are_named_with_the_command_that_fetches_them(
+    tmp_path, monkeypatch
+):
     """All at once, before devices are looked at: the published commands name eight GPUs."""
+    monkeypatch.setattr(presets, "SCRIPTS_FOLDER", tmp_path / "scripts")  # nothing fetched there
     message = (
         r"--model_path: .*scripts/models/lsun/lsun_cat\.pt; --dataset_path: .*stylegan2_lsun_cat"
         r"\.npz; --ref_batch: .*VIRTUAL_lsun_cat256\.npz; fetch with: .*download\.py lsun_cat"
@@ -271,14 +275,20 @@ def start(argv: list[str]) -> subprocess.Popen:
     )
 
 
-def wait_for_chunks(folder: Path, number: int, *processes: subprocess.Popen) -> None:
-    while len(list((folder / "chunks").glob("0*"))) < number:
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.01)
+def wait_for_chunks(folder: Path, number: int, process: subprocess.Popen) -> None:
+    wait_until(lambda: len(list((folder / "chunks").glob("0*"))) >= number, process)
 
 
-def sampling_workers(folder: Path) -> list[dict]:
-    return [w for w in Observer(str(folder)).workers() if w["alive"] and w["state"] == "sampling"]
+def kill_a_worker(folder: Path, *processes: subprocess.Popen) -> None:
+    """Kill a worker at a sample or, where the machine is too fast for that, one that waits."""
+    states = ("sampling", "waiting")
+
+    def at_work() -> list[dict]:
+        workers = Observer(str(folder)).workers()
+        return [worker for worker in workers if worker["alive"] and worker["state"] in states]
+
+    worker = min(wait_until(at_work, *processes), key=lambda worker: states.index(worker["state"]))
+    os.kill(worker["pid"], signal.SIGKILL)
 
 
 def test_stopped_then_continued_by_two_machines_of_which_one_loses_a_worker(
@@ -288,10 +298,11 @@ def test_stopped_then_continued_by_two_machines_of_which_one_loses_a_worker(
     command = [sys.executable, str(SCRIPTS / DRIVER), "--execute", "--not_eval_metrics"]
     command += flags(tiny, out, **SLOW)
 
-    first = start(command)
-    wait_for_chunks(out, 2, first)
-    first.send_signal(signal.SIGTERM)
-    said = first.communicate(timeout=300)[0]
+    with chunk_held(out, NUM_IMAGES - 1):
+        first = start(command)
+        wait_for_chunks(out, 2, first)
+        first.send_signal(signal.SIGTERM)
+        said = first.communicate(timeout=PATIENCE_S)[0]
     assert first.returncode == 143, said
     assert "what is finished stays; continue with\n" in said
     assert said.split("continue with\n  ")[1].split()[:2] == command[:2]
@@ -299,12 +310,10 @@ def test_stopped_then_continued_by_two_machines_of_which_one_loses_a_worker(
 
     # Two machines at once on the one folder, with another batch size than the first time.
     both = ["--batch_size", "2", "--num_machines", "2", "--machine_idx"]
-    machines = [start([*command, *both, str(index)]) for index in range(2)]
-    while not (workers := sampling_workers(out)):
-        assert all(machine.poll() is None for machine in machines)
-        time.sleep(0.01)
-    os.kill(workers[0]["pid"], signal.SIGKILL)
-    said = [machine.communicate(timeout=300)[0] for machine in machines]
+    with chunk_held(out, NUM_IMAGES - 1):
+        machines = [start([*command, *both, str(index)]) for index in range(2)]
+        kill_a_worker(out, *machines)
+    said = [machine.communicate(timeout=PATIENCE_S)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert "was ended by SIGKILL" in said[0] + said[1]
     assert_equal(all_samples(out), slow_job)
@@ -316,16 +325,17 @@ def test_torchrun_loses_a_process_and_mpiexec_finishes(tiny, tmp_path, slow_job)
     argv = [script, *tiny.worker_flags(tmp_path, **SLOW_WORKER)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
-    run = start([*torchrun, "--nproc_per_node", "2", *argv])
-    wait_for_chunks(tmp_path, 2, run)
-    os.kill(sampling_workers(tmp_path)[0]["pid"], signal.SIGKILL)
-    run.communicate(timeout=300)
+    with chunk_held(tmp_path, NUM_IMAGES - 1):
+        run = start([*torchrun, "--nproc_per_node", "2", *argv])
+        wait_for_chunks(tmp_path, 2, run)
+        kill_a_worker(tmp_path, run)
+        run.communicate(timeout=PATIENCE_S)
     assert run.returncode != 0 and ChunkFolder.load(tmp_path).missing()
 
     if mpiexec is None:
         pytest.skip("mpiexec is not installed: only torchrun was tested")
     run = start([mpiexec, "-n", "2", sys.executable, *argv])
-    said = run.communicate(timeout=300)[0]
+    said = run.communicate(timeout=PATIENCE_S)[0]
     assert run.returncode == 0, said
     assert "rank 0 of 2" in said and "rank 1 of 2" in said
     assert_equal(chunks(tmp_path), slow_job)

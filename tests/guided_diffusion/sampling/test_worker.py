@@ -1,3 +1,4 @@
+import itertools
 import multiprocessing
 import os
 import random
@@ -5,16 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from esddpm_io.errors import UserError
+from esddpm_io.files import read_json
 from guided_diffusion.sampling import outputs, worker
 from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.claims import LAUNCHER_VARIABLE, Observer, process_runs
 from guided_diffusion.sampling.settings import read_job
-from tests.tiny_sampling import NUM_IMAGES, chunks
+from tests.tiny_sampling import NUM_IMAGES, chunk_held, chunks
+from tests.waiting import PATIENCE_S, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -134,28 +138,67 @@ def gathered(folder) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def one_by_one(tiny, tmp_path_factory) -> bytes:
+def one_by_one(tiny, tmp_path_factory) -> tuple[bytes, float]:
+    """What `gathered` gives of an undisturbed run, and its seconds a sample."""
     folder = tmp_path_factory.mktemp("whole")
+    began = time.monotonic()
     worker.main(tiny.worker_flags(folder, **ONE_BY_ONE), guided=False)
-    return gathered(folder)
+    return gathered(folder), (time.monotonic() - began) / NUM_IMAGES
+
+
+def owners(folder: ChunkFolder) -> set[str]:
+    """Names of the workers that have claimed missing chunks."""
+    paths = (f"{folder.folder}/claims/{chunk:07}.json" for chunk in folder.missing())
+    return {read_json(path) for path in paths} - {None}
+
+
+def kill_two_workers(tiny, folder: ChunkFolder, samples: int, delay: float) -> set[str]:
+    """Start two workers and end both by SIGKILL; return the names of those that left a claim.
+
+    The kill comes `delay` seconds after they have finished so many samples more or, with none to
+    wait for, after one of them has begun.
+    """
+    last = NUM_IMAGES - 1
+    before, known = folder.count_done(), owners(folder)
+
+    def are_there_yet() -> bool:
+        assert all(process.is_alive() for process in workers)
+        begun = bool(owners(folder) - known)
+        done = folder.count_done()
+        return done >= min(before + samples, last) and (begun or done > before)
+
+    with chunk_held(Path(folder.folder), last) as holder:
+        known.add(holder)
+        workers = start_two_workers(tiny, folder.folder)
+        wait_until(are_there_yet)
+        time.sleep(delay)
+        for process in workers:
+            process.kill()
+            process.join()
+    # What is held here kept them from ending by themselves.
+    assert [process.exitcode for process in workers] == [-signal.SIGKILL] * 2
+    return owners(folder) - known
 
 
 def test_killing_workers_at_random_moments_changes_nothing(tiny, tmp_path, one_by_one):
-    """20 rounds of two real worker loops, both ended by SIGKILL somewhere in the work."""
+    """Folder after folder, all samples but one are made by workers that are killed meanwhile."""
+    expected, pace = one_by_one
     rng = random.Random(0)
-    folder, kills = tmp_path / "killed", 0
-    for _ in range(20):
-        workers = start_two_workers(tiny, folder)
-        time.sleep(rng.uniform(0.02, 0.35))
-        for process in workers:
-            kills += process.is_alive()
-            process.kill()
-            process.join()
-    done_by_the_killed = ChunkFolder.load(folder).count_done()
-    worker.main(tiny.worker_flags(folder, **ONE_BY_ONE, any_chunk=True), guided=False)
-    print(f"{kills} kills, {done_by_the_killed} of {NUM_IMAGES} samples finished meanwhile")
-    assert kills >= 10
-    assert gathered(folder) == one_by_one
+    rounds = 0
+    killed_in_a_sample = set()
+    for number in itertools.count():
+        path = tmp_path / str(number)
+        job = read_job(tiny.worker_flags(path, **ONE_BY_ONE), guided=False)
+        folder = ChunkFolder.open(path, job.settings, job.info, job.chunk_size)
+        while folder.count_done() < NUM_IMAGES - 1:
+            delay = rng.uniform(0, 2 * pace)
+            killed_in_a_sample |= kill_two_workers(tiny, folder, rounds % 3, delay)
+            rounds += 1
+        worker.main(tiny.worker_flags(path, **ONE_BY_ONE, any_chunk=True), guided=False)
+        assert gathered(path) == expected
+        if rounds >= 20 and len(killed_in_a_sample) >= 10:
+            break
+        assert rounds < 200, f"{len(killed_in_a_sample)} of {2 * rounds} kills came in a sample"
 
 
 def test_half_by_one_device_and_the_rest_by_two(tiny, tmp_path, one_by_one):
@@ -166,21 +209,26 @@ def test_half_by_one_device_and_the_rest_by_two(tiny, tmp_path, one_by_one):
     for process in start_two_workers(tiny, folder):
         process.join()
         assert process.exitcode == 0
-    assert gathered(folder) == one_by_one
+    assert gathered(folder) == one_by_one[0]
+
+
+def sample_for_long(tiny, folder) -> str:
+    """Code of a worker with work for many minutes, whose first samples come soon."""
+    work = {"start_from_scratch": True, "num_samples": 10_000, "timestep_respacing": "50"}
+    argv = tiny.worker_flags(folder, **work, batch_size=1, chunk_size=1)
+    return f"from guided_diffusion.sampling import worker; worker.main({argv!r}, guided=False)"
 
 
 def test_sigterm_keeps_finished_chunks_and_frees_the_claim(tiny, tmp_path):
-    argv = tiny.worker_flags(tmp_path, batch_size=1, denoise_steps=50, timestep_respacing="250")
-    code = f"from guided_diffusion.sampling import worker; worker.main({argv!r}, guided=False)"
+    code = sample_for_long(tiny, tmp_path)
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    while not list((tmp_path / "chunks").glob("0*.npz")):
-        assert process.poll() is None
-        time.sleep(0.02)
+    wait_until(lambda: list((tmp_path / "chunks").glob("0*.npz")), process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(120) != 0
+    assert process.wait(PATIENCE_S) != 0
     assert list((tmp_path / "claims").iterdir()) == []
     assert [record["state"] for record in Observer(str(tmp_path)).workers()] == ["stopped"]
-    assert 0 < len(list((tmp_path / "chunks").iterdir())) < NUM_IMAGES
+    assert ChunkFolder.load(tmp_path).count_done() >= 1
+    assert {path.name[0] for path in (tmp_path / "chunks").iterdir()} == {"0"}  # and no half one
 
 
 def test_out_of_memory_halves_the_batch(tiny, tmp_path, undisturbed):
@@ -214,21 +262,16 @@ def test_out_of_memory_halves_the_batch(tiny, tmp_path, undisturbed):
 
 
 def test_workers_do_not_outlive_a_killed_launcher(tiny, tmp_path):
-    argv = tiny.worker_flags(tmp_path, batch_size=1, denoise_steps=900, timestep_respacing="")
-    child = f"from guided_diffusion.sampling import worker; worker.main({argv!r}, guided=False)"
+    child = sample_for_long(tiny, tmp_path)
     launcher = (
-        "import os, subprocess, sys, time\n"
+        "import os, subprocess, sys\n"
         f"os.environ[{LAUNCHER_VARIABLE!r}] = str(os.getpid())\n"
-        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
-        "time.sleep(600)"
+        f"subprocess.run([sys.executable, '-c', {child!r}])"
     )
     process = subprocess.Popen([sys.executable, "-c", launcher], stderr=subprocess.DEVNULL)
-    while not (workers := Observer(str(tmp_path)).workers()):
-        assert process.poll() is None
-        time.sleep(0.05)
+    observer = Observer(str(tmp_path))
+    wait_until(lambda: [r for r in observer.workers() if r["state"] == "sampling"], process)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 120
-    while process_runs(workers[0]["pid"]):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not process_runs(observer.workers()[0]["pid"]))
+    assert [record["state"] for record in observer.workers()] == ["stopped"]
