@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from guided_diffusion import logger
 from guided_diffusion.checkpoints import read_sidecar
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from scripts import classifier_train, image_train, super_res_train
+from tests.waiting import PATIENCE_S, wait_until
 
 SCRIPT = str(Path(image_train.__file__))
 TINY = {
@@ -53,10 +53,7 @@ def data(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch, tmp_path):
-    for name in list(os.environ):
-        if name.startswith(("SLURM_", "PMI_", "OMPI_", "MASTER_", "OPENAI_")):
-            monkeypatch.delenv(name)
+def log_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "run"))
     yield
     logger.reset()
@@ -102,7 +99,7 @@ def test_two_processes_equal_one_with_their_batch(launcher, data, tmp_path, monk
         env=environ,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
     )
     assert result.returncode == 0, result.stderr
     torch.manual_seed(0)
@@ -135,22 +132,13 @@ def start_long_run(data, folder, *more):
     )
 
 
-def wait_for(folder, pattern, process):
-    for _ in range(1200):
-        if list(Path(folder).glob(pattern)):
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.1)
-    raise AssertionError(f"no {pattern} in two minutes")
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_cleanly(number, data, tmp_path):
     folder = tmp_path / "stopped"
     process = start_long_run(data, folder)
-    wait_for(folder, "model000005.pt", process)
+    wait_until((folder / "model000005.pt").exists, process)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     last = int(figures(folder)[-1]["step"])
     assert (folder / f"model{last:06d}.pt").exists() and (folder / f"opt{last:06d}.pt").exists()
@@ -160,7 +148,7 @@ def test_a_signal_saves_and_ends_cleanly(number, data, tmp_path):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, tmp_path, monkeypatch):
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     process = start_long_run(data, killed)
-    wait_for(killed, "model000010.pt", process)
+    wait_until((killed / "model000010.pt").exists, process)
     process.kill()
     process.communicate()
     newest = max(int(path.stem[5:]) for path in killed.glob("model*.pt"))
