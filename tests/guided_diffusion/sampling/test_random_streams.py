@@ -41,3 +41,12 @@ def test_labels_follow_the_index_and_leave_noise_alone():
     np.testing.assert_array_equal(labels[100:200], random_labels(1, 100, 200, 10))
     assert labels.min() == 0 and labels.max() == 9 and labels.dtype == np.int64
     assert abs(labels.mean() - 4.5) < 0.5
+
+
+def test_no_number_serves_two_purposes():
+    """A generator's code is not the noise that its image is diffused with, same seed or not."""
+    noise, codes = (
+        RandomStreams(0, 5, 6, purpose).randn(torch.empty(1, 1000))
+        for purpose in ("noise", "codes")
+    )
+    assert len(np.intersect1d(noise, codes)) == 0
