@@ -112,9 +112,12 @@ def newest_set(folder: Path, ema_rates: Iterable[float]) -> CheckpointSet | None
     return None
 
 
-def prune_sets(folder: Path, keep: int) -> None:
-    """Remove all files of sets older than the newest `keep`."""
-    steps = sorted((found.step for found in _sets(folder)), reverse=True)
+def prune_sets(folder: Path, keep: int, written: int) -> None:
+    """Remove all files of sets older than the newest `keep` up to step `written`, just saved.
+
+    Sets beyond `written` are of another run in the same folder, which went further: they stay.
+    """
+    steps = sorted((s.step for s in _sets(folder) if s.step <= written), reverse=True)
     if len(steps) <= keep:
         return
     oldest_kept = steps[keep - 1]

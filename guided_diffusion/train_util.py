@@ -140,7 +140,7 @@ class Trainer:
             complete set in the log folder (none: start anew), any other checkpoint for its weights.
         use_fp16: float16 torso with dynamic loss scale (the model needs `convert_to_fp16`).
         precision: "float32", "bfloat16" (autocast) or "float16"; "" follows use_fp16.
-        keep_checkpoints: remove all but the newest K sets after a save (0: keep all).
+        keep_checkpoints: after a save remove all but the newest K sets up to it (0: keep all).
         seed: see `Draws`; None leaves all random numbers to the global generators.
         channels_last: keep images and weights in NHWC memory; faster on GPUs in half precision.
         sidecar: keyword arguments of `checkpoints.write_sidecar` (flags, kind, early_stop_steps)
@@ -369,7 +369,7 @@ class Trainer:
                 sidecar=self.sidecar,
             )
             if self.keep_checkpoints:
-                prune_sets(files.folder, self.keep_checkpoints)
+                prune_sets(files.folder, self.keep_checkpoints, files.step)
         # Nobody goes on, or ends, before the files are there.
         dist_util.any_rank(False)
 

@@ -447,8 +447,21 @@ def test_newest_set_that_is_whole(log_folder):
     found = checkpoint_sets.newest_set(log_folder, [0.9, 0.99])
     assert found.step == 2
     assert checkpoint_sets.newest_set(log_folder, [0.5]) is None
-    checkpoint_sets.prune_sets(log_folder, 2)
+    checkpoint_sets.prune_sets(log_folder, 2, written=4)
     assert sorted({p.name[-9:-3] for p in log_folder.glob("*.pt")}) == ["000003", "000004"]
+
+
+def test_what_was_just_saved_is_kept_beside_sets_that_went_further(log_folder):
+    """A run resumed from an earlier set than the newest must not lose what it writes."""
+    train_loop(iterations=6, save_interval=2).run_loop()
+    resume = str(log_folder / "model000002.pt")
+    train_loop(iterations=3, keep_checkpoints=1, resume_checkpoint=resume).run_loop()
+    steps = sorted({p.name[-9:-3] for p in log_folder.glob("*.pt")})
+    assert steps == ["000003", "000004", "000006"]
+    train_loop(
+        iterations=7, save_interval=2, keep_checkpoints=2, resume_checkpoint="auto"
+    ).run_loop()
+    assert sorted({p.name[-9:-3] for p in log_folder.glob("*.pt")}) == ["000006", "000007"]
 
 
 def test_a_loop_of_ones_own_on_the_published_parts(log_folder):
