@@ -1,14 +1,20 @@
 """One line for the user instead of a traceback."""
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
 
+EXIT_MAY_PASS = 1  # something that another try may mend, as any fault of the program is
 EXIT_USER_ERROR = 2
 EXIT_DISK_FULL = 74  # sysexits.h: an error of input or output
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 EXIT_TERMINATED = 143  # 128 + SIGTERM
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY)
 
 
 class UserError(ValueError):
@@ -20,12 +26,21 @@ class Terminated(KeyboardInterrupt):
 
 
 def terminate_cleanly() -> None:
-    """From now on SIGTERM raises `Terminated`, so that `finally` blocks run."""
+    """From now on SIGTERM, or a terminal that closes, raises `Terminated`: `finally` blocks run.
+
+    Once: a second one, as from a job scheduler and from the parent, must not cut the clean-up.
+    """
+    signals = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+        signals.append(signal.SIGHUP)
 
     def handle(signum: int, frame: object) -> None:
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
         raise Terminated
 
-    signal.signal(signal.SIGTERM, handle)
+    for number in signals:
+        signal.signal(number, handle)
 
 
 def check_at_least(args: object, lowest: dict[str, int]) -> None:
@@ -37,18 +52,36 @@ def check_at_least(args: object, lowest: dict[str, int]) -> None:
 
 
 def describe_os_error(error: OSError) -> str | None:
-    """One line for a full disk or a spent quota, None for any other error."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    """One line for an error of files and folders, None for any other (of the network, say)."""
+    if error.errno in _DISK_FULL:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"the disk is full{where}: free some space and start the same command again"
+    if not error.filename or not error.strerror:
         return None
-    where = f" while writing {error.filename}" if error.filename else ""
-    return f"the disk is full{where}: free some space and start the same command again"
+    if error.errno == errno.EEXIST:  # of a folder to be made, where a file is
+        return f"{error.filename} is in the way: it is not a folder"
+    return f"cannot use {error.filename}: {error.strerror}"
+
+
+def describe_blob_error(error: Exception) -> str | None:
+    """One line for an error of the blob store, None for any other."""
+    package = sys.modules.get("blobfile")  # loaded, if it is the one that raised this
+    if package is None or not isinstance(error, package.Error):
+        return None
+    return f"the blob store: {first_line(error)}"
+
+
+def first_line(error: Exception, most: int = 300) -> str:
+    """What an error of another package says, cut to one line of at most `most` characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
 def run_main(main: Callable[[], object]) -> None:
     """Run a script's `main`, turning what the user can mend into one line and an exit code.
 
-    `UserError` ends in exit code 2, Ctrl-C in 130, `Terminated` in 143, a full disk in 74; any
-    other exception is a fault of the program and keeps its traceback.
+    `UserError` and files that cannot be used end in exit code 2, a full disk in 74, files and blob
+    stores that fail for the moment in 1, Ctrl-C in 130, `Terminated` in 143; any other exception
+    is a fault of the program and keeps its traceback.
     """
     try:
         main()
@@ -61,9 +94,20 @@ def run_main(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except OSError as error:
-        message = describe_os_error(error)
+    except BrokenPipeError:
+        # `… | head` has enough; Python would complain again when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
+    except Exception as error:
+        is_file = isinstance(error, OSError)
+        message = describe_os_error(error) if is_file else describe_blob_error(error)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
-        sys.exit(EXIT_DISK_FULL)
+        sys.exit(_os_exit_code(error) if is_file else EXIT_MAY_PASS)
+
+
+def _os_exit_code(error: OSError) -> int:
+    if error.errno in _DISK_FULL:
+        return EXIT_DISK_FULL
+    return EXIT_MAY_PASS if error.errno in _MAY_PASS else EXIT_USER_ERROR

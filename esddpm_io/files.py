@@ -1,42 +1,73 @@
 """Files and folders, on a disk or in a blob store, under one set of names."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import re
+import sys
+import tempfile
+import types
 import uuid
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
-from esddpm_io.errors import UserError
+from esddpm_io.errors import UserError, first_line
 
-BLOB_SCHEMES = ("gs://", "az://", "s3://", "http://", "https://")
+BLOB_SCHEMES = ("gs://", "az://")
+_AZURE_URL = re.compile(r"https://[^/]+\.blob\.core\.windows\.net/")  # the same store as az://
+_ANY_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_BLOB_RETRIES = 10  # of a request, half a minute in all; blobfile's own default is for ever
+_SILENT_RETRIES = 6  # those after them are told
 
 
 def is_blob(path: str | os.PathLike) -> bool:
-    """Whether `path` names something in a blob store rather than on a disk."""
-    return str(path).startswith(BLOB_SCHEMES)
+    """Whether `path` names something in a blob store rather than on a disk.
+
+    UserError for an address of another kind, such as s3://, which cannot be used.
+    """
+    text = str(path)
+    if text.startswith(BLOB_SCHEMES) or _AZURE_URL.match(text):
+        return True
+    if _ANY_SCHEME.match(text):
+        raise UserError(
+            f"{text} cannot be used: give a path on a disk, or of a store, beginning with "
+            f"{' or '.join(BLOB_SCHEMES)}"
+        )
+    return False
 
 
 def blobfile():
-    """The optional blobfile package, which reads and writes `gs://` and `az://` paths."""
+    """What the optional blobfile package reads and writes `gs://` and `az://` paths with."""
     try:
         import blobfile as package
     except ImportError as error:
         raise UserError("blob paths need the blobfile package: pip install blobfile") from error
-    return package
+    return _blob_context(package)
+
+
+@functools.cache
+def _blob_context(package: types.ModuleType):
+    """A context of our own, so that the settings of a program that imports us stay as they are."""
+    return package.create_context(
+        retry_limit=_BLOB_RETRIES,
+        retry_log_threshold=_SILENT_RETRIES,
+        retry_common_log_threshold=_SILENT_RETRIES,
+        log_callback=lambda text: print(text, file=sys.stderr, flush=True),
+    )
 
 
 def open_binary(path: str | os.PathLike, *, flag: str = "") -> BinaryIO:
     """Open a file for reading; `flag` is named in the error if it cannot be opened."""
     prefix = f"{flag}: " if flag else ""
     if is_blob(path):
-        package = blobfile()
+        store = blobfile()
         try:
-            return package.BlobFile(str(path), "rb")
-        except (package.Error, FileNotFoundError, ValueError) as error:
-            raise UserError(f"{prefix}cannot read {path}: {error}") from error
+            return store.BlobFile(str(path), "rb")
+        except (sys.modules["blobfile"].Error, OSError, ValueError) as error:
+            raise UserError(f"{prefix}cannot read {path}: {first_line(error)}") from error
     try:
         return open(Path(path), "rb")
     except FileNotFoundError as error:
@@ -74,13 +105,56 @@ def list_names(folder: str | os.PathLike) -> list[str]:
 
 
 def read_json(path: str | os.PathLike) -> object | None:
-    """The contents of a JSON file that others may replace or remove, None if it is not there."""
+    """The contents of a JSON file that others may replace or remove, None if it is not there.
+
+    UserError, naming the file, if it is no JSON.
+    """
     try:
         if is_blob(path):
             return json.loads(blobfile().read_text(str(path)))
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: it is not JSON ({error})") from error
+
+
+def check_output_file(path: str | os.PathLike, *, flag: str) -> None:
+    """UserError naming `flag` unless a file `path` could be written, before work goes into it.
+
+    Nothing is left behind; its folder may be missing, if it can be made. A blob store is believed.
+    """
+    if is_blob(path):
+        blobfile()
+        return
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{flag}: {path} is a folder: give the name of a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{flag}: {path} is not a file that could be replaced")
+    _check_can_hold(path.parent, path, flag)
+
+
+def check_output_folder(path: str | os.PathLike, *, flag: str) -> None:
+    """UserError naming `flag` unless `path` is a folder to write in, or one that could be made."""
+    if is_blob(path):
+        blobfile()
+        return
+    _check_can_hold(Path(path), Path(path), flag)
+
+
+def _check_can_hold(folder: Path, path: Path, flag: str) -> None:
+    """Try to write where `folder` is or, if it is missing, where it would be made."""
+    there = Path(os.path.abspath(folder))
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"{flag}: {path} cannot be written: {there} is not a folder")
+    try:
+        # What a later mkdir or open will do; permissions alone tell root nothing of /proc.
+        os.rmdir(tempfile.mkdtemp(prefix=".tmp-", dir=there))
+    except OSError as error:
+        raise UserError(f"{flag}: {path} cannot be written: {error.strerror}") from error
 
 
 def remove(path: str | os.PathLike) -> None:

@@ -178,6 +178,11 @@ def save_png(path: str | os.PathLike, array: np.ndarray) -> None:
         Image.fromarray(array).save(temporary, format="PNG")
 
 
+def png_name(index: int, label: int | None) -> str:
+    """The name of a PNG in a folder of images: `5_label_7.png`, `5.png` without a label."""
+    return f"{index}.png" if label is None else f"{index}_label_{label}.png"
+
+
 def image_grid(arrays: np.ndarray | Sequence[np.ndarray], columns: int) -> np.ndarray:
     """Images uint8 [H, W, 3] of one size side by side, row by row, on white, as one uint8 image."""
     arrays = [np.asarray(array) for array in arrays]

@@ -22,6 +22,8 @@ class Progress:
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, unit=unit, desc=desc, dynamic_ncols=True)
+        elif total is not None:
+            print(f"{desc}: {total} {unit}", file=sys.stderr, flush=True)
 
     def update(self, n: int, note: str = "") -> None:
         """Count `n` more; `note` is shown behind the figures."""

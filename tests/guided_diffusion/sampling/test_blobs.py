@@ -3,6 +3,7 @@
 The stand-in has the names and the behaviour of blobfile that we use; no store is reached here.
 """
 
+import itertools
 import os
 import shutil
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esddpm_io.errors import UserError
+from esddpm_io import files
+from esddpm_io.errors import UserError, run_main
 from esddpm_io.images import open_images
 from guided_diffusion.sampling import outputs, worker
 from guided_diffusion.sampling.chunks import ChunkFolder
@@ -46,6 +48,7 @@ def bucket(tmp_path, monkeypatch) -> Path:
 
     store = types.ModuleType("blobfile")
     store.Error = RuntimeError
+    store.create_context = lambda **settings: store
     store.BlobFile = opened
     store.exists = lambda path: local(path).exists()
     store.isdir = lambda path: local(path).is_dir()
@@ -82,3 +85,34 @@ def test_inputs_checkpoint_and_chunks_in_a_bucket(tiny, tmp_path, bucket):
 def test_a_missing_blob_is_named(bucket):
     with pytest.raises(UserError, match=r"--dataset_path: cannot read gs://bucket/none\.npz"):
         open_images("gs://bucket/none.npz", flag="--dataset_path")
+
+
+@pytest.mark.parametrize("path", ["s3://b/x.npz", "https://example.org/x.npz", "hdfs://b/x.npz"])
+def test_a_store_of_another_kind_is_refused_with_those_that_work(path):
+    with pytest.raises(UserError, match=f"{path} cannot be used: .* gs:// or az://$"):
+        open_images(path, flag="--dataset_path")
+
+
+def test_a_store_that_cannot_be_reached_is_given_up(monkeypatch, capsys):
+    """The real package, its connections refused: so many tries, then one line."""
+    package = pytest.importorskip("blobfile")
+    common = pytest.importorskip("blobfile._common")
+    tries = []
+
+    class Pool:
+        def request(self, **request):
+            tries.append(request["url"])
+            raise ProtocolError("connection refused")
+
+    from urllib3.exceptions import ProtocolError
+
+    monkeypatch.setattr(common, "exponential_sleep_generator", lambda: itertools.repeat(0))
+    context = files._blob_context(package)
+    monkeypatch.setattr(context._conf, "_get_http_pool", Pool)
+    with pytest.raises(UserError, match="--model_path: cannot read az://account/box/x.pt: "):
+        files.open_binary("az://account/box/x.pt", flag="--model_path")
+    assert len(tries) == files._BLOB_RETRIES + 1
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: files.exists("az://account/box/x.pt"))
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: the blob store: ")
