@@ -11,10 +11,17 @@ from pathlib import Path
 
 from esddpm_io.errors import EXIT_DISK_FULL, EXIT_USER_ERROR
 from guided_diffusion.sampling.chunks import ChunkFolder
-from guided_diffusion.sampling.claims import LAUNCHER_VARIABLE, Observer
+from guided_diffusion.sampling.claims import (
+    DEAD_AFTER_S,
+    LAUNCHER_VARIABLE,
+    Observer,
+    machine_id,
+)
 from guided_diffusion.sampling.progress import Overseer, Screen
 
 _POLL_S = 0.1
+_LOOK_S = 1.0  # between two looks at what is missing: the folder may be far away and large
+_GRACE_S = 10.0  # for workers to see by themselves that no sample is missing
 _PATIENCE_S = 15.0  # for a worker to end by itself after SIGTERM
 _DEATHS_OF_DEVICE = 2  # a device is retried once
 _DEVICES_BEATEN_BY_CHUNK = 2  # a chunk that ends workers on so many devices is at fault itself
@@ -48,6 +55,7 @@ class Launcher:
         self._deaths: Counter[int] = Counter()  # by number of the command
         self._beaten: defaultdict[int, set[int]] = defaultdict(set)  # commands by chunk
         self._screen = Screen()
+        self._next_look = 0.0
 
     def run(self) -> None:
         """Return when all samples are there; WorkersFailed if that cannot be.
@@ -58,16 +66,54 @@ class Launcher:
         try:
             for command in self._commands:
                 self._start(command)
-            while self._running:
+            while self._running and not self._is_complete():
                 self._reap()
                 if self._screen.is_due():
                     self._screen.show(overseer.look())
                 time.sleep(_POLL_S)
             self._screen.show(overseer.look())
+            self._see_off()
         finally:
             self._stop_all()
         if self._folder.missing():
             raise WorkersFailed("the workers have ended, but samples are missing")
+
+    def _is_complete(self) -> bool:
+        """Whether no sample is missing, looked up now and then."""
+        if time.monotonic() < self._next_look:
+            return False
+        self._next_look = time.monotonic() + _LOOK_S
+        return not self._folder.missing()
+
+    def _see_off(self) -> None:
+        """Wait for workers that end by themselves or still write files, once all is sampled.
+
+        One that hangs, or was stopped by SIGSTOP, would keep us waiting for ever.
+        """
+        began = time.monotonic()
+        while self._running:
+            for process, command in list(self._running.items()):
+                if process.poll() is not None:
+                    del self._running[process]
+                    if process.returncode:
+                        how = f"the worker on device {command.device} "
+                        how += _describe_exit(process.returncode)
+                        self._screen.note(f"{how} after the last sample (log: {command.log})")
+            waited = time.monotonic() - began
+            if not any(self._may_go_on(process.pid, waited) for process in self._running):
+                break
+            time.sleep(_POLL_S)
+        for command in self._running.values():
+            self._screen.note(f"the worker on device {command.device} does not end: stopping it")
+
+    def _may_go_on(self, pid: int, waited: float) -> bool:
+        """Whether a worker is to be left alone `waited` seconds after the last sample was there."""
+        if waited < _GRACE_S:
+            return True
+        record = self._record_of(pid)
+        if record is None:  # it has only just been started
+            return waited < DEAD_AFTER_S
+        return record["alive"] and record["state"] == "exporting"
 
     def _start(self, command: WorkerCommand) -> None:
         command.log.parent.mkdir(parents=True, exist_ok=True)
@@ -128,10 +174,17 @@ class Launcher:
 
     def _chunk_of(self, pid: int) -> int | None:
         """The chunk that a worker of ours was at when it ended, if it was at one."""
-        for worker in self._observer.workers():
-            if worker["pid"] == pid and not worker["alive"]:
-                return worker.get("chunk")
-        return None
+        record = self._record_of(pid)
+        return record.get("chunk") if record is not None else None
+
+    def _record_of(self, pid: int) -> dict | None:
+        """What a worker of ours has written about itself; the last one, should a pid come twice."""
+        own = [
+            worker
+            for worker in self._observer.workers()
+            if (worker["machine"], worker["pid"]) == (machine_id(), pid)
+        ]
+        return max(own, key=lambda worker: worker["alive"], default=None)
 
     def _stop_all(self) -> None:
         """Ask the workers to end and see to it that they do; a second Ctrl-C ends the patience."""

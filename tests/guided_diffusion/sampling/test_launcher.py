@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from guided_diffusion.sampling import launcher
 from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.claims import Observer, process_runs
 from guided_diffusion.sampling.launcher import Launcher, WorkerCommand, WorkersFailed
@@ -13,12 +14,15 @@ from guided_diffusion.sampling.launcher import Launcher, WorkerCommand, WorkersF
 WORKER = """
 import glob, os, signal, sys, time
 import numpy as np
+from guided_diffusion.sampling import launcher
 from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.claims import Claims, Heart
 folder, rank, fate = ChunkFolder.load(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 print("rank", rank, "is here")
 if fate == "bad flags":
     print("error: --flag is wrong"); sys.exit(2)
+if fate == "is stopped":
+    os.kill(os.getpid(), signal.SIGSTOP)
 with Heart(folder.folder, rank=rank, device="cpu") as heart:
     claims = Claims(folder.folder, heart.worker_id)
     while folder.missing():
@@ -36,6 +40,14 @@ with Heart(folder.folder, rank=rank, device="cpu") as heart:
             folder.write(chunk, np.zeros((stop - start, 2, 2, 3), np.uint8), None)
             claims.release(chunk)
             time.sleep(0.05)
+    if fate == "exports":
+        heart.tell(state="exporting", chunk=None)
+        while not glob.glob(f"{folder.folder}/../free"):
+            time.sleep(0.02)
+        open(f"{folder.folder}/exported", "w").close()
+    if fate == "hangs":
+        heart.tell(state="waiting", chunk=None)
+        time.sleep(10_000)
 """
 
 
@@ -85,6 +97,38 @@ def test_a_chunk_that_fails_twice_ends_the_run(launch, tmp_path):
     with pytest.raises(WorkersFailed, match="images 2-2 failed twice"):
         launch("chunk 2 kills", "chunk 2 kills", "chunk 2 kills")
     assert 2 in ChunkFolder.load(tmp_path / "out").missing()
+
+
+@pytest.fixture
+def little_patience(monkeypatch):
+    monkeypatch.setattr(launcher, "_GRACE_S", 0.2)
+    monkeypatch.setattr(launcher, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(launcher, "DEAD_AFTER_S", 0.5)
+
+
+@pytest.mark.parametrize("fate", ["is stopped", "hangs"])
+def test_a_worker_that_hangs_does_not_keep_a_finished_run_waiting(
+    launch, tmp_path, capsys, little_patience, fate
+):
+    assert launch("lives", fate).missing() == []
+    assert "the worker on device gpu1 does not end: stopping it" in capsys.readouterr().err
+    assert_nobody_left(tmp_path / "out")
+
+
+def test_a_worker_that_still_exports_is_waited_for(launch, tmp_path, little_patience, monkeypatch):
+    """However long it takes: here until the launcher has asked many times."""
+    asked = []
+    may_go_on = Launcher._may_go_on
+
+    def ask(self, pid, waited):
+        asked.append(waited)
+        if len(asked) > 3 and waited > 1:
+            (tmp_path / "free").touch()
+        return may_go_on(self, pid, waited)
+
+    monkeypatch.setattr(Launcher, "_may_go_on", ask)
+    launch("exports")
+    assert (tmp_path / "out" / "exported").exists()
 
 
 def assert_nobody_left(folder) -> None:
