@@ -1,17 +1,23 @@
 """The folder of finished work: chunks of consecutive global indices, each there whole or not."""
 
+import contextlib
 import json
 import os
+import time
+import uuid
 
 import numpy as np
 
 from esddpm_io.errors import UserError
-from esddpm_io.files import create_exclusively, exists, join, list_names, read_json
+from esddpm_io.files import create_exclusively, exists, is_blob, join, list_names, read_json, remove
 from esddpm_io.npz import NpzReader, NpzWriter
+from guided_diffusion.sampling.claims import Observer
 
 SETTINGS_FILE = "settings.json"
 # A folder of more files than this is slow to list, so small batches share a chunk.
 _MOST_CHUNKS = 4096
+# Settings that a process has moved away for a look at the chunks are back in no time.
+_TRIES, _MOVING_S = 20, 0.1
 
 
 class ChunkFolder:
@@ -32,22 +38,69 @@ class ChunkFolder:
     def open(cls, folder: str | os.PathLike, settings: dict, info: dict, chunk_size: int):
         """Open the folder for these settings, making it if it is new.
 
-        Raises UserError, saying what differs, if it holds samples of other settings.
+        Other settings are replaced while nothing has been sampled with them and nobody is at it.
+        Raises UserError, saying what differs, if the folder holds samples of other settings.
         """
         record = {"settings": settings, "info": info, "chunk_size": chunk_size}
+        for _ in range(_TRIES):
+            there = cls._open_or_make(folder, record)
+            differences = _differences(there.settings, settings)
+            if not differences:
+                return there
+            if not there._give_way():
+                break
+        raise UserError(
+            f"{folder} holds samples of other settings, or is being worked on with them "
+            f"({'; '.join(differences)}): choose another folder (--save_dir; in the driver "
+            "--save_dir_suffix or --output_dir) or remove this one"
+        )
+
+    @classmethod
+    def _open_or_make(cls, folder: str | os.PathLike, record: dict):
+        # Several processes may be here at once: one makes the file, all go by what it wrote.
         path = join(folder, SETTINGS_FILE)
-        if not exists(path):
-            # Several processes may be here at once: one makes the file, all go by what it wrote.
-            create_exclusively(path, json.dumps(record, indent=2) + "\n")
-        there = cls.load(folder)
-        differences = _differences(there.settings, settings)
-        if differences:
-            raise UserError(
-                f"{folder} holds samples of other settings ({'; '.join(differences)}): choose "
-                "another folder (--save_dir; in the driver --save_dir_suffix or --output_dir) "
-                "or remove this one"
-            )
-        return there
+        for _ in range(_TRIES):
+            there = read_json(path)
+            if there is not None:
+                return cls(folder, there)
+            if list_names(join(folder, "chunks")):
+                time.sleep(_MOVING_S)  # see `_give_way`: their settings will be back
+            else:
+                create_exclusively(path, json.dumps(record, indent=2) + "\n")
+        raise UserError(
+            f"{folder} has chunks but no {SETTINGS_FILE} that says what they are: choose another "
+            "folder, or remove this one"
+        )
+
+    def _give_way(self) -> bool:
+        """Remove these settings if no sample was made with them; whether they are gone.
+
+        They are moved away first and the chunks looked at after that. `write` has its file among
+        the chunks before it looks at the settings: so either we see that file, and move them back,
+        or the writer sees that they are gone. Samples of two settings never meet.
+        """
+        if self._is_used():
+            return False
+        path = join(self.folder, SETTINGS_FILE)
+        if is_blob(path):  # nothing can be moved in one step there
+            remove(path)
+            return True
+        aside = join(self.folder, f".tmp-{uuid.uuid4().hex[:8]}-{SETTINGS_FILE}")
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            os.rename(path, aside)
+            moved = read_json(aside)
+            if moved["settings"] != self.settings or self._is_used():
+                create_exclusively(path, json.dumps(moved, indent=2) + "\n")
+            os.remove(aside)
+        return True
+
+    def _is_used(self) -> bool:
+        """Whether there are samples of these settings, or a live process that makes some."""
+        if list_names(join(self.folder, "chunks")):
+            return True
+        if any(name.startswith("samples") for name in list_names(self.folder)):
+            return True
+        return any(worker["alive"] for worker in Observer(self.folder).workers())
 
     @classmethod
     def load(cls, folder: str | os.PathLike):
@@ -89,6 +142,21 @@ class ChunkFolder:
         with NpzWriter(self._path(chunk), layout) as writer:
             for name, array in arrays.items():
                 writer.append(name, array)
+            self._check_settings()
+
+    def _check_settings(self) -> None:
+        """UserError if another process has given the folder other settings; see `_give_way`."""
+        for _ in range(_TRIES):
+            record = read_json(join(self.folder, SETTINGS_FILE))
+            if record is not None:
+                break
+            time.sleep(_MOVING_S)
+        same = record and (record["settings"], record["chunk_size"])
+        if same != (self.settings, self.chunk_size):
+            raise UserError(
+                f"{self.folder} was given other settings by another process meanwhile: start this "
+                "one again in another folder"
+            )
 
     def reader(self, chunk: int) -> NpzReader:
         """Open a finished chunk (`arr_0`, and `arr_1` where there are labels)."""
