@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def execute(args: argparse.Namespace, commands: list, output: str, typed_argv: list[str]) -> None:
     """Run the workers, and on machine 0 gather and evaluate."""
+    from guided_diffusion.sampling import outputs
     from guided_diffusion.sampling.chunks import ChunkFolder
     from guided_diffusion.sampling.launcher import Launcher, WorkersFailed
     from guided_diffusion.sampling.settings import read_job
@@ -84,6 +85,8 @@ def execute(args: argparse.Namespace, commands: list, output: str, typed_argv: l
             Launcher(commands, folder).run()
         else:
             print(f"all {folder.num_samples} samples are there already")
+        if args.save_png_files:
+            outputs.export_pngs(folder, 0, folder.num_samples)  # what no worker came to
         if args.machine_idx == 0:
             gather(args, output, len(commands) * args.num_machines)
     except WorkersFailed as error:

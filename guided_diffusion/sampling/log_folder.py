@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 
 from esddpm_io.errors import terminate_cleanly
-from esddpm_io.files import join
 from guided_diffusion import dist_util, logger
 from guided_diffusion.sampling import outputs, worker
 from guided_diffusion.sampling.chunks import ChunkFolder
@@ -44,13 +43,4 @@ def sample(
     job = read_job([*argv, *worker_flags, "--save_dir", logger.get_dir()])
     worker.run(job, logger.log)
     if job.rank == 0:
-        logger.log(f"wrote {_join_all(ChunkFolder.load(job.save_dir))}")
-
-
-def _join_all(folder: ChunkFolder) -> str:
-    parts = outputs.parts_of(folder, 0, folder.num_samples)
-    with parts[0].open() as reader:
-        size = "x".join(map(str, (folder.num_samples, *reader.shape("arr_0")[1:])))
-    path = join(folder.folder, f"samples_{size}.npz")
-    outputs.join_parts(parts, path)
-    return path
+        logger.log(f"wrote {outputs.export_all(ChunkFolder.load(job.save_dir))}")

@@ -1,18 +1,20 @@
 """What is made of finished chunks: one .npz of all, one of a rank's block, PNGs, a grid."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from esddpm_io.errors import UserError
-from esddpm_io.files import exists, join
-from esddpm_io.images import image_grid, open_images, save_png
+from esddpm_io.files import join, list_names
+from esddpm_io.images import image_grid, open_images, png_name, save_png
 from esddpm_io.npz import NpzReader, NpzWriter
 from esddpm_io.progress import Progress
 from guided_diffusion.sampling.chunks import ChunkFolder
 
+PNG_FOLDER = "images"
 _ROWS_AT_ONCE = 64
 _GRID_COLUMNS, _GRID_ROWS = 8, 4
 
@@ -72,28 +74,50 @@ def export_npz(folder: ChunkFolder, start: int, stop: int, rank: int) -> str:
     """Write a rank's block as `samples_{N}x{H}x{W}x{C}_rank_{r}.npz`; return the path."""
     if start == stop:
         raise UserError(f"rank {rank} has no samples: --world_size is larger than their number")
-    parts = parts_of(folder, start, stop)
-    with parts[0].open() as reader:
-        size = "x".join(map(str, (stop - start, *reader.shape("arr_0")[1:])))
-    path = join(folder.folder, f"samples_{size}_rank_{rank}.npz")
-    join_parts(parts, path)
+    path = rank_file(folder, start, stop, rank)
+    join_parts(parts_of(folder, start, stop), path)
     return path
+
+
+def export_all(folder: ChunkFolder) -> str:
+    """Write all samples as `samples_{N}x{H}x{W}x{C}.npz`; return the path."""
+    path = join(folder.folder, f"{_samples_name(folder, folder.num_samples)}.npz")
+    join_parts(parts_of(folder, 0, folder.num_samples), path)
+    return path
+
+
+def rank_file(folder: ChunkFolder, start: int, stop: int, rank: int) -> str:
+    """Where `export_npz` writes a rank's block; some chunk must be finished."""
+    return join(folder.folder, f"{_samples_name(folder, stop - start)}_rank_{rank}.npz")
+
+
+def _samples_name(folder: ChunkFolder, count: int) -> str:
+    with folder.reader(next(c for c in range(len(folder)) if folder.is_done(c))) as reader:
+        return "samples_" + "x".join(map(str, (count, *reader.shape("arr_0")[1:])))
 
 
 def export_pngs(folder: ChunkFolder, start: int, stop: int) -> str:
     """Write samples as `images/{index}_label_{label}.png` where missing; return the folder."""
-    target = join(folder.folder, "images")
+    target = join(folder.folder, PNG_FOLDER)
+    there = exported_pngs(folder)
     for chunk in folder.chunks_of(start, stop):
         first, last = folder.bounds(chunk)
+        missing = [i for i in range(max(first, start), min(last, stop)) if i not in there]
+        if not missing:
+            continue
         with folder.reader(chunk) as reader:
             images = reader.array("arr_0")
             labels = reader.array("arr_1") if "arr_1" in reader.names else None
-        for index in range(max(first, start), min(last, stop)):
-            label = "" if labels is None else f"_label_{labels[index - first]}"
-            path = join(target, f"{index}{label}.png")
-            if not exists(path):
-                save_png(path, images[index - first])
+        for index in missing:
+            name = png_name(index, None if labels is None else labels[index - first])
+            save_png(join(target, name), images[index - first])
     return target
+
+
+def exported_pngs(folder: ChunkFolder) -> set[int]:
+    """The samples that are there as PNGs."""
+    names = list_names(join(folder.folder, PNG_FOLDER))
+    return {int(index) for name in names if (index := re.split("[_.]", name)[0]).isdecimal()}
 
 
 def save_grid(samples: str, starts: str | None, path: str) -> None:

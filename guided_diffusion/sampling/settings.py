@@ -67,8 +67,12 @@ class Job:
     @property
     def block(self) -> tuple[int, int]:
         """This rank's own block of indices: ceil(N / world_size) from rank × that."""
+        return self.block_of(self.rank)
+
+    def block_of(self, rank: int) -> tuple[int, int]:
+        """The block of any rank."""
         share = -(-len(self.source) // self.world_size)
-        start = min(self.rank * share, len(self.source))
+        start = min(rank * share, len(self.source))
         return start, min(start + share, len(self.source))
 
     @property

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from esddpm_io.errors import terminate_cleanly
+from esddpm_io.files import exists
 from esddpm_io.progress import Progress
 from guided_diffusion.sampling import outputs
 from guided_diffusion.sampling.chunks import ChunkFolder
@@ -48,10 +49,8 @@ def run(job: Job, log: Callable[[str], None] = print) -> None:
     log(_describe_chain(job))
     with Heart(folder.folder, rank=job.rank, device=job.device or "auto") as heart:
         Worker(job, folder, heart, log).run()
-    if job.save_numpy_array:
-        log(f"wrote {outputs.export_npz(folder, *job.block, job.rank)}")
-    if job.save_png_files:
-        log(f"wrote {outputs.export_pngs(folder, *job.block)}")
+        if job.save_numpy_array or job.save_png_files:
+            Exporter(job, folder, heart, log).run()
 
 
 class Worker:
@@ -155,6 +154,62 @@ class Worker:
             self._heart.set(step=done, steps=steps, images=images, rate=rate, batch_size=size)
 
         return report
+
+
+class Exporter:
+    """The files of finished samples that the job asks for: of its own block, or of all blocks.
+
+    A rank that does any chunk sees to the blocks of the others too, which may have ended early.
+    """
+
+    def __init__(self, job: Job, folder: ChunkFolder, heart: Heart, log: Callable[[str], None]):
+        self._job, self._folder, self._heart, self._log = job, folder, heart, log
+        self._claims = Claims(folder.folder, heart.worker_id)
+        ranks = range(job.world_size)
+        self._ranks = [job.rank]
+        if job.any_chunk:
+            in_turn = [*ranks[job.rank :], *ranks[: job.rank]]
+            self._ranks = [rank for rank in in_turn if job.block_of(rank)[0] < len(job.source)]
+
+    def run(self) -> None:
+        """Work until the files of no wanted block are missing."""
+        first, *_ = missing = self._ranks
+        if self._claims.take(self._claim_of(first)):
+            self._finish(first)  # even if it is there: perhaps from a run of other blocks
+        while missing := self._missing(missing):
+            rank = next((r for r in missing if self._claims.take(self._claim_of(r))), None)
+            if rank is None:
+                self._heart.tell(state="waiting", chunk=None)
+                time.sleep(_POLL_S)
+            else:
+                self._finish(rank)
+
+    def _claim_of(self, rank: int) -> int:
+        return len(self._folder) + rank  # the numbers after those of the chunks
+
+    def _missing(self, ranks: list[int]) -> list[int]:
+        pngs = outputs.exported_pngs(self._folder) if self._job.save_png_files else None
+        return [rank for rank in ranks if not self._is_done(rank, pngs)]
+
+    def _is_done(self, rank: int, pngs: set[int] | None) -> bool:
+        block = self._job.block_of(rank)
+        if pngs is not None and not pngs.issuperset(range(*block)):
+            return False
+        if not self._job.save_numpy_array:
+            return True
+        return exists(outputs.rank_file(self._folder, *block, rank))
+
+    def _finish(self, rank: int) -> None:
+        """Write what is missing of a claimed block."""
+        self._heart.tell(state="exporting", chunk=None)
+        block = self._job.block_of(rank)
+        try:
+            if self._job.save_numpy_array:
+                self._log(f"wrote {outputs.export_npz(self._folder, *block, rank)}")
+            if self._job.save_png_files:
+                self._log(f"wrote {outputs.export_pngs(self._folder, *block)}")
+        finally:
+            self._claims.release(self._claim_of(rank))
 
 
 def _describe_chain(job: Job) -> str:

@@ -10,7 +10,7 @@ import argparse
 import os
 
 from esddpm_io.errors import UserError, run_main
-from esddpm_io.images import ImageSource, open_images, save_png
+from esddpm_io.images import ImageSource, open_images, png_name, save_png
 from esddpm_io.progress import Progress
 from guided_diffusion.presets import load_preset
 
@@ -41,8 +41,7 @@ def write_folder(images: ImageSource, folder: str) -> None:
     with Progress(len(images), "images", "unpacking") as bar:
         for index in range(len(images)):
             labels = images.labels(index, index + 1)
-            label = "" if labels is None else f"_label_{labels[0]}"
-            path = os.path.join(folder, f"{index}{label}.png")
+            path = os.path.join(folder, png_name(index, None if labels is None else labels[0]))
             if not os.path.exists(path):
                 save_png(path, images.read(index, index + 1)[0])
             bar.update(1)

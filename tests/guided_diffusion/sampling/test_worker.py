@@ -93,6 +93,20 @@ def test_ranks_by_hand_do_their_blocks_and_export_them(tiny, tmp_path, undisturb
     assert {path.name for path in (tmp_path / "images").iterdir()} == pngs
 
 
+def test_a_rank_that_does_any_chunk_exports_what_lost_ranks_have_not(tiny, tmp_path, undisturbed):
+    """Rank 1 of 3 works alone: a file for each rank and all PNGs are there at the end."""
+    place = {"global_rank": 1, "world_size": 3, "any_chunk": True}
+    flags = tiny.worker_flags(tmp_path, **place, save_numpy_array=True, save_png_files=True)
+    worker.main(flags, guided=False)
+    files = [f"samples_{n}x8x8x3_rank_{rank}.npz" for rank, n in enumerate((4, 4, 2))]
+    assert {path.name for path in tmp_path.glob("samples_*")} == set(files)
+    joined = np.concatenate([np.load(tmp_path / name)["arr_0"] for name in files])
+    np.testing.assert_array_equal(joined, undisturbed[0])
+    pngs = {f"{index}_label_{label}.png" for index, label in enumerate(undisturbed[1])}
+    assert {path.name for path in (tmp_path / "images").iterdir()} == pngs
+    assert list((tmp_path / "claims").iterdir()) == []
+
+
 def test_other_settings_are_refused_and_nothing_is_lost(tiny, tmp_path, undisturbed):
     worker.main(tiny.worker_flags(tmp_path), guided=False)
     with pytest.raises(UserError, match="denoise_steps is 2 there, 3 now"):
