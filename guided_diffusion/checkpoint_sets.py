@@ -103,6 +103,23 @@ def remove(path: str) -> None:
         blobfile().remove(path)
 
 
+def find_set(
+    resume_checkpoint: str, folder: Path | str | None, ema_rates: Iterable[float]
+) -> CheckpointSet | None:
+    """The set that a `resume_checkpoint` means: "auto" is the newest whole one in `folder`.
+
+    None for no set ("", "auto" without one, a file that is weights alone); UserError if the file
+    named is not there, or "auto" has no folder to look in.
+    """
+    if not resume_checkpoint:
+        return None
+    if resume_checkpoint != "auto":
+        return CheckpointSet.of_model(resume_checkpoint)
+    if folder is None:
+        raise UserError("call logger.configure() first: checkpoints go to its folder")
+    return newest_set(Path(folder), ema_rates)
+
+
 def newest_set(folder: Path, ema_rates: Iterable[float]) -> CheckpointSet | None:
     """The newest set in `folder` of which model, optimiser and these averages are there."""
     rates = list(ema_rates)

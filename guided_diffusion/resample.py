@@ -162,11 +162,13 @@ class LossSecondMomentResampler(LossAwareSampler):
         }
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        history = state["loss_history"].numpy()
-        if history.shape != self._loss_history.shape:
+        """Take up losses; of another number of timesteps those that this sampler has, too."""
+        history, counts = state["loss_history"].numpy(), state["loss_counts"].numpy()
+        if history.shape[1] != self.history_per_term:
             raise ValueError(
-                f"resume_checkpoint was trained on {len(history)} timesteps, this run on"
-                f" {self.num_timesteps}: give the same early_stop_steps"
+                f"history_per_term is {self.history_per_term}, the saved sampler's was"
+                f" {history.shape[1]}"
             )
-        self._loss_history = history.copy()
-        self._loss_counts = state["loss_counts"].numpy().copy()
+        common = min(len(history), self.num_timesteps)
+        self._loss_history[:common] = history[:common]
+        self._loss_counts[:common] = counts[:common]

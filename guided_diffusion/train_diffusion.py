@@ -8,18 +8,17 @@ import torch
 
 from esddpm_io.images import image_grid
 
-from . import dist_util, logger
 from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import BatchStream
 from .resample import create_named_schedule_sampler
 from .respace import SpacedDiffusion
 from .script_util import args_to_dict
 from .train_options import (
-    check_ranges,
     data_options,
     explained_flags,
     loop_options,
-    settle_device_options,
+    settle_early_stop,
+    start_run,
 )
 from .train_util import TrainLoop
 
@@ -41,14 +40,10 @@ def train_diffusion(
     `create(**flags)` builds network and process from the flags called `flag_names`, `load(**data
     options)` opens the data, `kind` is that of the sidecar. Raises UserError as the parts do.
     """
-    check_ranges(args)
-    dist_util.setup_dist()
-    logger.configure(comm=dist_util.AllRanks())
-    settle_device_options(args, "use_fp16")
-    torch.manual_seed(args.seed)
+    start_run(args, "use_fp16")
     flags = args_to_dict(args, flag_names)
-    stop = args.early_stop_steps or None
-    with explained_flags():
+    with explained_flags(vars(args)):
+        stop = settle_early_stop(args)
         model, diffusion = create(**flags)
         sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion, stop)
         data = load(class_cond=args.class_cond, **data_options(args))

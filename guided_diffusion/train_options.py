@@ -1,15 +1,24 @@
-"""The flags that the training scripts share, and how they become keyword arguments."""
+"""The flags that the training scripts share, how a run starts, and what the loop is told."""
 
 import argparse
 import contextlib
+import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+
+import torch
 
 from esddpm_io.errors import UserError, check_at_least
 
 from . import dist_util, logger
+from .checkpoint_sets import find_set
+from .checkpoints import read_sidecar
 from .script_util import add_dict_to_argparser
+from .train_util import parse_rates
 
+# What the generators of torch and NumPy take.
+HIGHEST_SEED = 2**64 - 1
 # Workers beyond this only cost memory: one decodes some hundred images a second.
 _MOST_WORKERS = 8
 
@@ -36,9 +45,11 @@ _HELP = {
     "lr_anneal_steps": "lr falls linearly to 0 at this step and training ends (0: constant lr)",
     "iterations": "steps in all (0: lr_anneal_steps, or no end)",
     "microbatch": "images that go through the model at once (-1: the batch)",
-    "ema_rate": "rate of the averaged weights, or a comma list of rates",
+    "ema_rate": 'rate of the averaged weights, or a comma list of rates ("": no averages)',
+    "eval_interval": "figures of the validation data every so many steps (0: never)",
     "resume_checkpoint": "a modelNNNNNN.pt, or auto: the newest complete set in OPENAI_LOGDIR",
-    "early_stop_steps": "train on timesteps below this one only (0: all)",
+    "early_stop_steps": "train on timesteps below this one only (0: all; default: as the network"
+    " resumed from was trained, else all)",
     "precision": "float32, bfloat16 or float16 (default: float16 with use_fp16, else float32)",
     "keep_checkpoints": "remove all but this many checkpoints (0: keep all)",
     "channels_last": "NHWC memory: faster convolutions in half precision on GPUs",
@@ -97,7 +108,18 @@ def training_parser(description: str, *defaults: dict) -> argparse.ArgumentParse
     for action in parser._actions:
         if action.dest in _HELP:
             action.help = _HELP[action.dest]
+    if "early_stop_steps" in merged:
+        parser.set_defaults(early_stop_steps=None)  # told from 0, see `settle_early_stop`
     return parser
+
+
+def start_run(args: argparse.Namespace, fp16_flag: str) -> None:
+    """Check the shared flags, join the other processes, open the log, settle precision, seed."""
+    check_ranges(args)
+    dist_util.setup_dist()
+    logger.configure(comm=dist_util.AllRanks())
+    settle_device_options(args, fp16_flag)
+    torch.manual_seed(args.seed)
 
 
 def check_ranges(args: argparse.Namespace) -> None:
@@ -110,12 +132,20 @@ def check_ranges(args: argparse.Namespace) -> None:
             "early_stop_steps",
             "keep_checkpoints",
             "sample_interval",
+            "eval_interval",
         ),
         0,
     )
-    check_at_least(args, lowest)
-    if args.lr <= 0:
+    given = {name: least for name, least in lowest.items() if getattr(args, name, None) is not None}
+    check_at_least(args, given)
+    if args.seed > HIGHEST_SEED:
+        raise UserError(f"--seed is {args.seed}, it must be in 0 … {HIGHEST_SEED}")
+    if not 0 < args.lr < math.inf:
         raise UserError(f"--lr is {args.lr}, it must be above 0")
+    for name in ("weight_decay", "fp16_scale_growth", "kl_weight"):
+        value = getattr(args, name, 0.0)
+        if not 0 <= value < math.inf:
+            raise UserError(f"--{name} is {value}, it must be a number of at least 0")
 
 
 def settle_device_options(args: argparse.Namespace, fp16_flag: str) -> None:
@@ -131,6 +161,38 @@ def settle_device_options(args: argparse.Namespace, fp16_flag: str) -> None:
         logger.log(f"float16 needs CUDA: training in {wanted} on this CPU")
     args.precision = wanted
     setattr(args, fp16_flag, wanted == "float16")
+
+
+def settle_early_stop(args: argparse.Namespace) -> int | None:
+    """T' of this run, None for all timesteps: --early_stop_steps, or else the resumed network's.
+
+    A network goes on with the T' in its sidecar unless the flag says otherwise, 0 included, so
+    that the sidecars of this run are true and no resume takes the guard of sampling away.
+    """
+    asked = args.early_stop_steps
+    rates = parse_rates(getattr(args, "ema_rate", ""))
+    path, trained = dist_util.on_rank_zero(lambda: _resumed_early_stop(args, rates))
+    if trained is None or asked == trained:
+        return asked or None
+    if asked is None:
+        logger.log(
+            f"--early_stop_steps {trained}: {path} was trained on these timesteps (0 for all)"
+        )
+        return trained
+    now = f"those below {asked}" if asked else "all of them"
+    logger.warn(
+        f"--early_stop_steps {asked}: {path} was trained on timesteps below {trained}, from here on"
+        f" it learns {now}, and its new sidecars say so"
+    )
+    return asked or None
+
+
+def _resumed_early_stop(args: argparse.Namespace, rates: list[float]) -> tuple[str, int | None]:
+    """The checkpoint that this run goes on from ("" for none), and the T' in its sidecar."""
+    found = find_set(args.resume_checkpoint, logger.get_dir(), rates)
+    path = found.model if found else args.resume_checkpoint
+    sidecar = read_sidecar(path) if path not in ("", "auto") else None
+    return path, sidecar["early_stop_steps"] if sidecar else None
 
 
 def loop_options(args: argparse.Namespace) -> dict:
@@ -152,11 +214,16 @@ def _worker_count(asked: int) -> int:
 
 
 @contextlib.contextmanager
-def explained_flags() -> Iterator[None]:
-    """Turn the ValueErrors of constructors, which name the argument, into errors for the user."""
+def explained_flags(names: Iterable[str]) -> Iterator[None]:
+    """Turn the ValueErrors of constructors into errors for the user.
+
+    An error that begins with an argument's name gets its dashes if that is one of the flags
+    `names`.
+    """
     try:
         yield
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"--{error}") from error
+        first = re.match(r"\w*", str(error))[0]
+        raise UserError(f"--{error}" if first in names else str(error)) from error

@@ -38,7 +38,7 @@ from esddpm_io.errors import UserError
 from esddpm_io.progress import Progress
 
 from . import dist_util, logger
-from .checkpoint_sets import CheckpointSet, exists, newest_set, prune_sets, step_of_model
+from .checkpoint_sets import CheckpointSet, exists, find_set, prune_sets, step_of_model
 from .checkpoints import load_weights
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .nn import update_ema
@@ -147,7 +147,8 @@ class Trainer:
             for the JSON beside model and EMA files.
         num_timesteps: T (or T') of "t", for the figures by quarter.
         sample_interval, draw_samples: every that many steps `draw_samples(model)`, with the first
-            EMA's weights in the model, returns a uint8 [H, W, 3] image for samplesNNNNNN.png.
+            EMA's weights (its own without EMAs) in the model, returns a uint8 [H, W, 3] image for
+            samplesNNNNNN.png.
 
     Raises UserError for a checkpoint that cannot be read or does not fit, and after three
     non-finite losses in a row; ValueError for impossible arguments.
@@ -191,7 +192,7 @@ class Trainer:
         self.lr, self.weight_decay = lr, weight_decay
         self.lr_anneal_steps = lr_anneal_steps
         self.iterations = iterations or lr_anneal_steps
-        self.ema_rate = _parse_rates(ema_rate)
+        self.ema_rate = parse_rates(ema_rate)
         self.log_interval, self.save_interval = log_interval, save_interval
         self.resume_checkpoint = resume_checkpoint
         self.precision = _checked_precision(precision, use_fp16)
@@ -228,6 +229,11 @@ class Trainer:
 
     figure_prefix = ""  # of the names of logged figures
 
+    def seek_data(self, step: int) -> None:
+        """Called by `run_loop` of a resumed run: the data go on with this step's."""
+        if hasattr(self.data, "seek"):
+            self.data.seek(step)
+
     def after_step(self) -> None:
         """Called by `run_loop` after each step, before figures are written."""
 
@@ -256,13 +262,18 @@ class Trainer:
         return self.mp_trainer.master_params
 
     @property
+    def averaged_params(self) -> list[torch.Tensor]:
+        """The first EMA's values; the master parameters themselves where there are no EMAs."""
+        return self.ema_params[0] if self.ema_params else self.master_params
+
+    @property
     def model_params(self) -> list[nn.Parameter]:
         return self.mp_trainer.model_params
 
     def run_loop(self) -> None:
         """Train to the last step, or until SIGTERM or SIGINT, and save."""
-        if self.resume_step and hasattr(self.data, "seek"):
-            self.data.seek(self.global_step)
+        if self.resume_step:
+            self.seek_data(self.global_step)
         first, total = self.global_step, self.iterations
         images = (total - first) * self.global_batch if total else None
         saved_at = first if self.resume_step else None
@@ -374,11 +385,11 @@ class Trainer:
         dist_util.any_rank(False)
 
     def save_samples(self) -> None:
-        """Draw `draw_samples` with the first EMA's weights into samplesNNNNNN.png."""
+        """Draw `draw_samples` with the averaged weights into samplesNNNNNN.png."""
         if self.rank == 0:
             from esddpm_io.images import save_png
 
-            with self._ema_weights(), torch.random.fork_rng():
+            with self._averaged_weights(), torch.random.fork_rng():
                 image = self.draw_samples(self.model)
             save_png(Path(self._folder()) / f"samples{self.global_step:06d}.png", image)
 
@@ -484,12 +495,12 @@ class Trainer:
         logger.dumpkvs()
 
     @contextlib.contextmanager
-    def _ema_weights(self):
-        """The first EMA's weights in the model, in evaluation mode, for the length of a block."""
+    def _averaged_weights(self):
+        """`averaged_params` in the model, in evaluation mode, for the length of a block."""
         before = [p.detach().clone() for p in self.model_params]
         training = self.model.training
         with torch.no_grad():
-            torch._foreach_copy_(self.model_params, self.ema_params[0])
+            torch._foreach_copy_(self.model_params, self.averaged_params)
         self.model.eval()
         try:
             yield
@@ -513,12 +524,8 @@ class Trainer:
         return found
 
     def _look_for_set(self) -> CheckpointSet | None:
-        if not self.resume_checkpoint:
-            return None
-        if self.resume_checkpoint != "auto":
-            return CheckpointSet.of_model(self.resume_checkpoint)
-        found = newest_set(Path(self._folder()), self.ema_rate)
-        if found is None:
+        found = find_set(self.resume_checkpoint, logger.get_dir(), self.ema_rate)
+        if found is None and self.resume_checkpoint == "auto":
             logger.log(
                 f"--resume_checkpoint auto: no checkpoint in {self._folder()}, starting anew"
             )
@@ -694,7 +701,8 @@ class _NoProgress:
         pass
 
 
-def _parse_rates(ema_rate: float | str) -> list[float]:
+def parse_rates(ema_rate: float | str) -> list[float]:
+    """The rates of a comma list; ValueError, naming ema_rate, unless all are in [0, 1]."""
     try:
         rates = [float(rate) for rate in str(ema_rate).split(",") if rate]
     except ValueError:

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from esddpm_io.errors import run_main
-from guided_diffusion import dist_util, logger
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.resample import LossAwareSampler, create_named_schedule_sampler
 from guided_diffusion.script_util import (
@@ -20,12 +19,12 @@ from guided_diffusion.script_util import (
     create_classifier_and_diffusion,
 )
 from guided_diffusion.train_options import (
-    check_ranges,
     data_options,
     explained_flags,
     loop_defaults,
     loop_options,
-    settle_device_options,
+    settle_early_stop,
+    start_run,
     training_parser,
 )
 from guided_diffusion.train_util import Draws, Trainer
@@ -67,6 +66,11 @@ class ClassifierTrainer(Trainer):
             "weight": weight,
         }
 
+    def seek_data(self, step: int) -> None:
+        super().seek_data(step)
+        if self.val_data is not None:
+            self.val_data.seek(step // self.eval_interval)  # evaluations before this step
+
     def after_step(self) -> None:
         if self.val_data is not None and self.global_step % self.eval_interval == 0:
             self.evaluate(*next(self.val_data), prefix="val_")
@@ -80,21 +84,16 @@ class ClassifierTrainer(Trainer):
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    check_ranges(args)
-    dist_util.setup_dist()
-    logger.configure(comm=dist_util.AllRanks())
-    settle_device_options(args, "classifier_use_fp16")
-    torch.manual_seed(args.seed)
-
+    start_run(args, "classifier_use_fp16")
     flags = args_to_dict(args, classifier_and_diffusion_defaults())
-    stop = args.early_stop_steps or None
-    with explained_flags():
+    with explained_flags(vars(args)):
+        stop = settle_early_stop(args)
         model, diffusion = create_classifier_and_diffusion(**flags)
         common = {"image_size": args.image_size, "class_cond": True}
         options = data_options(args)
         data = load_data(**common, **options)
         val_data = None
-        if args.val_data_dir:
+        if args.val_data_dir and args.eval_interval:
             options |= {"data_dir": args.val_data_dir, "random_crop": False}
             val_data = load_data(**common, **options)
         loop = ClassifierTrainer(

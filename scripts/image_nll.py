@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     logger.configure()
     for remark in remarks:
         logger.log(remark)
-    with explained_flags():
+    with explained_flags(vars(args)):
         data = load_data(
             data_dir=args.data_dir,
             batch_size=args.batch_size,

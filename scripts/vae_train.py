@@ -3,9 +3,10 @@
     OPENAI_LOGDIR=exps/my_vae python scripts/vae_train.py --data_dir my_images --image_size 64
 
 Checkpoints and logs go to the folder in OPENAI_LOGDIR. At the end it gets vaeNNNNNN.pt, all that
-vae_sample.py needs: the averaged (EMA) weights, and the prior fitted to the codes of the training
-images. With --resume_checkpoint auto, a run that was stopped goes on; one that was through fits
-the prior anew. Starts alone, or under torchrun, mpiexec or srun as image_train.py does.
+vae_sample.py needs: the averaged (EMA) weights (the last ones with --ema_rate ""), and the prior
+fitted to the codes of the training images. With --resume_checkpoint auto, a run that was stopped
+goes on; one that was through fits the prior anew. Starts alone, or under torchrun, mpiexec or srun
+as image_train.py does.
 """
 
 import argparse
@@ -22,12 +23,11 @@ from guided_diffusion.checkpoints import save_checkpoint, write_sidecar
 from guided_diffusion.image_datasets import BatchStream, load_data
 from guided_diffusion.script_util import args_to_dict
 from guided_diffusion.train_options import (
-    check_ranges,
     data_options,
     explained_flags,
     loop_defaults,
     loop_options,
-    settle_device_options,
+    start_run,
     training_parser,
 )
 from guided_diffusion.train_util import Trainer
@@ -40,18 +40,14 @@ _GRID_COLUMNS = 16
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     check_vae_ranges(args)
-    dist_util.setup_dist()
-    logger.configure()
-    settle_device_options(args, "use_fp16")
-    torch.manual_seed(args.seed)
-
+    start_run(args, "use_fp16")
     data = training_data(args)
     classes = data.images.classes
     flags = args_to_dict(args, model_flags())
     flags["num_classes"] = 0 if classes is None else int(classes.max()) + 1
     # The prior comes last, so its size may still be changed when a finished run is resumed.
     training_flags = {**flags, "prior_components": 1}
-    with explained_flags():
+    with explained_flags(vars(args)):
         create_vae(**flags)
         vae = create_vae(**training_flags)
         if classes is not None:
@@ -89,12 +85,9 @@ def training_data(args: argparse.Namespace) -> BatchStream:
 
 def check_vae_ranges(args: argparse.Namespace) -> None:
     """UserError for numbers that no VAE can be trained with."""
-    check_ranges(args)
     for name in ("iterations", "prior_images"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}, it must be at least 1")
-    if args.kl_weight < 0:
-        raise UserError(f"--kl_weight is {args.kl_weight}, it must not be negative")
     if args.precision == "float16":
         raise UserError("--precision float16: a VAE trains in float32 or bfloat16")
 
@@ -121,7 +114,7 @@ def reconstructions(data: BatchStream) -> Callable[[VAE], np.ndarray]:
 def finish(trainer: Trainer, flags: dict, data: BatchStream, prior_images: int, seed: int) -> None:
     """Fit the prior of the averaged weights and write vaeNNNNNN.pt with its sidecar."""
     vae = create_vae(**flags).to(trainer.device).eval()
-    trained = trainer.mp_trainer.master_params_to_state_dict(trainer.ema_params[0])
+    trained = trainer.mp_trainer.master_params_to_state_dict(trainer.averaged_params)
     own_prior = {k: v for k, v in vae.state_dict().items() if k.startswith("prior.")}
     vae.load_state_dict({**trained, **own_prior})
     shares = dist_util.gather_objects(encode_share(vae, data, prior_images))
@@ -180,7 +173,7 @@ def create_argparser() -> argparse.ArgumentParser:
         **loop_defaults(),
     )
     parser = training_parser(__doc__, defaults, model_flags())
-    parser.set_defaults(use_fp16=False)  # never: `settle_device_options` asks
+    parser.set_defaults(use_fp16=False)  # never: `start_run` asks
     return parser
 
 

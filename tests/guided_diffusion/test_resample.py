@@ -77,5 +77,19 @@ def test_state_goes_on():
     for sampler in (first, second):
         sampler.update_with_all_losses([1, 2], [0.5, 0.25])
     assert first.weights().tolist() == second.weights().tolist()
-    with pytest.raises(ValueError, match="early_stop_steps"):
-        LossSecondMomentResampler(process(4)).load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="history_per_term is 10, the saved sampler's was 2"):
+        LossSecondMomentResampler(process(3)).load_state_dict(first.state_dict())
+
+
+def test_state_of_other_steps_counts_for_the_common_ones():
+    """A network of early-stopped training may go on with other timesteps."""
+    first = LossSecondMomentResampler(process(2), history_per_term=1, uniform_prob=0.0)
+    first.update_with_all_losses([0, 1], [1.0, 3.0])
+    longer = LossSecondMomentResampler(process(3), history_per_term=1, uniform_prob=0.0)
+    longer.load_state_dict(first.state_dict())
+    assert longer.weights().tolist() == [1, 1, 1]  # nothing is known of the last step
+    longer.update_with_all_losses([2], [4.0])
+    np.testing.assert_allclose(longer.weights(), [1 / 8, 3 / 8, 4 / 8])
+    shorter = LossSecondMomentResampler(process(1), history_per_term=1, uniform_prob=0.0)
+    shorter.load_state_dict(longer.state_dict())
+    assert shorter.weights().tolist() == [1]

@@ -183,6 +183,46 @@ def test_early_stop_is_recorded_and_sampled(data, tmp_path):
     assert (folder / "samples000002.png").stat().st_size > 100
 
 
+@pytest.mark.parametrize(
+    ("asked", "recorded", "said"),
+    [
+        ({}, 40, "--early_stop_steps 40: "),
+        ({"early_stop_steps": 40}, 40, ""),
+        ({"early_stop_steps": 0}, None, "from here on it learns all of them"),
+        ({"early_stop_steps": 50}, 50, "from here on it learns those below 50"),
+    ],
+)
+def test_a_resumed_run_keeps_early_stop_unless_told_otherwise(
+    asked, recorded, said, data, tmp_path
+):
+    options = {"data_dir": data, "batch_size": 2, **TINY, **SHARED}
+    image_train.main(flags(**options, iterations=1, early_stop_steps=40))
+    logger.reset()
+    image_train.main(flags(**options, iterations=2, resume_checkpoint="auto", **asked))
+    folder = tmp_path / "run"
+    for name in ("model000002.pt", "ema_0.9_000002.pt"):
+        assert read_sidecar(str(folder / name))["early_stop_steps"] == recorded
+    history = torch.load(folder / "state000002.pt", weights_only=True)["sampler"]["loss_history"]
+    assert len(history) == (recorded or 1000)
+    log = (folder / "log.txt").read_text()
+    assert said in log and (said or "early_stop_steps" not in log)
+
+
+def test_a_new_run_from_weights_alone_keeps_early_stop(data, tmp_path):
+    options = {"data_dir": data, "batch_size": 2, **TINY, **SHARED}
+    image_train.main(flags(**options, iterations=1, early_stop_steps=40))
+    weights = tmp_path / "run/ema_0.9_000001.pt"
+    image_train.main(flags(**options, iterations=3, resume_checkpoint=weights))
+    assert read_sidecar(str(tmp_path / "run/model000003.pt"))["early_stop_steps"] == 40
+
+
+def test_without_averages_samples_are_of_the_weights_themselves(data, tmp_path):
+    options = {"data_dir": data, "iterations": 1, "sample_interval": 1, **TINY, **SHARED}
+    image_train.main(flags(**{**options, "ema_rate": ""}))
+    assert (tmp_path / "run/samples000001.png").exists()
+    assert not list(tmp_path.glob("run/ema_*"))
+
+
 def test_folder_with_worker_processes(tmp_path):
     from PIL import Image
 
@@ -199,7 +239,7 @@ def test_folder_with_worker_processes(tmp_path):
     assert "skipping" in (tmp_path / "run/log.txt").read_text()
 
 
-def test_classifier(data, tmp_path):
+def classifier_options(data, **changes):
     options = {
         "data_dir": data,
         "val_data_dir": data,
@@ -214,6 +254,11 @@ def test_classifier(data, tmp_path):
         "anneal_lr": True,
         "lr": 3e-3,
     }
+    return {**options, **changes}
+
+
+def test_classifier(data, tmp_path):
+    options = classifier_options(data)
     classifier_train.main(flags(**options, iterations=8))
     rows = figures(tmp_path / "run")
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"]) - 1
@@ -224,6 +269,25 @@ def test_classifier(data, tmp_path):
     assert names == {"model000008.pt", "opt000008.pt", "state000008.pt"}
     classifier_train.main(flags(**options, iterations=9, resume_checkpoint="auto"))
     assert (tmp_path / "run/model000009.pt").exists()
+
+
+def test_a_resumed_classifier_is_evaluated_on_what_an_uninterrupted_one_is(
+    data, tmp_path, monkeypatch
+):
+    options = classifier_options(data, anneal_lr=False)
+    classifier_train.main(flags(**options, iterations=6))
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "resumed"))
+    for iterations in (3, 6):
+        logger.reset()
+        classifier_train.main(flags(**options, iterations=iterations, resume_checkpoint="auto"))
+    straight, resumed = figures(tmp_path / "run"), figures(tmp_path / "resumed")
+    for name in ("train_loss", "val_loss", "val_acc@5"):
+        assert [row[name] for row in resumed][-3:] == [row[name] for row in straight][-3:]
+
+
+def test_a_classifier_is_not_evaluated_every_0_steps(data, tmp_path):
+    classifier_train.main(flags(**classifier_options(data, eval_interval=0), iterations=2))
+    assert not any(name.startswith("val_") for name in figures(tmp_path / "run")[0])
 
 
 def test_clean_images_for_the_classifier():
@@ -250,7 +314,13 @@ BAD = {
     "data_dir": ("", "--data_dir: give a folder"),
     "batch_size": (0, "--batch_size is 0, it must be at least 1"),
     "lr": (-1, "--lr is -1.0, it must be above 0"),
+    "weight_decay": (-1, "--weight_decay is -1.0, it must be a number of at least 0"),
+    "fp16_scale_growth": ("nan", "--fp16_scale_growth is nan, it must be a number"),
+    "seed": (2**64, r"--seed is 18446744073709551616, it must be in 0 …"),
+    "sample_interval": (-1, "--sample_interval is -1, it must be at least 0"),
     "early_stop_steps": (1001, r"--early_stop_steps must be in 1 … 1000"),
+    "early_stop_steps ": (-1, r"--early_stop_steps is -1, it must be at least 0"),
+    "lr ": ("nan", "--lr is nan, it must be above 0"),
     "schedule_sampler": ("best", "--schedule_sampler must be one of uniform"),
     "precision": ("int4", "--precision must be one of float32, bfloat16, float16"),
     "ema_rate": ("much", "--ema_rate must be a comma list"),
@@ -267,7 +337,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_flags_are_one_clear_line(name, data):
     value, message = BAD[name]
-    options = {"data_dir": data, "iterations": 1, **TINY, **SHARED, name: value}
+    options = {"data_dir": data, "iterations": 1, **TINY, **SHARED, name.strip(): value}
     with pytest.raises(UserError, match=message):
         image_train.main(flags(**options))
 

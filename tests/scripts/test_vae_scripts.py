@@ -127,6 +127,13 @@ def test_two_processes_fit_the_prior_to_all_images(tmp_path, data, train):
         torch.testing.assert_close(one[name], two[name], rtol=1e-2, atol=5e-3)
 
 
+def test_without_averages_the_last_weights_are_the_vae(tmp_path, data, train):
+    folder = train(tmp_path / "run", data, "--iterations", "2", "--ema_rate", "")
+    last, vae = (torch.load(folder / f"{name}000002.pt") for name in ("model", "vae"))
+    assert torch.equal(last["to_posterior.weight"], vae["to_posterior.weight"])
+    assert sample(folder / "vae000002.pt", tmp_path / "a.npz", "--num_samples", "3")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
