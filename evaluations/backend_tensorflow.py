@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-from esddpm_io.errors import UserError
+from esddpm_io.errors import UserError, first_line
 from evaluations.graph_file import IMAGES_NODE, POOL_NODE, SPATIAL_NODE, Graph
 
 
@@ -14,14 +14,7 @@ class TensorFlowEngine:
     name = "tensorflow"
 
     def __init__(self, graph: Graph):
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, when TensorFlow loads
-        try:
-            import tensorflow.compat.v1 as tf
-        except ImportError as error:
-            raise UserError(
-                f"--backend tensorflow: TensorFlow cannot be loaded ({error}); install it (pip "
-                "install tensorflow-cpu) or use --backend torch"
-            ) from error
+        tf = _load_tensorflow()
         self._errors = tf.errors.OpError
         with open(graph.path, "rb") as stream:
             definition = tf.GraphDef.FromString(stream.read())
@@ -35,7 +28,7 @@ class TensorFlowEngine:
                     name="",
                 )
             except ValueError as error:
-                raise UserError(f"--inception_path {graph.path}: {_first_line(error)}") from error
+                raise UserError(f"--inception_path {graph.path}: {first_line(error)}") from error
         config = tf.ConfigProto(allow_soft_placement=True)
         config.gpu_options.allow_growth = True
         self._session = tf.Session(graph=tf_graph, config=config)
@@ -47,8 +40,24 @@ class TensorFlowEngine:
                 self._session.run(self._outputs, {self._images: images.astype(np.float32)})
             )
         except self._errors as error:
-            raise UserError(f"the graph failed on {images.shape}: {_first_line(error)}") from error
+            raise UserError(f"the graph failed on {images.shape}: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def has_gpu() -> bool:
+    """Whether TensorFlow is there and would run on a GPU."""
+    try:
+        return bool(_load_tensorflow().config.list_physical_devices("GPU"))
+    except UserError:
+        return False
+
+
+def _load_tensorflow():
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read once, when TensorFlow loads
+    try:
+        import tensorflow.compat.v1 as tf
+    except ImportError as error:
+        raise UserError(
+            f"--backend tensorflow: TensorFlow cannot be loaded ({error}); install it (pip "
+            "install tensorflow-cpu) or use --backend torch"
+        ) from error
+    return tf

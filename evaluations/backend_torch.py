@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from esddpm_io.errors import UserError
+from esddpm_io.errors import UserError, first_line
 from evaluations.graph_file import IMAGES_NODE, POOL_NODE, SPATIAL_NODE, Graph, Node
 
 Function = Callable[..., torch.Tensor]  # of the inputs of a node that are not constants
@@ -187,12 +187,21 @@ class TorchEngine:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return check_device(name)
+
+
+def check_device(name: str) -> torch.device:
+    """The device of that name; `UserError` if it is not there. Takes no memory on a GPU."""
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        if device.type == "cuda":
+            there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if (device.index or 0) >= there:
+                raise RuntimeError(f"CUDA devices there are: {there}")
+        else:
+            torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"--device {name}: not available here ({first})") from error
+        raise UserError(f"--device {name}: not available here ({first_line(error)})") from error
     return device
 
 

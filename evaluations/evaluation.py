@@ -2,14 +2,25 @@
 
 import dataclasses
 import os
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from esddpm_io.errors import UserError
-from evaluations.features import Engine, Features, choose_engine, extract, load_graph
+from esddpm_io.files import check_output_folder
+from evaluations.features import (
+    Engine,
+    Features,
+    check_engine,
+    choose_engine,
+    extract,
+    load_graph,
+)
+from evaluations.graph_file import Graph
 from evaluations.inputs import FeatureCache, Images, ImageSet, open_set
 from evaluations.metrics import Value
+from evaluations.moments import Gaussian
 from evaluations.neighbours import ARITHMETICS
 from evaluations.scoring import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, Scorer
 
@@ -27,6 +38,7 @@ _FEWEST = {
     "density": DENSITY_NEIGHBOURS + 1,
     "coverage": DENSITY_NEIGHBOURS + 1,
 }
+_LOOKED_AT = 64  # images whose values tell 0-1 from 0-255: one bright pixel is enough
 
 
 @dataclass(frozen=True)
@@ -110,20 +122,22 @@ def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
         raise UserError("SAMPLE: give at least one sample batch")
     reference_set = open_set(reference, flag="REF")
     sample_sets = [open_set(sample, flag="SAMPLE") for sample in samples]
-    for image_set in (reference_set, *sample_sets):
-        _check_count(image_set, chosen.metrics)
-        _check_precision(image_set, chosen)
-    graph = load_graph(chosen.inception_path)
+    graph = _checked_graph(chosen, reference_set, *sample_sets)
     engine = choose_engine(graph, chosen.backend, chosen.precision, chosen.device)
+    about_reference = _told(_doubts_about_images(reference_set, reference_set))
+    early = [
+        [*about_reference, *_told(_doubts_about_images(one, reference_set))] for one in sample_sets
+    ]
     extractor = _Extractor(engine, graph.digest, chosen)
     statistics_do = not _NEED_REFERENCE_POOL.intersection(chosen.metrics)
     reference_features = extractor(reference_set, statistics_do=statistics_do)
+    singular = _told(_doubts_about_covariances(reference_set.name, reference_features, chosen))
     results = []
-    for image_set in sample_sets:
+    for image_set, notes in zip(sample_sets, early, strict=True):
         features = extractor(image_set, keep_spatial=chosen.bootstrap > 0)
-        results.append(
-            _result(image_set, reference_features, features, graph.softmax_weights, chosen)
-        )
+        notes += singular + _told(_doubts_about_covariances(image_set.name, features, chosen))
+        weights = graph.softmax_weights
+        results.append(_result(image_set, reference_features, features, weights, chosen, notes))
     return Evaluation(
         reference=reference_set.name,
         results=tuple(results),
@@ -135,17 +149,76 @@ def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
     )
 
 
+def check_inputs(reference: str, num_samples: int | None = None, **settings) -> None:
+    """`UserError` for what `evaluate` would refuse before there are samples: `num_samples` of them.
+
+    Reads headers and the graph, and loads no engine: for callers that have hours of work to do
+    before they evaluate.
+    """
+    chosen = Settings(**settings)
+    _checked_graph(chosen, open_set(reference, flag="--ref_batch"))
+    check_engine(chosen.backend, chosen.precision, chosen.device)
+    if num_samples is not None:
+        _check_count("the sample batch", num_samples, chosen.metrics)
+
+
+def _checked_graph(chosen: Settings, *image_sets: ImageSet) -> Graph:
+    """The graph, once the sets and it are known to go together."""
+    if chosen.cache_dir is not None:
+        check_output_folder(chosen.cache_dir, flag="--cache_dir")
+    for image_set in image_sets:
+        _check_count(image_set.name, len(image_set.source), chosen.metrics)
+        _check_precision(image_set, chosen)
+    graph = load_graph(chosen.inception_path)
+    for image_set in image_sets:
+        _check_dimensions(image_set, image_set.pool_gaussian, len(graph.softmax_weights))
+    return graph
+
+
+def _told(notes: list[str]) -> list[str]:
+    """Print warnings as soon as they are known; features may take hours."""
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr, flush=True)
+    return notes
+
+
+def _doubts_about_images(image_set: ImageSet, reference: ImageSet) -> list[str]:
+    notes = []
+    count = min(len(image_set.source), _LOOKED_AT)
+    if image_set.source.read(0, count).max() <= 1:
+        notes.append(
+            f"{image_set.name}: no value of the first {count} images is above 1: the range must "
+            "be 0-255, not 0-1"
+        )
+    sizes = [f"{one.source.shape[2]}x{one.source.shape[1]}" for one in (image_set, reference)]
+    if sizes[0] != sizes[1]:
+        notes.append(
+            f"{image_set.name}: images of {sizes[0]} against a reference of {sizes[1]}: what "
+            "resizing does to them counts as a difference"
+        )
+    return notes
+
+
+def _doubts_about_covariances(name: str, features: Features, chosen: Settings) -> list[str]:
+    return [
+        f"{name}: {singular}: the covariance is singular and {metric} comes out too high"
+        for metric, gaussian in (
+            ("fid", features.pool_gaussian),
+            ("sfid", features.spatial_gaussian),
+        )
+        if metric in chosen.metrics and (singular := gaussian.too_few())
+    ]
+
+
 def _result(
-    image_set: ImageSet, reference: Features, samples: Features, weights: np.ndarray, chosen
+    image_set: ImageSet,
+    reference: Features,
+    samples: Features,
+    weights: np.ndarray,
+    chosen: Settings,
+    notes: list[str],
 ) -> Result:
     count = len(image_set.source)
-    notes = []
-    for name, gaussian in (("fid", samples.pool_gaussian), ("sfid", samples.spatial_gaussian)):
-        if name in chosen.metrics and gaussian.count and gaussian.count <= gaussian.dimensions:
-            notes.append(
-                f"{image_set.name}: {count} images for {gaussian.dimensions}-dimensional features: "
-                f"the covariance is singular and {name} comes out too high"
-            )
     scorer = Scorer(reference, samples, weights, chosen)
     try:
         values = {name: scorer.value(name) for name in chosen.metrics}
@@ -156,13 +229,20 @@ def _result(
     return Result(image_set.name, count, values, intervals, tuple(notes))
 
 
-def _check_count(image_set: ImageSet, chosen: tuple[str, ...]) -> None:
-    count = len(image_set.source)
-    short = [name for name in chosen if count < _FEWEST[name]]
+def _check_count(name: str, count: int, chosen: tuple[str, ...]) -> None:
+    short = [metric for metric in chosen if count < _FEWEST[metric]]
     if short:
         raise UserError(
-            f"{image_set.name} has {count} images, {', '.join(short)} need at least "
-            f"{max(_FEWEST[name] for name in short)}: add images or choose other --metrics"
+            f"{name} has {count} images, {', '.join(short)} need at least "
+            f"{max(_FEWEST[metric] for metric in short)}: add images or choose other --metrics"
+        )
+
+
+def _check_dimensions(image_set: ImageSet, given: Gaussian | None, dimensions: int) -> None:
+    if given is not None and given.dimensions != dimensions:
+        raise UserError(
+            f"{image_set.name} has statistics of {given.dimensions}-dimensional features, the "
+            f"graph gives {dimensions}: they were made with another graph or image size"
         )
 
 
@@ -200,12 +280,7 @@ class _Extractor:
             if (gaussian := getattr(image_set, name)) is not None
         }
         for name, gaussian in given.items():
-            if gaussian.dimensions != getattr(features, name).dimensions:
-                raise UserError(
-                    f"{image_set.name} has statistics of {gaussian.dimensions}-dimensional "
-                    f"features, the graph gives {getattr(features, name).dimensions}: they were "
-                    "made with another graph or image size"
-                )
+            _check_dimensions(image_set, gaussian, getattr(features, name).dimensions)
         return dataclasses.replace(features, **given)
 
     def _images(self, image_set: ImageSet, keep_spatial: bool) -> Features:

@@ -7,12 +7,11 @@ Exit code 0 is success, 2 something you can put right, which is named.
 """
 
 import argparse
-import os
-import sys
 import warnings
 
 from esddpm_io.atomic import write_json
-from esddpm_io.errors import UserError, run_main
+from esddpm_io.errors import run_main, terminate_cleanly
+from esddpm_io.files import check_output_file
 from evaluations.evaluation import ALL_METRICS, PUBLISHED_METRICS, Settings, evaluate
 from evaluations.features import BACKENDS, PRECISIONS
 from evaluations.neighbours import ARITHMETICS
@@ -36,10 +35,15 @@ def create_argparser() -> argparse.ArgumentParser:
     )
     graph.add_argument(
         "--metric_name",
-        help="name of the distance if it is no FID, for instance "
-        "'Frechet distance (emoji32 features)'; default: by the graph",
+        help="name of the distance of another graph than Inception, for instance "
+        "'Frechet distance (emoji32 features)'; default: by the graph's file name",
     )
-    graph.add_argument("--backend", choices=BACKENDS, default=defaults.backend)
+    graph.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=defaults.backend,
+        help="auto: the one that can use a GPU, else tensorflow, else torch",
+    )
     graph.add_argument("--device", default=defaults.device, help="torch only: cpu, cuda, cuda:1 …")
     graph.add_argument("--precision", choices=PRECISIONS, default=defaults.precision)
     graph.add_argument(
@@ -85,16 +89,13 @@ def main(argv: list[str] | None = None) -> None:
     reference, samples = args.pop("ref_batch"), args.pop("sample_batch")
     json_path, as_table = args.pop("json"), args.pop("table")
     metric_name = args.pop("metric_name")
-    if json_path is not None and os.path.isdir(json_path):
-        raise UserError(f"--json {json_path} is a folder: give the name of a file")
+    if json_path is not None:
+        check_output_file(json_path, flag="--json")
     args["metrics"] = ALL_METRICS if "all" in args["metrics"] else tuple(args["metrics"])
 
     evaluation = evaluate(reference, *samples, **args)
 
     names = Names(evaluation, metric_name)
-    for result in evaluation.results:
-        for warning in result.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
     if json_path is not None:
         write_json(json_path, as_json(evaluation, names))
     if as_table:
@@ -107,5 +108,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    terminate_cleanly()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     run_main(main)

@@ -92,39 +92,80 @@ def load_graph(path: str | None = None) -> Graph:
             f"--inception_path: {path} has no node {', '.join(missing)}: it is not a feature graph "
             "that this evaluator can use"
         )
+    try:
+        has_weights = np.ndim(graph.softmax_weights) == 2
+    except (IndexError, KeyError):
+        has_weights = False
+    if not has_weights:
+        raise UserError(f"--inception_path: {LOGITS_NODE} of {path} has no weights")
     return graph
 
 
 def choose_engine(
     graph: Graph, backend: str = "auto", precision: str = "float32", device: str = "auto"
 ) -> Engine:
-    """The engine for `backend`: `auto` is TensorFlow where it is installed, else torch.
+    """The engine for `backend`: `auto` is the one that can use a GPU, TensorFlow if both can.
 
-    Lower precisions and the choice of a device are the torch engine's, so they choose it under
-    `auto`. Its own `auto` device is CUDA where there is one.
+    Where there is no GPU it is TensorFlow if that is installed, else torch. Lower precisions and
+    the choice of a device are the torch engine's, so they choose it under `auto`. Its own `auto`
+    device is CUDA where there is one.
     """
-    _check_choice("--backend", backend, BACKENDS)
-    _check_choice("--precision", precision, PRECISIONS)
+    check_engine(backend, precision, device)
     if backend == "auto":
-        plain = precision == "float32" and device == "auto"
-        here = plain and importlib.util.find_spec("tensorflow") is not None
-        backend = "tensorflow" if here else "torch"
+        backend = _best_backend(precision, device)
     if backend == "torch":
-        try:
-            from evaluations.backend_torch import TorchEngine
-        except ImportError as error:
-            raise UserError(
-                f"--backend torch: PyTorch cannot be loaded ({error}); install it (pip install "
-                "torch) or use --backend tensorflow"
-            ) from error
-        return TorchEngine(graph, precision, device)
-    if precision != "float32":
-        raise UserError(f"--precision {precision} needs --backend torch: TensorFlow runs float32")
-    if device != "auto":
-        raise UserError(f"--device {device} needs --backend torch: TensorFlow chooses its own")
+        return _torch_backend().TorchEngine(graph, precision, device)
     from evaluations.backend_tensorflow import TensorFlowEngine
 
     return TensorFlowEngine(graph)
+
+
+def check_engine(backend: str, precision: str, device: str) -> None:
+    """`UserError` for choices that no engine can meet here; loads torch if a device is named."""
+    _check_choice("--backend", backend, BACKENDS)
+    _check_choice("--precision", precision, PRECISIONS)
+    if backend == "tensorflow":
+        if precision != "float32":
+            raise UserError(
+                f"--precision {precision} needs --backend torch: TensorFlow runs float32"
+            )
+        if device != "auto":
+            raise UserError(f"--device {device} needs --backend torch: TensorFlow chooses its own")
+    elif device != "auto":
+        _torch_backend().check_device(device)
+
+
+def _torch_backend():
+    try:
+        from evaluations import backend_torch
+    except ImportError as error:
+        raise UserError(
+            f"--backend torch: PyTorch cannot be loaded ({error}); install it (pip install "
+            "torch) or use --backend tensorflow"
+        ) from error
+    return backend_torch
+
+
+def _best_backend(precision: str, device: str) -> str:
+    plain = precision == "float32" and device == "auto"
+    if not plain or importlib.util.find_spec("tensorflow") is None:
+        return "torch"
+    # TensorFlow is asked last: to load it takes seconds, and mostly it is the one without a GPU.
+    return "torch" if _torch_has_gpu() and not _tensorflow_has_gpu() else "tensorflow"
+
+
+def _torch_has_gpu() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+def _tensorflow_has_gpu() -> bool:
+    from evaluations.backend_tensorflow import has_gpu
+
+    return has_gpu()
 
 
 def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:

@@ -8,10 +8,12 @@ OUT.npz gets `mu`, `sigma`, `mu_s`, `sigma_s` of all images and a random 10,000 
 
 import argparse
 import os
+import sys
 
 import numpy as np
 
-from esddpm_io.errors import UserError, run_main
+from esddpm_io.errors import UserError, run_main, terminate_cleanly
+from esddpm_io.files import check_output_file
 from esddpm_io.images import ImageSource
 from esddpm_io.npz import NpzWriter
 from evaluations.features import (
@@ -50,13 +52,16 @@ def make_reference(
     for flag, value in [("--keep", keep), ("--batch_size", batch_size)]:
         if value < 1:
             raise UserError(f"{flag} {value}: it must be at least 1")
-    source = open_set(images, flag="IMAGES").source
+    check_output_file(out, flag="OUT")
+    image_set = open_set(images, flag="IMAGES")
+    name, source = os.path.basename(image_set.name.rstrip("/")), image_set.source
     if len(source) < 2:
-        raise UserError("IMAGES: a covariance needs at least 2 images")
+        raise UserError(f"IMAGES: {image_set.name} has 1 image, a covariance needs 2 or more")
     engine = choose_engine(load_graph(inception_path), backend, precision, device)
-    features = extract(
-        engine, source, name=os.path.basename(str(out)), batch_size=batch_size, keep_pool=False
-    )
+    features = extract(engine, source, name=name, batch_size=batch_size, keep_pool=False)
+    for gaussian in (features.pool_gaussian, features.spatial_gaussian):
+        if singular := gaussian.too_few():
+            print(f"warning: {name}: {singular}: the covariance is singular", file=sys.stderr)
     rng = np.random.default_rng(seed)
     # In rising order, so that compressed files are unpacked once.
     kept = np.sort(rng.choice(len(source), min(keep, len(source)), replace=False))
@@ -121,4 +126,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    terminate_cleanly()
     run_main(main)

@@ -34,6 +34,12 @@ class Gaussian:
         spread = self.covariance if self.rows is None else self.rows
         return bool(np.isfinite(self.mean).all() and np.isfinite(spread).all())
 
+    def too_few(self) -> str | None:
+        """`N images for D-dimensional features` where these leave the covariance singular."""
+        if self.count is None or self.count > self.dimensions:
+            return None
+        return f"{self.count} images for {self.dimensions}-dimensional features"
+
     def full_covariance(self) -> np.ndarray:
         """The covariance as a float64 [D, D] matrix."""
         return self.rows.T @ self.rows if self.covariance is None else self.covariance

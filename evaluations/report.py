@@ -17,23 +17,26 @@ _NAMES = {
     "density": ("Density", "Density", "density"),
     "coverage": ("Coverage", "Coverage", "coverage"),
 }
+_IS_FID = re.compile(r"\s*s?FID\s*", re.IGNORECASE)
 
 
 class Names:
     """What to call the metrics.
 
-    Figures of the 2015 Inception graph have their published names. With any other graph they are
-    not FID and must not be called so: they are `Frechet distance (FEATURES)` and the like, where
-    FEATURES is what stands in the brackets of `metric_name`, or else the graph's file name.
+    The graph decides: figures of the 2015 Inception network have their published names, whatever
+    `metric_name` says. With any other graph they are not FID and must not be called so: they are
+    `Frechet distance (FEATURES)` and the like, where FEATURES is what stands in the brackets of
+    `metric_name` or, where that is not given or is FID, the graph's file name.
     """
 
     def __init__(self, evaluation: Evaluation, metric_name: str | None = None):
-        self._published = evaluation.is_inception if metric_name is None else metric_name == "FID"
+        self._published = evaluation.is_inception
         self.features = "Inception 2015"
         if not self._published:
             stem = os.path.splitext(os.path.basename(evaluation.graph))[0].replace("_", " ")
             given = re.search(r"\((.+)\)", metric_name or "")
-            self.features = given.group(1) if given else metric_name or stem
+            name = given.group(1) if given else metric_name
+            self.features = stem if name is None or _IS_FID.fullmatch(name) else name
 
     def label(self, metric: str) -> str:
         published, other, _ = _NAMES[metric]

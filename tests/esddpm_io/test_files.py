@@ -4,12 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from esddpm_io.atomic import atomic_path, write_json
 from esddpm_io.errors import Terminated, UserError, run_main
-from esddpm_io.files import check_output_file, check_output_folder, read_json
+from esddpm_io.files import (
+    check_output_file,
+    check_output_folder,
+    create_exclusively,
+    read_json,
+)
 from esddpm_io.processes import run_to_end
 from esddpm_io.progress import Progress, progress_text
 from tests.waiting import PATIENCE_S
@@ -134,7 +140,7 @@ def test_a_child_ends_with_its_parent_and_cleans_up(tmp_path, signum, code):
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "writing\n"
     process.send_signal(signum)
-    out, err = process.communicate(timeout=PATIENCE_S)  # the pipes close once all have ended
+    _, err = process.communicate(timeout=PATIENCE_S)  # the pipes close once all have ended
     assert process.returncode == code
     assert err.splitlines() == [*["terminated"] * 2, "interrupted" if code == 130 else "terminated"]
     assert os.listdir(tmp_path) == []
@@ -164,3 +170,20 @@ def test_importing_it_loads_nothing_heavy():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_those_who_make_a_file_one_wins(tmp_path, monkeypatch, links):
+    """Also on a file system that refuses hard links, as some shared ones do."""
+
+    def refuse(source, target):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(source))
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "new" / "claim.json"
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda i: create_exclusively(path, f'"{i}"'), range(8)))
+    assert made.count(True) == 1
+    assert read_json(path) == str(made.index(True))
+    assert [name.name for name in path.parent.iterdir()] == ["claim.json"]

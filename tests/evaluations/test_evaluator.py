@@ -1,5 +1,6 @@
 """The evaluator as users meet it: the command line, the library call, reference batches."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,11 +14,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from esddpm_io.errors import UserError, run_main
-from evaluations import evaluate, evaluator, make_reference
-from evaluations.evaluation import ALL_METRICS, PUBLISHED_METRICS
+from evaluations import evaluate, evaluator, features, make_reference
+from evaluations.evaluation import (
+    ALL_METRICS,
+    PUBLISHED_METRICS,
+    Evaluation,
+    Settings,
+    check_inputs,
+)
 from evaluations.features import GRAPH_NAME, find_graph
 from evaluations.inputs import FeatureCache
 from evaluations.metrics import frechet_distance, gaussian_of
+from evaluations.report import Names
 from tests.evaluations.graph_writer import GOLDEN, small_graph
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -93,10 +101,88 @@ def test_names_that_are_given(run):
     _, out, _ = run("ref.npz", "samples.npz", "--metric_name", "Frechet distance (my features)")
     assert "Frechet distance (my features): " in out
     assert "Recall (my features): " in out
-    _, published, _ = run("ref.npz", "samples.npz", "--metric_name", "FID")
+    _, by_file, _ = run("ref.npz", "samples.npz", "--metric_name", "FID")  # which it is not
+    assert "Frechet distance (small): " in by_file and "FID" not in by_file
+
+
+@pytest.mark.parametrize("given", [None, "FID", "Frechet distance (emoji32 features)"])
+def test_the_inception_graph_has_the_published_names_whatever_is_given(given):
+    evaluation = Evaluation("ref", (), Settings(), "any_name.pb", "0" * 64, True, "torch")
+    names = Names(evaluation, given)
     labels = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
-    assert list(numbers(published)) == labels
-    assert list(numbers(published).values()) == list(numbers(out).values())
+    assert [names.label(metric) for metric in PUBLISHED_METRICS] == labels
+    other = Names(dataclasses.replace(evaluation, is_inception=False), given)
+    assert not [metric for metric in ALL_METRICS if "FID" in other.label(metric)]
+
+
+def test_doubtful_inputs_are_told_of_before_the_features(run):
+    """Values of 0-1, another size than the reference's, too few images on either side."""
+    rng = np.random.default_rng(0)
+    np.savez("binary.npz", arr_0=rng.integers(0, 2, (30, 40, 24, 3), dtype=np.uint8))
+    code, _, err = run("ref.npz", "binary.npz", "--metrics", "fid", "--json", "doubts.json")
+    assert code == 0
+    lines = err.splitlines()
+    assert lines[:2] == [
+        "warning: binary.npz: no value of the first 30 images is above 1: the range must be "
+        "0-255, not 0-1",
+        "warning: binary.npz: images of 24x40 against a reference of 32x32: what resizing does to "
+        "them counts as a difference",
+    ]
+    assert lines[2] == "features of ref.npz: 60 images"
+    result = json.loads(Path("doubts.json").read_text())["results"][0]
+    assert [f"warning: {note}" for note in result["warnings"]] == lines[:2]
+    with np.load("ref.npz") as file:
+        np.savez("few.npz", arr_0=file["arr_0"][:20])
+    _, _, err = run("few.npz", "ref.npz", "ref.npz", "--metrics", "fid")
+    warnings = [line for line in err.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        "warning: few.npz: 20 images for 24-dimensional features: the covariance is singular and "
+        "fid comes out too high"
+    ]
+
+
+def test_outputs_that_cannot_be_written_are_named_before_any_work(run):
+    Path("afile").touch()
+    for option, path in [("--json", "/proc/x/y.json"), ("--cache_dir", "afile")]:
+        code, out, err = run("ref.npz", "samples.npz", option, path)
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert f"error: {option}: {path} cannot be written: " in err
+    with pytest.raises(UserError, match=r"^OUT: afile/x\.npz cannot be written: .*not a folder"):
+        make_reference.main(["ref.npz", "afile/x.npz", "--inception_path", "small.pb"])
+
+
+def test_inputs_can_be_checked_before_there_are_samples(folder, tmp_path):
+    options = {"inception_path": str(folder / "small.pb")}
+    check_inputs(str(folder / "ref.npz"), 4, **options)
+    with pytest.raises(UserError, match=r"sample batch has 3 images, .* need at least 4"):
+        check_inputs(str(folder / "ref.npz"), 3, **options)
+    with pytest.raises(UserError, match="--device cuda:99: not available here"):
+        check_inputs(str(folder / "ref.npz"), device="cuda:99", **options)
+    with np.load(folder / "ref.npz") as file:
+        np.savez(tmp_path / "wide.npz", **file, mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(UserError, match="statistics of 2048-dimensional features, the graph gives"):
+        check_inputs(str(tmp_path / "wide.npz"), **options)
+    (tmp_path / "cut.pb").write_bytes(small_graph()[:2000])
+    with pytest.raises(UserError, match=r"--inception_path: .*cut\.pb is not a complete frozen"):
+        check_inputs(str(folder / "ref.npz"), inception_path=str(tmp_path / "cut.pb"))
+
+
+@pytest.mark.parametrize(
+    ("torch_gpu", "tensorflow_gpu", "chosen"),
+    [
+        (False, False, "tensorflow"),
+        (True, False, "torch"),
+        (True, True, "tensorflow"),
+        (False, True, "tensorflow"),
+    ],
+)
+def test_auto_takes_the_engine_that_has_a_gpu(monkeypatch, torch_gpu, tensorflow_gpu, chosen):
+    pytest.importorskip("tensorflow")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: torch_gpu)
+    monkeypatch.setattr("evaluations.backend_tensorflow.has_gpu", lambda: tensorflow_gpu)
+    assert features._best_backend("float32", "auto") == chosen
+    assert features._best_backend("bfloat16", "auto") == "torch"
+    assert features._best_backend("float32", "cpu") == "torch"
 
 
 def test_every_input_form_gives_the_same(run):
@@ -117,8 +203,8 @@ def test_both_engines_print_the_same_through_the_command_line(run):
 def test_several_batches_and_a_table(run):
     code, out, err = run("ref.npz", "samples.npz", "ref.npz", "--table")
     assert code == 0
-    assert err.count("features of ref.npz") == 2  # as the reference and as samples
-    assert err.count("features of samples.npz") == 1
+    assert err.count("features of ref.npz: 60 images") == 2  # as the reference and as samples
+    assert err.count("features of samples.npz: 50 images") == 1
     header, rule, *rows = out.splitlines()
     assert header.startswith("| Samples | Images | Classifier score (small) |")
     assert set(rule) <= set("| -:")
@@ -162,14 +248,20 @@ def test_cache_is_used_by_content_and_only_then(run, monkeypatch):
     assert FeatureCache.load(files[0]) is not None  # and written again
 
 
-def test_reference_batch_round_trip(run, folder):
+def test_reference_batch_round_trip(run, folder, capsys):
     """Statistics of all images, a seeded choice of them, the same figures as from the images."""
     labels = np.arange(60) % 7
     with np.load("ref.npz") as file:
         images = file["arr_0"]
     np.savez("labelled.npz", arr_0=images, arr_1=labels)
     options = ["--inception_path", "small.pb", "--backend", "torch"]
+    capsys.readouterr()
     make_reference.main(["labelled.npz", "VIRTUAL.npz", "--keep", "45", "--seed", "3", *options])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "features of labelled.npz: 60 images"
+    assert lines[-1] == (
+        "warning: labelled.npz: 60 images for 1792-dimensional features: the covariance is singular"
+    )
     with np.load("VIRTUAL.npz") as file:  # as the published evaluator reads it
         made = dict(file)
     assert made["arr_0"].dtype == np.uint8
@@ -279,7 +371,7 @@ def test_bad_images_are_named(run, sample, words):
         (["--batch_size", "0"], "--batch_size 0"),
         (["--bootstrap", "-1"], "--bootstrap -1"),
         (["--kid_subset_size", "1"], "--kid_subset_size 1"),
-        (["--json", "."], "--json . is a folder"),
+        (["--json", "."], "--json: . is a folder"),
         (["--metrics", "psnr"], "invalid choice: 'psnr'"),
         (["--device", "tpu9"], "--device tpu9"),
         (["--precision", "float16", "--device", "cpu"], "float16 needs a GPU"),
