@@ -4,7 +4,8 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,12 @@ from PIL import Image
 
 from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError
-from esddpm_io.files import blobfile, is_blob, open_binary
+from esddpm_io.files import blobfile, fingerprint_file, is_blob, open_binary
 from esddpm_io.npz import NpyReader, NpzReader
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _LABELLED_NAME = re.compile(r"\d+_label_(\d+)\.[^.]+$")
-_FINGERPRINT_ROWS = 64  # rows of an .npy that stand for all: it carries no checksum of its own
+_FILES_AT_ONCE = 8
 
 
 class ImageSource:
@@ -42,6 +43,13 @@ class ImageSource:
 
     def fingerprint(self) -> str:
         """A hash that stays the same while the contents do, wherever the files lie."""
+        raise NotImplementedError
+
+    def stamp(self) -> str | None:
+        """A hash that changes whenever the files do, without reading them.
+
+        None where `fingerprint` reads no more than that itself.
+        """
         raise NotImplementedError
 
 
@@ -76,6 +84,9 @@ class _NpzImages(ImageSource):
             f"{name}{self._reader.shape(name)}{self._reader.crc(name)}" for name in names
         )
 
+    def stamp(self) -> None:
+        return None
+
 
 class _NpyImages(ImageSource):
     """One uint8 array [N, H, W, 3], no labels."""
@@ -83,6 +94,7 @@ class _NpyImages(ImageSource):
     has_labels = False
 
     def __init__(self, path: str, flag: str):
+        self._path, self._flag = path, flag
         self._reader = NpyReader(path, flag=flag)
         self.shape = _checked_shape(self._reader.shape, self._reader.dtype, f"{flag}: {path}")
 
@@ -93,9 +105,10 @@ class _NpyImages(ImageSource):
         return None
 
     def fingerprint(self) -> str:
-        picked = np.linspace(0, len(self) - 1, min(len(self), _FINGERPRINT_ROWS)).astype(int)
-        rows = (self.read(row, row + 1).tobytes().hex() for row in picked)
-        return _digest([str(self.shape), *rows])
+        return fingerprint_file(self._path, flag=self._flag)
+
+    def stamp(self) -> str:
+        return _digest([_stamp(self._path)])
 
 
 class _FolderImages(ImageSource):
@@ -133,11 +146,16 @@ class _FolderImages(ImageSource):
         return None if self._labels is None else self._labels[start:stop]
 
     def fingerprint(self) -> str:
-        if is_blob(self._path):
-            sizes = [blobfile().stat(f"{self._path}/{name}").size for name in self._names]
-        else:
-            sizes = [os.stat(os.path.join(self._path, name)).st_size for name in self._names]
-        return _digest(f"{name}:{size}" for name, size in zip(self._names, sizes, strict=True))
+        return self._digest_files(lambda path: fingerprint_file(path, flag=self._prefix[:-2]))
+
+    def stamp(self) -> str:
+        return self._digest_files(_stamp)
+
+    def _digest_files(self, of_path: Callable[[str], str]) -> str:
+        # Threads, for files on a network have to be waited for.
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+            found = list(pool.map(of_path, (f"{self._path}/{name}" for name in self._names)))
+        return _digest(f"{name}:{text}" for name, text in zip(self._names, found, strict=True))
 
     def _open(self, name: str) -> np.ndarray:
         path = f"{self._path}/{name}"
@@ -219,6 +237,15 @@ def _natural_key(name: str) -> list[tuple[int, int | str]]:
 def _label_of(name: str) -> int | None:
     match = _LABELLED_NAME.search(name)
     return int(match.group(1)) if match else None
+
+
+def _stamp(path: str) -> str:
+    """What the file system or the store keeps of a file that changes whenever its contents do."""
+    if is_blob(path):
+        return str(blobfile().stat(path))
+    status = os.stat(path)
+    # The time of the last change of status cannot be set back, as that of the contents can.
+    return f"{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
 def _digest(parts: Iterable[str]) -> str:

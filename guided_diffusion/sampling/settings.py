@@ -5,8 +5,9 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 
+from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError
-from esddpm_io.files import absolute, exists, fingerprint_file
+from esddpm_io.files import absolute, exists, fingerprint_file, join, read_json
 from guided_diffusion.checkpoints import explicit_flags, read_sidecar, settle_flags
 from guided_diffusion.dist_util import find_launch
 from guided_diffusion.sampling.chunks import default_chunk_size
@@ -29,6 +30,7 @@ from guided_diffusion.script_util import (
 
 # Model flags that sampling does not depend on, and what they are while it runs.
 WITHOUT_EFFECT = {"use_checkpoint": False, "dropout": 0.0}
+IMAGES_FILE = "generator_images.json"
 _LARGEST_SEED = 2**64 - 1
 # Flags of every sampling command, and their defaults.
 COMMON_DEFAULTS = {
@@ -308,8 +310,25 @@ def _settings(args: argparse.Namespace, source: Source, flags: Iterable[str]) ->
         "use_ddim": args.use_ddim,
         "clip_denoised": args.clip_denoised,
         "checkpoint": fingerprint_file(args.model_path, flag="--model_path"),
-        "generator_images": source.fingerprint(),
+        "generator_images": _fingerprint(source, args.save_dir),
     }
+
+
+def _fingerprint(source: Source, save_dir: str) -> str | None:
+    """The hash of the images' contents.
+
+    What costs reading all files is noted in `save_dir`, so that the driver, or whoever is first,
+    does it for all processes.
+    """
+    stamp = source.stamp()
+    if stamp is None:
+        return source.fingerprint()
+    path = join(save_dir, IMAGES_FILE)
+    known = read_json(path)
+    if known is None or known["stamp"] != stamp:
+        known = {"stamp": stamp, "fingerprint": source.fingerprint()}
+        write_json(path, known)
+    return known["fingerprint"]
 
 
 def _generator_path(args: argparse.Namespace) -> str | None:

@@ -45,6 +45,9 @@ class GeneratorImages:
     def fingerprint(self) -> str:
         return self._images.fingerprint()
 
+    def stamp(self) -> str | None:
+        return self._images.stamp()
+
 
 class PureNoise:
     """The plain DDPM: nothing to start from but a label, where the model wants one."""
@@ -63,6 +66,9 @@ class PureNoise:
         return Start(None, random_labels(self._seed, start, stop, self._num_classes))
 
     def fingerprint(self) -> None:
+        return None
+
+    def stamp(self) -> None:
         return None
 
 
@@ -95,6 +101,9 @@ class ImagesToEnlarge:
 
     def fingerprint(self) -> str:
         return self._images.fingerprint()
+
+    def stamp(self) -> str | None:
+        return self._images.stamp()
 
 
 Source = GeneratorImages | PureNoise | ImagesToEnlarge

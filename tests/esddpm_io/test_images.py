@@ -1,9 +1,14 @@
+import os
+import shutil
+import time
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from esddpm_io.errors import UserError
 from esddpm_io.images import image_grid, open_images, save_png
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -42,10 +47,44 @@ def test_fingerprint_follows_the_contents(tmp_path, images):
             for n in ("a", "same", "other")
         )
         assert a == same != other
-    save_png(tmp_path / "folder" / "0.png", images[0])
-    before = open_images(tmp_path / "folder", flag="").fingerprint()
-    save_png(tmp_path / "folder" / "1.png", images[1])
-    assert open_images(tmp_path / "folder", flag="").fingerprint() != before
+
+
+def test_fingerprint_of_a_folder_follows_names_and_contents(tmp_path, images):
+    """Not sizes (bmp files have but one) and not times, which a copy elsewhere does not keep."""
+    for index in range(3):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        Image.fromarray(images[index]).save(tmp_path / "a" / f"{index}.bmp")
+
+    def fingerprint(name: str) -> str:
+        return open_images(tmp_path / name, flag="").fingerprint()
+
+    first = fingerprint("a")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    os.utime(tmp_path / "copy" / "1.bmp", (0, 0))
+    assert fingerprint("copy") == first
+    Image.fromarray(images[5]).save(tmp_path / "copy" / "1.bmp")
+    assert fingerprint("copy") != first
+    (tmp_path / "a" / "2.bmp").rename(tmp_path / "a" / "3.bmp")
+    assert fingerprint("a") != first
+
+
+@pytest.mark.parametrize("name", ["a.npy", "folder"])
+def test_stamp_changes_with_the_files_even_if_times_are_set_back(tmp_path, images, name):
+    if name == "folder":
+        file = tmp_path / name / "0.png"
+        save_png(file, images[0])
+    else:
+        file = tmp_path / name
+        np.save(file, images)
+    before = open_images(tmp_path / name, flag="").stamp()
+    assert open_images(tmp_path / name, flag="").stamp() == before
+    status = file.stat()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    wait_until(lambda: time.time_ns() > status.st_ctime_ns + 50_000_000)  # clocks of disks are slow
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert open_images(tmp_path / name, flag="").stamp() != before
 
 
 def test_folder_order_colours_and_labels(tmp_path):

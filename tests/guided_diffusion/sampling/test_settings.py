@@ -3,6 +3,7 @@ import shutil
 import numpy as np
 import pytest
 
+from esddpm_io import images
 from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import write_sidecar
 from guided_diffusion.sampling.settings import (
@@ -71,6 +72,18 @@ def test_settings_follow_contents_and_not_places(tiny, tmp_path):
     ):
         other = read_job(tiny.worker_flags(tmp_path, **change), guided=False)
         assert other.settings != first.settings, change
+
+
+def test_contents_of_a_folder_are_read_once_for_all_processes(tiny, tmp_path, monkeypatch):
+    shutil.copytree(tiny.folder, tmp_path / "images")
+    flags = tiny.worker_flags(tmp_path / "out", dataset_path=tmp_path / "images")
+    first = read_job(flags, guided=False)
+    monkeypatch.setattr(images, "fingerprint_file", None)  # nobody calls it
+    assert read_job(flags, guided=False).settings == first.settings
+    monkeypatch.undo()
+    one, other = sorted((tmp_path / "images").iterdir())[:2]
+    one.write_bytes(other.read_bytes())
+    assert read_job(flags, guided=False).settings != first.settings
 
 
 def test_blocks_are_contiguous_and_cover_everything(tiny, tmp_path):
