@@ -118,8 +118,11 @@ def _builds(kind: str, flags: Mapping[str, object], shapes: Shapes) -> bool:
         "classifier": script_util.create_classifier_and_diffusion,
         "sr": script_util.sr_create_model_and_diffusion,
     }[kind]
-    with torch.device("meta"):
-        network, _ = create(**{**flag_defaults(kind), **flags})
+    try:
+        with torch.device("meta"):
+            network, _ = create(**{**flag_defaults(kind), **flags})
+    except ValueError:
+        return False
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == shapes
 
 

@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Iterable
 
 from . import gaussian_diffusion as gd
+from .network_flags import check_classifier, check_unet, plan_levels
 from .respace import SpacedDiffusion, space_timesteps
-from .unet import EncoderUNetModel, SuperResModel, UNetModel
+from .unet import POOLS, EncoderUNetModel, SuperResModel, UNetModel
 
 # Classes of ImageNet: the width of the label table of every class-conditional checkpoint.
 NUM_CLASSES = 1000
@@ -23,6 +24,10 @@ CHANNEL_MULT = {
 }
 # The published 512 upsampler has the levels of the 256 models.
 SUPER_RES_CHANNEL_MULT = {**CHANNEL_MULT, 512: CHANNEL_MULT[256]}
+# Channels of an attention head of the classifier, as published.
+CLASSIFIER_HEAD_CHANNELS = 64
+# The linear schedule of N steps ends at beta = 20 / N, which must stay below 1.
+FEWEST_LINEAR_STEPS = 21
 
 
 def diffusion_defaults() -> dict:
@@ -115,16 +120,35 @@ def create_model(
     use_fp16: bool = False,
     use_new_attention_order: bool = False,
 ) -> UNetModel:
-    """A U-Net for RGB images; `attention_resolutions` is a comma list of image sizes."""
+    """A U-Net for RGB images; `attention_resolutions` is a comma list of image sizes.
+
+    This and the other constructors raise ValueError, beginning with the argument's name, for
+    values that no network can have.
+    """
+    levels = plan_levels(
+        size=("image_size", image_size),
+        width=("num_channels", num_channels),
+        attention=("attention_resolutions", attention_resolutions),
+        table=CHANNEL_MULT,
+        channel_mult=channel_mult,
+    )
+    check_unet(
+        levels,
+        num_res_blocks=num_res_blocks,
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample,
+        dropout=dropout,
+    )
     return UNetModel(
         image_size=image_size,
         in_channels=3,
         model_channels=num_channels,
         out_channels=6 if learn_sigma else 3,
         num_res_blocks=num_res_blocks,
-        attention_resolutions=_attention_factors(image_size, attention_resolutions),
+        attention_resolutions=levels.attention_factors,
         dropout=dropout,
-        channel_mult=_channel_mult(image_size, CHANNEL_MULT, channel_mult),
+        channel_mult=levels.mult,
         num_classes=NUM_CLASSES if class_cond else None,
         use_checkpoint=use_checkpoint,
         use_fp16=use_fp16,
@@ -154,16 +178,30 @@ def create_classifier(
     classifier_pool: str,
 ) -> EncoderUNetModel:
     """The encoder that gives logits of NUM_CLASSES classes for a noisy RGB image."""
+    levels = plan_levels(
+        size=("image_size", image_size),
+        width=("classifier_width", classifier_width),
+        attention=("classifier_attention_resolutions", classifier_attention_resolutions),
+        table=CHANNEL_MULT,
+    )
+    check_classifier(
+        levels,
+        width=classifier_width,
+        depth=classifier_depth,
+        head_channels=CLASSIFIER_HEAD_CHANNELS,
+        pool=classifier_pool,
+        pools=POOLS,
+    )
     return EncoderUNetModel(
         image_size=image_size,
         in_channels=3,
         model_channels=classifier_width,
         out_channels=NUM_CLASSES,
         num_res_blocks=classifier_depth,
-        attention_resolutions=_attention_factors(image_size, classifier_attention_resolutions),
-        channel_mult=_channel_mult(image_size, CHANNEL_MULT),
+        attention_resolutions=levels.attention_factors,
+        channel_mult=levels.mult,
         use_fp16=classifier_use_fp16,
-        num_head_channels=64,
+        num_head_channels=CLASSIFIER_HEAD_CHANNELS,
         use_scale_shift_norm=classifier_use_scale_shift_norm,
         resblock_updown=classifier_resblock_updown,
         pool=classifier_pool,
@@ -208,15 +246,29 @@ def sr_create_model(
 
     `small_size` does not change the network: its low-resolution input is resized in `forward`.
     """
+    levels = plan_levels(
+        size=("large_size", large_size),
+        width=("num_channels", num_channels),
+        attention=("attention_resolutions", attention_resolutions),
+        table=SUPER_RES_CHANNEL_MULT,
+    )
+    check_unet(
+        levels,
+        num_res_blocks=num_res_blocks,
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample,
+        dropout=dropout,
+    )
     return SuperResModel(
         image_size=large_size,
         in_channels=3,
         model_channels=num_channels,
         out_channels=6 if learn_sigma else 3,
         num_res_blocks=num_res_blocks,
-        attention_resolutions=_attention_factors(large_size, attention_resolutions),
+        attention_resolutions=levels.attention_factors,
         dropout=dropout,
-        channel_mult=_channel_mult(large_size, SUPER_RES_CHANNEL_MULT),
+        channel_mult=levels.mult,
         num_classes=NUM_CLASSES if class_cond else None,
         use_checkpoint=use_checkpoint,
         num_heads=num_heads,
@@ -240,7 +292,21 @@ def create_gaussian_diffusion(
     rescale_learned_sigmas: bool = False,
     timestep_respacing: str = "",
 ) -> SpacedDiffusion:
-    """A diffusion process of `steps` steps, respaced if `timestep_respacing` is not empty."""
+    """A diffusion process of `steps` steps, respaced if `timestep_respacing` is not empty.
+
+    ValueError, beginning with the flag's name (diffusion_steps for `steps`), for what cannot be.
+    """
+    fewest = FEWEST_LINEAR_STEPS if noise_schedule == "linear" else 1
+    if steps < fewest:
+        raise ValueError(
+            f"diffusion_steps is {steps}, it must be at least {fewest} with noise_schedule"
+            f" {noise_schedule}"
+        )
+    betas = gd.get_named_beta_schedule(noise_schedule, steps)
+    try:
+        kept = space_timesteps(steps, timestep_respacing or [steps])
+    except ValueError as error:
+        raise ValueError(f"timestep_respacing {timestep_respacing}: {error}") from error
     if use_kl:
         loss_type = gd.LossType.RESCALED_KL
     elif rescale_learned_sigmas:
@@ -255,39 +321,13 @@ def create_gaussian_diffusion(
         variance = gd.ModelVarType.FIXED_LARGE
     mean = gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON
     return SpacedDiffusion(
-        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
-        betas=gd.get_named_beta_schedule(noise_schedule, steps),
+        use_timesteps=kept,
+        betas=betas,
         model_mean_type=mean,
         model_var_type=variance,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
     )
-
-
-def _channel_mult(image_size: int, table: dict[int, tuple], text: str = "") -> tuple[float, ...]:
-    if text:
-        try:
-            return tuple(float(part) for part in text.split(","))
-        except ValueError:
-            raise ValueError(
-                f'channel_mult must be a comma list of numbers such as "1,2,2", not "{text}"'
-            ) from None
-    if image_size not in table:
-        raise ValueError(
-            f"image_size {image_size} has no default channel_mult: choose one of"
-            f" {', '.join(map(str, sorted(table)))}, or give --channel_mult"
-        )
-    return table[image_size]
-
-
-def _attention_factors(image_size: int, text: str) -> tuple[int, ...]:
-    """Downsampling factors of the image sizes in a comma list such as "16,8"."""
-    try:
-        return tuple(image_size // int(part) for part in text.split(",") if part)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(
-            f'attention_resolutions must be a comma list of image sizes, not "{text}"'
-        ) from None
 
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict) -> None:

@@ -24,6 +24,8 @@ from .nn import (
 
 # Width of the hidden layer of the "spatial" classifier heads, as published.
 SPATIAL_HEAD_WIDTH = 2048
+# Heads of the classifier.
+POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 
 
 class TimestepBlock(nn.Module):
@@ -548,9 +550,7 @@ class EncoderUNetModel(_DiffusionNetwork):
                 nn.SiLU(),
                 linear(SPATIAL_HEAD_WIDTH, self.out_channels),
             )
-        raise ValueError(
-            f'pool must be "adaptive", "attention", "spatial" or "spatial_v2", not "{self.pool}"'
-        )
+        raise ValueError(f'pool must be one of {", ".join(POOLS)}, not "{self.pool}"')
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x: [N, C, H, W]; timesteps: [N]. Returns logits [N, out_channels]."""

@@ -58,12 +58,90 @@ def test_constructors_take_exactly_their_defaults(kind, defaults, create):
 
 
 def test_level_widths():
-    assert su._channel_mult(512, su.CHANNEL_MULT) == (0.5, 1, 1, 2, 2, 4, 4)
-    assert su._channel_mult(512, su.SUPER_RES_CHANNEL_MULT) == (1, 1, 2, 2, 4, 4)
-    assert su._channel_mult(40, su.CHANNEL_MULT, "0.5,1,2") == (0.5, 1, 2)
-    with pytest.raises(ValueError, match=r"choose one of 8, 16, 32, 64, 128, 256, 512"):
-        su._channel_mult(40, su.CHANNEL_MULT)
-    with pytest.raises(ValueError, match="comma list of numbers"):
-        su._channel_mult(64, su.CHANNEL_MULT, "1;2")
-    with pytest.raises(ValueError, match="comma list of image sizes"):
-        su._attention_factors(64, "0")
+    assert image_model(image_size=512).widths == [64, 128, 128, 256, 256, 512, 512]
+    assert super_res_model(large_size=512).widths == [128, 128, 256, 256, 512, 512]
+    assert image_model(image_size=40, channel_mult="0.5,1,2").widths == [64, 128, 256]
+
+
+def build(create, defaults, flags):
+    with torch.device("meta"):
+        return create(**{**defaults, **flags})[0]
+
+
+def image_model(**flags):
+    return build(su.create_model_and_diffusion, su.model_and_diffusion_defaults(), flags)
+
+
+def super_res_model(**flags):
+    return build(su.sr_create_model_and_diffusion, su.sr_model_and_diffusion_defaults(), flags)
+
+
+def classifier(**flags):
+    defaults = su.classifier_and_diffusion_defaults()
+    return build(su.create_classifier_and_diffusion, defaults, flags)
+
+
+ODD = {"image_size": 33, "channel_mult": "1,1"}
+
+
+@pytest.mark.parametrize(
+    ("create", "flags", "message"),
+    [
+        (image_model, {"num_channels": 0}, "num_channels 0 .* must be a multiple of 32"),
+        (image_model, {"num_channels": -32}, "num_channels -32 .* must be a multiple of 32"),
+        (image_model, {"num_channels": 33}, "num_channels 33 .* widths 33, 66, 99, 132: each"),
+        (image_model, {"channel_mult": "0"}, "channel_mult must be .* numbers above 0 .*1,2,2"),
+        (image_model, {"channel_mult": "nan"}, "channel_mult must be"),
+        (image_model, {"channel_mult": "1;2"}, "channel_mult must be a comma list of numbers"),
+        (image_model, {"num_res_blocks": -1}, "num_res_blocks is -1, it must be at least 1"),
+        (image_model, {"num_heads": 0}, "num_heads 0 must be at least 1"),
+        (image_model, {"num_heads": 5}, "num_heads 5 must .* divide .*, 384, 512"),
+        (image_model, {"num_heads_upsample": 3}, "num_heads_upsample 3 must .*-1"),
+        (image_model, {"num_head_channels": 0}, "num_head_channels 0 must .*-1"),
+        (image_model, {"dropout": 1.5}, r"dropout is 1.5, it must be in \[0, 1\]"),
+        (image_model, ODD, "image_size 33 must be a multiple of 2"),
+        (image_model, {**ODD, "image_size": 0}, "image_size 0 must be a multiple of 2"),
+        (image_model, {"image_size": 40}, "image_size 40 .* 16, 32, .* or give channel_mult"),
+        (image_model, {"attention_resolutions": "0"}, "attention_resolutions must be a comma"),
+        (image_model, {"diffusion_steps": 0}, "diffusion_steps is 0, it must be at least 21"),
+        (image_model, {"diffusion_steps": 20}, "diffusion_steps is 20, .* noise_schedule linear"),
+        (image_model, {"timestep_respacing": "ddim999"}, "timestep_respacing ddim999: no whole"),
+        (image_model, {"noise_schedule": "flat"}, "noise_schedule must be"),
+        (super_res_model, {"large_size": 100}, "large_size 100 has no .* 256, 512$"),
+        (super_res_model, {"num_heads": -4}, "num_heads -4 must be at least 1"),
+        (classifier, {"image_size": 100}, "image_size 100 has no default widths.* 256, 512$"),
+        (classifier, {"classifier_width": 32}, "classifier_width 32 .* multiples of 64"),
+        (classifier, {"classifier_width": 0}, "classifier_width 0 "),
+        (classifier, {"classifier_depth": 0}, "classifier_depth is 0, it must be at least 1"),
+        (classifier, {"classifier_pool": "max"}, "classifier_pool must be one of adaptive, att"),
+        (
+            classifier,
+            {"classifier_attention_resolutions": "a"},
+            "classifier_attention_resolutions must be a comma list",
+        ),
+    ],
+)
+def test_impossible_networks_name_the_flag_and_the_valid_values(create, flags, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        create(**flags)
+
+
+def test_flags_that_are_not_read_are_not_checked():
+    image_model(num_head_channels=64, num_heads=0, num_heads_upsample=0)
+    image_model(num_channels=48, channel_mult="2,4", attention_resolutions="32")
+    image_model(diffusion_steps=21)
+    image_model(diffusion_steps=2, noise_schedule="cosine")
+
+
+@pytest.mark.parametrize("sizes", ["16,8", "32", "5,16", ""])
+def test_attention_at_a_level_or_none_wanted_is_nothing_to_say(sizes, recwarn):
+    image_model(attention_resolutions=sizes)
+    assert not recwarn.list
+
+
+def test_attention_at_no_level_is_said():
+    message = "attention_resolutions 5: the levels' sizes are 64, 32, 16, 8, so that only"
+    with pytest.warns(UserWarning, match=message):
+        image_model(attention_resolutions="5")
+    with pytest.warns(UserWarning, match="^classifier_attention_resolutions 7: "):
+        classifier(classifier_attention_resolutions="7")

@@ -16,6 +16,7 @@ from esddpm_io.errors import UserError
 from guided_diffusion import logger
 from guided_diffusion.checkpoints import read_sidecar
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.train_options import explained_flags
 from scripts import classifier_train, image_train, super_res_train
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -326,6 +327,11 @@ BAD = {
     "ema_rate": ("much", "--ema_rate must be a comma list"),
     "noise_schedule": ("flat", "--.*schedule"),
     "channel_mult": ("a", "--channel_mult must be a comma list"),
+    "num_channels": (33, "--num_channels 33 .* multiple of 32"),
+    "num_heads": (0, "--num_heads 0 must be at least 1"),
+    "dropout": (2, "--dropout is 2.0, it must be in"),
+    "diffusion_steps": (10, "--diffusion_steps is 10, it must be at least 21"),
+    "timestep_respacing": ("ddim999", "--timestep_respacing ddim999: no whole stride"),
     "label_from": ("colour", "--label_from must be name or folder"),
     "resume_checkpoint": (
         "nowhere/model000010.pt",
@@ -338,8 +344,20 @@ BAD = {
 def test_bad_flags_are_one_clear_line(name, data):
     value, message = BAD[name]
     options = {"data_dir": data, "iterations": 1, **TINY, **SHARED, name.strip(): value}
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"^{message}"):
         image_train.main(flags(**options))
+
+
+def test_errors_name_no_flags_that_there_are_not():
+    """A constructor's error gets dashes if it begins with a flag's name, and else none."""
+    for text, message in {
+        "num_heads 0 is bad": "--num_heads 0 is bad",
+        "Invalid learning rate: nan": "Invalid learning rate: nan",
+        "num_head is no flag": "num_head is no flag",
+    }.items():
+        with pytest.raises(UserError) as caught, explained_flags({"num_heads": 4}):
+            raise ValueError(text)
+        assert str(caught.value) == message
 
 
 def test_float16_on_a_cpu_says_what_it_does_instead(data, tmp_path):
