@@ -9,6 +9,7 @@ from guided_diffusion.sampling import launcher
 from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.claims import Observer, process_runs
 from guided_diffusion.sampling.launcher import Launcher, WorkerCommand, WorkersFailed
+from tests.waiting import wait_until
 
 # Does chunks as a worker does, but for the sampling. argv: folder, rank, and what befalls it.
 WORKER = """
@@ -32,9 +33,8 @@ with Heart(folder.folder, rank=rank, device="cpu") as heart:
             heart.tell(state="sampling", chunk=chunk, indices=[chunk, chunk + 1])
             time.sleep(float(os.environ.get("SLOW", 0.02)))
             if fate == "dies" or fate == "chunk 2 kills" and chunk == 2:
-                open(f"{folder.folder}/death-{os.getpid()}", "w").close()
                 os.kill(os.getpid(), signal.SIGKILL)
-            while fate == "survives" and len(glob.glob(f"{folder.folder}/death-*")) < 2:
+            while fate == "survives" and len(glob.glob(f"{folder.folder}/../death-*")) < 2:
                 time.sleep(0.02)
             start, stop = folder.bounds(chunk)
             folder.write(chunk, np.zeros((stop - start, 2, 2, 3), np.uint8), None)
@@ -78,7 +78,15 @@ def test_workers_share_the_chunks_and_have_their_own_logs(launch, tmp_path):
         assert f"rank {rank} is here" in log and f"rank {1 - rank} is here" not in log
 
 
-def test_a_dead_workers_chunks_are_done_by_the_others(launch, capsys):
+def test_a_dead_workers_chunks_are_done_by_the_others(launch, tmp_path, capsys, monkeypatch):
+    after_death = Launcher._after_death
+
+    def tell(self, process, *how):
+        """Let the survivor know that the launcher has seen a death."""
+        after_death(self, process, *how)
+        (tmp_path / f"death-{process.pid}").touch()
+
+    monkeypatch.setattr(Launcher, "_after_death", tell)
     assert launch("survives", "dies").missing() == []
     said = capsys.readouterr().err
     assert "the worker on device gpu1 was ended by SIGKILL" in said
@@ -121,6 +129,8 @@ def test_a_worker_that_still_exports_is_waited_for(launch, tmp_path, little_pati
     may_go_on = Launcher._may_go_on
 
     def ask(self, pid, waited):
+        if not asked:
+            wait_until(lambda: self._record_of(pid)["state"] == "exporting")
         asked.append(waited)
         if len(asked) > 3 and waited > 1:
             (tmp_path / "free").touch()
