@@ -254,7 +254,7 @@ def settle_flags(
     """All flags of the network of a `kind` whose checkpoint is at `path`, and remarks for the log.
 
     The user's `explicit` flags win, then the sidecar's, then the defaults. Without a sidecar, and
-    if the user types no flag of the network at all, they are told from names and shapes: for a
+    if the user types no flags but those of use, they are told from names and shapes: for a
     published checkpoint all of them, for any other as far as that goes.
     """
     defaults = flag_defaults(kind)

@@ -86,6 +86,17 @@ class LossType(enum.Enum):
 _LEARNED = (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
 
 
+def _extract_into_tensor(
+    arr: np.ndarray, timesteps: torch.Tensor, broadcast_shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Float32 values of `arr` [T] at `timesteps` [N], as a tensor of `broadcast_shape` (N, ...).
+
+    Not used here; processes that others derived from guided-diffusion's import it.
+    """
+    values = torch.from_numpy(arr).to(timesteps.device)[timesteps].float()
+    return values.view(-1, *[1] * (len(broadcast_shape) - 1)).expand(broadcast_shape)
+
+
 class GaussianDiffusion:
     """A diffusion process over `betas` and the way a network parametrises its reverse.
 

@@ -25,6 +25,7 @@ from esddpm_io.images import IMAGE_SUFFIXES, to_rgb
 from esddpm_io.npz import NpzReader
 
 from . import dist_util, logger
+from .pixels import to_float
 from .script_util import NUM_CLASSES
 
 LABEL_SOURCES = ("name", "folder")
@@ -72,26 +73,32 @@ def load_data(
 
     Raises UserError, naming the flag, for data that are not there, do not fit, or lack labels.
     """
-    if not data_dir:
-        raise UserError("--data_dir: give a folder of images or an .npz file")
     if label_from not in LABEL_SOURCES:
         raise UserError(f"--label_from must be {' or '.join(LABEL_SOURCES)}, not {label_from}")
     if seed is None:
         seed = dist_util.gather_objects(int(np.random.randint(2**31)))[0]
-    if str(data_dir).endswith(".npz"):
-        images = load_npz(data_dir, image_size, class_cond, num_classes)
-    else:
-        paths = list_image_files(data_dir)
-        classes = label_files(paths, label_from, data_dir, num_classes) if class_cond else None
-        images = ImageDataset(image_size, paths, classes, random_crop=random_crop)
+    labels = label_from if class_cond else None
     return BatchStream(
-        images,
+        _open_images(data_dir, image_size, labels, num_classes, random_crop),
         batch_size,
         shuffle=not deterministic,
         random_flip=random_flip,
         num_workers=num_workers,
         seed=seed,
     )
+
+
+def _open_images(
+    data_dir: str, image_size: int, labels: str | None, num_classes: int, random_crop: bool
+) -> "ArrayImages | ImageDataset":
+    """The images of an .npz or a folder, without labels if `labels` (where they are) is None."""
+    if not data_dir:
+        raise UserError("--data_dir: give a folder of images or an .npz file")
+    if str(data_dir).endswith(".npz"):
+        return load_npz(data_dir, image_size, labels is not None, num_classes)
+    paths = list_image_files(data_dir)
+    classes = label_files(paths, labels, data_dir, num_classes) if labels else None
+    return ImageDataset(image_size, paths, classes, random_crop=random_crop)
 
 
 class BatchStream:
@@ -131,8 +138,7 @@ class BatchStream:
             flips = flips[self._first_row :][: self.batch_size] < 0.5
             pixels[flips] = pixels[flips, :, ::-1]
         self._step += 1
-        # The view is NCHW over NHWC memory, which is what a channels-last network wants.
-        batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+        batch = to_float(pixels)
         if self.images.classes is None:
             return batch, {}
         return batch, {"y": torch.from_numpy(self.images.classes[indices])}
@@ -342,7 +348,7 @@ class ImageDataset(Dataset):
         pixels = self.read(idx, random)
         if self.random_flip and random.random() < 0.5:
             pixels = pixels[:, ::-1]
-        pixels = pixels.astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
+        pixels = to_float(np.ascontiguousarray(pixels[None]))[0].numpy()
         return pixels, {} if self.classes is None else {"y": self.classes[idx]}
 
     def read(self, idx: int, rng: random.Random) -> np.ndarray:

@@ -124,7 +124,7 @@ def start_run(args: argparse.Namespace, fp16_flag: str) -> None:
 
 def check_ranges(args: argparse.Namespace) -> None:
     """UserError for numbers that no run can have."""
-    lowest = {"batch_size": 1, "log_interval": 1, "save_interval": 1, "seed": 0}
+    lowest = {"batch_size": 1, "log_interval": 1, "save_interval": 1}
     lowest |= dict.fromkeys(
         (
             "iterations",
@@ -138,14 +138,19 @@ def check_ranges(args: argparse.Namespace) -> None:
     )
     given = {name: least for name, least in lowest.items() if getattr(args, name, None) is not None}
     check_at_least(args, given)
-    if args.seed > HIGHEST_SEED:
-        raise UserError(f"--seed is {args.seed}, it must be in 0 … {HIGHEST_SEED}")
+    check_seed(args.seed)
     if not 0 < args.lr < math.inf:
         raise UserError(f"--lr is {args.lr}, it must be above 0")
     for name in ("weight_decay", "fp16_scale_growth", "kl_weight"):
         value = getattr(args, name, 0.0)
         if not 0 <= value < math.inf:
             raise UserError(f"--{name} is {value}, it must be a number of at least 0")
+
+
+def check_seed(seed: int) -> None:
+    """UserError for a seed that the generators do not take."""
+    if not 0 <= seed <= HIGHEST_SEED:
+        raise UserError(f"--seed is {seed}, it must be in 0 … {HIGHEST_SEED}")
 
 
 def settle_device_options(args: argparse.Namespace, fp16_flag: str) -> None:

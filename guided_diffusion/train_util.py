@@ -209,21 +209,7 @@ class Trainer:
         self._last_loss = math.nan
 
         self.model = model.to(self.device, memory_format=self.memory_format)
-        self._resume_set = self._find_resume_set()
-        self._load_weights()
-        self.mp_trainer = MixedPrecisionTrainer(
-            model=self.model,
-            use_fp16=self.precision == "float16",
-            fp16_scale_growth=fp16_scale_growth,
-            initial_lg_loss_scale=initial_lg_loss_scale,
-        )
-        self.opt = torch.optim.AdamW(
-            self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay, fused=True
-        )
-        self.ema_params = [self._load_ema(rate) for rate in self.ema_rate]
-        self._load_optimizer()
-        self._load_state()
-        self.ddp_model = self._distribute()
+        self._start(fp16_scale_growth, initial_lg_loss_scale)
 
     # What a subclass may define.
 
@@ -517,6 +503,24 @@ class Trainer:
 
     # Start and resume.
 
+    def _start(self, fp16_scale_growth: float, initial_lg_loss_scale: float) -> None:
+        """Make all that training changes, with the values of the checkpoint if there is one."""
+        self._resume_set = self._find_resume_set()
+        self._load_weights()
+        self.mp_trainer = MixedPrecisionTrainer(
+            model=self.model,
+            use_fp16=self.precision == "float16",
+            fp16_scale_growth=fp16_scale_growth,
+            initial_lg_loss_scale=initial_lg_loss_scale,
+        )
+        self.opt = torch.optim.AdamW(
+            self.master_params, lr=self.lr, weight_decay=self.weight_decay, fused=True
+        )
+        self.ema_params = [self._load_ema(rate) for rate in self.ema_rate]
+        self._load_optimizer()
+        self._load_state()
+        self.ddp_model = self._distribute()
+
     def _find_resume_set(self) -> CheckpointSet | None:
         """The set to resume from; rank 0 looks, for all."""
         found = dist_util.on_rank_zero(self._look_for_set)
@@ -670,6 +674,11 @@ def log_loss_dict(diffusion, ts: torch.Tensor, losses: dict[str, torch.Tensor]) 
     """Log the means of loss terms [N], over all and over each quarter of the timesteps `ts` [N]."""
     terms = {name: values.detach().double().cpu().numpy() for name, values in losses.items()}
     _log_terms(terms, ts.cpu().numpy(), diffusion.num_timesteps)
+
+
+def get_blob_logdir() -> str | None:
+    """The folder of checkpoints: the log's, a local one; None before `logger.configure`."""
+    return logger.get_dir()
 
 
 def parse_resume_step_from_filename(filename: str) -> int:

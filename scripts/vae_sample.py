@@ -17,7 +17,9 @@ from esddpm_io.npz import NpzWriter
 from esddpm_io.progress import Progress
 from guided_diffusion import dist_util
 from guided_diffusion.checkpoints import load_weights, read_sidecar
+from guided_diffusion.pixels import to_uint8
 from guided_diffusion.sampling.random_streams import RandomStreams
+from guided_diffusion.train_options import check_seed
 from guided_diffusion.vae import VAE, create_vae
 
 
@@ -58,8 +60,7 @@ def sample_range(vae: VAE, seed: int, start: int, stop: int) -> tuple[np.ndarray
     images = vae.sample(
         labels if vae.num_classes else None, uniform[:, 1].to(device), normal[:, 2:].to(device)
     )
-    pixels = ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy(), labels.cpu().numpy()
+    return to_uint8(images), labels.cpu().numpy()
 
 
 def frequent_labels(counts: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -81,7 +82,8 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    check_at_least(args, {"num_samples": 1, "batch_size": 1, "seed": 0})
+    check_at_least(args, {"num_samples": 1, "batch_size": 1})
+    check_seed(args.seed)
     vae = load_vae(args.model_path).to(dist_util.dev())
     shape = (args.num_samples, vae.image_size, vae.image_size, 3)
     arrays = {"arr_0": (shape, np.uint8)}

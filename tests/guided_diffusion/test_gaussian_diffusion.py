@@ -23,6 +23,12 @@ def toy_diffusion(**changes) -> gd.GaussianDiffusion:
     return create_gaussian_diffusion(**{"steps": 20, "noise_schedule": "cosine", **changes})
 
 
+def test_values_of_an_array_as_code_of_others_looks_them_up():
+    values = gd._extract_into_tensor(np.array([0.5, 1.5, 2.5]), torch.tensor([2, 0]), (2, 3, 1, 4))
+    assert values.shape == (2, 3, 1, 4) and values.dtype == torch.float32
+    assert values[0].unique().tolist() == [2.5] and values[1].unique().tolist() == [0.5]
+
+
 def zero_model(x, t, **_):
     return torch.zeros_like(x)
 

@@ -15,6 +15,7 @@ from guided_diffusion.train_util import (
     Draws,
     Trainer,
     TrainLoop,
+    get_blob_logdir,
     log_loss_dict,
     parse_resume_step_from_filename,
 )
@@ -493,6 +494,12 @@ def test_a_loop_of_ones_own_on_the_published_parts(log_folder):
         str(log_folder / "model000003.pt"), map_location=dist_util.dev()
     )
     assert equal(list(loaded.values()), [p.detach() for p in model.parameters()])
+
+
+def test_checkpoints_lie_in_the_folder_of_the_log(log_folder):
+    assert get_blob_logdir() == str(log_folder)
+    logger.reset()
+    assert get_blob_logdir() is None
 
 
 def test_step_of_a_file_name():
