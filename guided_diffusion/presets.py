@@ -55,7 +55,7 @@ class Preset:
     generator_images: str | None = None
     reference_batch: str | None = None
     feature_graph: str | None = None  # None: the 2015 Inception graph
-    metric_name: str = "FID"
+    metric_name: str | None = None  # of the distance in features of `feature_graph`
     model_flags: Mapping[str, object] = dataclasses.field(default_factory=dict)
     diffusion_flags: Mapping[str, object] = dataclasses.field(default_factory=dict)
     classifier_flags: Mapping[str, object] = dataclasses.field(default_factory=dict)

@@ -5,21 +5,24 @@ samples_…_rank_R.npz files that they write with --save_numpy_array.
 """
 
 import argparse
-import subprocess
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from esddpm_io.atomic import write_json
-from esddpm_io.errors import UserError, run_main
-from esddpm_io.files import absolute, exists, join, read_json
-from guided_diffusion.sampling import outputs
+from esddpm_io.errors import UserError, check_at_least, run_main, terminate_cleanly
+from esddpm_io.files import absolute, check_output_folder, exists, is_blob, join, read_json
+from esddpm_io.processes import run_to_end
+from guided_diffusion.presets import load_preset
+from guided_diffusion.sampling import outputs, plan
 from guided_diffusion.sampling.chunks import SETTINGS_FILE, ChunkFolder
 from guided_diffusion.sampling.progress import Overseer, Screen
 
 EVALUATOR = Path(__file__).resolve().parents[1] / "evaluations" / "evaluator.py"
 _POLL_S = 1.0
+_TELL_EVERY_S = 30.0
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -31,29 +34,46 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--num_file", type=int, default=1, help="number of samples_…_rank_R.npz files to wait for")
     add("--wait_time", type=float, default=600.0, help="seconds without a sign of life to wait")
     add("--dataset", default="imagenet64", help="name of a preset, or path of a preset file")
-    add("--ref_batch", help="reference batch instead of the preset's")
-    add("--inception_path", help="feature graph instead of the preset's")
     add("--not_eval_metrics", action="store_true", help="only gather")
+    plan.add_evaluation_flags(add)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
+    check_at_least(args, {"num_file": 1, "wait_time": 0})
+    if not (is_blob(args.dir) or os.path.isdir(args.dir)):
+        raise UserError(f"--dir: there is no folder {args.dir}")
+    check_output_folder(args.dir, flag="--dir")
+    files = None if args.not_eval_metrics else checked_evaluation(args)
     folder = None
     if exists(join(args.dir, SETTINGS_FILE)):
         folder = ChunkFolder.load(args.dir)
         wait_for_chunks(folder, args.wait_time)
         parts = outputs.parts_of(folder, 0, folder.num_samples)
     else:
-        parts = outputs.parts_of_files(wait_for_files(args.dir, args.num_file, args.wait_time))
+        ranks = wait_for_files(args.dir, args.num_file, args.wait_time)
+        parts = outputs.parts_of_files([ranks[rank] for rank in sorted(ranks)])
     samples = join(args.dir, "samples_all.npz")
     outputs.join_parts(parts, samples)
     starts = folder.info["dataset_path"] if folder else None
     grid = join(args.dir, "samples_grid.png")
     outputs.save_grid(samples, starts, grid)
     print(f"samples: {absolute(samples)}\ngrid: {absolute(grid)}", flush=True)
-    if not args.not_eval_metrics:
-        evaluate(args, samples, folder)
+    if files is not None:
+        evaluate(args, files, samples, folder)
+
+
+def checked_evaluation(args: argparse.Namespace) -> plan.Evaluation:
+    """What to score with, found good before there is anything to score."""
+    from evaluations.evaluation import check_inputs
+
+    files = plan.evaluation(args, load_preset(args.dataset))
+    try:
+        check_inputs(files.reference, inception_path=files.graph, **files.engine)
+    except UserError as error:
+        raise UserError(plan.as_our_flags(error)) from error
+    return files
 
 
 def wait_for_chunks(folder: ChunkFolder, patience: float) -> None:
@@ -78,42 +98,45 @@ def wait_for_chunks(folder: ChunkFolder, patience: float) -> None:
             )
 
 
-def wait_for_files(folder: str, number: int, patience: float) -> list[str]:
-    """The rank files of `folder` when there are `number`; UserError after `patience` seconds."""
-    started = time.monotonic()
-    while len(files := outputs.rank_files(folder)) < number:
-        if time.monotonic() - started > patience:
+def wait_for_files(folder: str, number: int, patience: float) -> dict[int, str]:
+    """The files of ranks 0 … number-1; UserError after `patience` seconds without a new one."""
+    last_life, told = time.monotonic(), float("-inf")
+    files = outputs.rank_files(folder, number)
+    while len(files) < number:
+        now = time.monotonic()
+        missing = ", ".join(str(rank) for rank in range(number) if rank not in files)
+        state = f"{len(files)} of {number} files samples_…_rank_R.npz (--num_file) are there"
+        if now - last_life >= patience:
             raise UserError(
-                f"--dir {folder}: {len(files)} of {number} files samples_…_rank_R.npz (--num_file) "
-                f"are there after {patience:g} s (--wait_time)"
+                f"--dir {folder}: {state}, no new one for {patience:g} s (--wait_time); "
+                f"missing: rank {missing}"
             )
+        if now - told >= _TELL_EVERY_S:
+            told = now
+            print(f"{folder}: {state}; waiting for rank {missing}", file=sys.stderr, flush=True)
         time.sleep(_POLL_S)
+        before, files = len(files), outputs.rank_files(folder, number)
+        if len(files) > before:
+            last_life = time.monotonic()
     return files
 
 
-def evaluate(args: argparse.Namespace, samples: str, folder: ChunkFolder | None) -> None:
+def evaluate(
+    args: argparse.Namespace, files: plan.Evaluation, samples: str, folder: ChunkFolder | None
+) -> None:
     """Run the evaluator, whose results go to stdout, and note them with all settings."""
-    from guided_diffusion.presets import load_preset
-
-    preset = load_preset(args.dataset)
-    reference = args.ref_batch or preset.reference_batch
-    if not reference:
-        raise UserError(f"--ref_batch: the preset {preset.name} names no reference batch: give one")
-    graph = args.inception_path or preset.feature_graph
     with tempfile.TemporaryDirectory() as scratch:
         result = join(scratch, "metrics.json")
-        argv = [sys.executable, str(EVALUATOR), reference, samples, "--json", result]
-        if graph:
-            argv += ["--inception_path", graph]
-        if preset.feature_graph:
-            argv += ["--metric_name", preset.metric_name]
-        code = subprocess.run(argv).returncode
+        argv = [sys.executable, str(EVALUATOR), files.reference, samples, "--json", result]
+        flags = {"inception_path": files.graph, "metric_name": files.metric_name, **files.engine}
+        argv += plan.as_argv({flag: value for flag, value in flags.items() if value})
+        code = run_to_end(argv)
         if code:
             print(f"error: the evaluation failed; the samples are in {samples}", file=sys.stderr)
             sys.exit(code)
         evaluation = read_json(result)
     record = {
-        "dataset": preset.name,
+        "dataset": files.dataset,
         "evaluation": evaluation,
         "sampling": None if folder is None else {**folder.info, **folder.settings},
     }
@@ -123,4 +146,5 @@ def evaluate(args: argparse.Namespace, samples: str, folder: ChunkFolder | None)
 
 
 if __name__ == "__main__":
+    terminate_cleanly()
     run_main(main)

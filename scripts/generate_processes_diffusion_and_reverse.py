@@ -6,12 +6,12 @@ with one shared folder by giving each --num_machines and its --machine_idx.
 
 import argparse
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 from esddpm_io.errors import UserError, run_main, terminate_cleanly
-from guided_diffusion.presets import load_preset
+from esddpm_io.processes import run_to_end
+from guided_diffusion.presets import Preset, load_preset
 from guided_diffusion.sampling import plan
 
 GATHER = Path(__file__).resolve().with_name("gather_numpyz_and_compute_fid.py")
@@ -44,10 +44,9 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="the same seed gives the same samples")
     add("--model_path", help="checkpoint instead of the preset's")
     add("--classifier_path", help="classifier instead of the preset's")
-    add("--ref_batch", help="reference batch instead of the preset's")
     add("--output_dir", help="folder for samples, logs and metrics instead of exps/…")
-    add("--inception_path", help="feature graph for the evaluator instead of the preset's")
     add("--save_png_files", action="store_true", help="also one PNG a sample")
+    plan.add_evaluation_flags(add)
     return parser
 
 
@@ -59,9 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     output = plan.typed(args.output_dir) or str(plan.default_output(args, preset.name))
     print(f"output folder: {output}")
     if args.execute:
-        plan.check_files(args, preset)
-        if plan.evaluates(args) and not (args.inception_path or preset.feature_graph):
-            fetch_inception_graph()
+        plan.check_files(args, preset, output)
+        if plan.evaluates(args):
+            check_evaluation(args, preset)
     commands = plan.worker_commands(args, preset, output)
     for command in commands:
         print(command, flush=True)
@@ -97,26 +96,32 @@ def execute(args: argparse.Namespace, commands: list, output: str, typed_argv: l
         raise
 
 
-def fetch_inception_graph() -> None:
-    """Have the graph before hours of sampling, not miss it after them."""
-    from evaluations.features import find_graph
+def check_evaluation(args: argparse.Namespace, preset: Preset) -> None:
+    """Fetch the graph if need be, and find what is wrong before hours of sampling, not after."""
+    from evaluations.evaluation import check_inputs
 
+    files = plan.evaluation(args, preset)
+    count = plan.count_samples(args, preset)
     try:
-        find_graph()
+        check_inputs(files.reference, count, inception_path=files.graph, **files.engine)
     except UserError as error:
-        raise UserError(f"{error}; --not_eval_metrics samples without evaluating") from error
+        problem = plan.as_our_flags(error)
+        raise UserError(f"{problem}; --not_eval_metrics samples without evaluating") from error
 
 
 def gather(args: argparse.Namespace, output: str, world_size: int) -> None:
     """Run the gathering script, which evaluates too; its failure is ours."""
     argv = [sys.executable, str(GATHER), "--dir", output, "--num_file", str(world_size)]
     argv += ["--dataset", plan.preset_argument(args.dataset)]
-    for flag in ("ref_batch", "inception_path"):
+    for flag in ("ref_batch", "inception_path", "eval_cache_dir"):
         if getattr(args, flag):
             argv += [f"--{flag}", plan.typed(getattr(args, flag))]
+    for flag in ("eval_backend", "eval_device"):
+        if getattr(args, flag):
+            argv += [f"--{flag}", getattr(args, flag)]
     if args.not_eval_metrics:
         argv.append("--not_eval_metrics")
-    code = subprocess.run(argv).returncode
+    code = run_to_end(argv)
     if code:
         sys.exit(code)
 

@@ -108,6 +108,8 @@ class ChunkFolder:
         record = read_json(join(folder, SETTINGS_FILE))
         if record is None:
             raise UserError(f"{folder} is not a folder of samples: it has no {SETTINGS_FILE}")
+        if not _is_record(record):
+            raise UserError(f"{join(folder, SETTINGS_FILE)} is damaged: it lacks what a run notes")
         return cls(folder, record)
 
     def __len__(self) -> int:
@@ -174,6 +176,16 @@ def default_chunk_size(num_samples: int, batch_size: int) -> int:
     """One batch, or as many as keep the number of files low."""
     batches = -(-num_samples // batch_size)
     return batch_size * max(1, -(-batches // _MOST_CHUNKS))
+
+
+def _is_record(record: object) -> bool:
+    return (
+        isinstance(record, dict)
+        and all(isinstance(record.get(key), dict) for key in ("settings", "info"))
+        and isinstance(record.get("chunk_size"), int)
+        and isinstance(record["settings"].get("num_samples"), int)
+        and record["chunk_size"] > 0
+    )
 
 
 def _differences(there: dict, now: dict) -> list[str]:

@@ -2,8 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from esddpm_io.progress import Progress
 from guided_diffusion.sampling.chunks import ChunkFolder
 
 PNG_FOLDER = "images"
+_RANK_FILE = re.compile(r"samples_.*_rank_(\d+)\.npz")
 _ROWS_AT_ONCE = 64
 _GRID_COLUMNS, _GRID_ROWS = 8, 4
 
@@ -44,12 +44,19 @@ def parts_of(folder: ChunkFolder, start: int, stop: int) -> list[Part]:
     return parts
 
 
-def parts_of_files(paths: Iterable[str]) -> list[Part]:
-    """Whole .npz files in the order given."""
-    parts = []
+def parts_of_files(paths: list[str]) -> list[Part]:
+    """Whole .npz files in the order given; UserError if they are not images of one kind."""
+    parts, kinds = [], []
     for path in paths:
-        with NpzReader(path) as reader:
-            parts.append(Part(lambda path=path: NpzReader(path), 0, reader.shape("arr_0")[0]))
+        images = open_images(path, flag="--dir")
+        labels = "with" if images.has_labels else "without"
+        kinds.append(f"{images.shape[2]}x{images.shape[1]} {labels} labels")
+        if kinds[-1] != kinds[0]:
+            raise UserError(
+                f"--dir: {path} has images of {kinds[-1]}, {paths[0]} of {kinds[0]}: they are not "
+                "of one run"
+            )
+        parts.append(Part(lambda path=path: NpzReader(path), 0, len(images)))
     return parts
 
 
@@ -66,7 +73,7 @@ def join_parts(parts: list[Part], path: str) -> None:
         for part in parts:
             for name in layout:
                 for block in part.blocks(name):
-                    writer.append(name, block)
+                    writer.append(name, block.astype(layout[name][1], copy=False))
             progress.update(part.stop - part.start)
 
 
@@ -139,11 +146,23 @@ def save_grid(samples: str, starts: str | None, path: str) -> None:
     save_png(path, image_grid(cells, _GRID_COLUMNS))
 
 
-def rank_files(folder: str | Path) -> list[str]:
-    """The `samples_…_rank_{r}.npz` files of a folder, in order of rank."""
+def rank_files(folder: str, number: int) -> dict[int, str]:
+    """The `samples_…_rank_{r}.npz` files of a folder by rank.
+
+    UserError, naming them, if a rank has two, or is not one of 0 … number-1.
+    """
     by_rank = {}
-    for path in Path(folder).glob("samples_*_rank_*.npz"):
-        rank = path.stem.rpartition("_rank_")[2]
-        if rank.isdecimal():
-            by_rank[int(rank)] = str(path)
-    return [by_rank[rank] for rank in sorted(by_rank)]
+    for name in sorted(list_names(folder)):
+        match = _RANK_FILE.fullmatch(name)
+        if not match:
+            continue
+        rank = int(match[1])
+        if rank in by_rank:
+            raise UserError(f"--dir {folder}: {by_rank[rank]} and {name} are both of rank {rank}")
+        by_rank[rank] = name
+    if strange := [by_rank[rank] for rank in sorted(by_rank) if rank >= number]:
+        raise UserError(
+            f"--dir {folder}: {', '.join(strange)}: with --num_file {number} the ranks are "
+            f"0 … {number - 1}; remove what is of another run, or give their number"
+        )
+    return {rank: join(folder, name) for rank, name in by_rank.items()}

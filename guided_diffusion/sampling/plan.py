@@ -1,13 +1,17 @@
 """What the driver is to run: its flags checked, and turned into the commands of this machine."""
 
 import argparse
+import dataclasses
 import os
+import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from esddpm_io.errors import UserError
-from esddpm_io.files import absolute, is_blob
+from esddpm_io.files import absolute, check_output_folder, is_blob
+from esddpm_io.images import open_images
 from guided_diffusion.presets import GUIDED_SAMPLER, SCRIPTS_FOLDER, Preset
 from guided_diffusion.sampling.launcher import WorkerCommand
 
@@ -15,6 +19,8 @@ from guided_diffusion.sampling.launcher import WorkerCommand
 # so that the same text typed by the user is taken at its word.
 DEFAULT_DEVICES = "0,1,2,3,4,5,6,7"
 DEFAULT_DATASET_PATH = "../evaluations/precomputed/biggan_deep_imagenet64.npz"
+
+EVALUATION_BACKENDS = ("auto", "tensorflow", "torch")  # the evaluator's, which is not imported
 
 
 def check_numbers(args: argparse.Namespace, preset: Preset) -> list[int]:
@@ -147,8 +153,12 @@ def as_argv(flags: dict) -> list[str]:
     return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
 
 
-def check_files(args: argparse.Namespace, preset: Preset) -> None:
-    """UserError for files that are missing, all of them, with the command that fetches them."""
+def check_files(args: argparse.Namespace, preset: Preset, output: str) -> None:
+    """UserError for files that are missing, all of them, with the command that fetches them.
+
+    And for start images that cannot be read, or an output folder that cannot be written.
+    """
+    check_output_folder(output, flag="--output_dir")
     needed = {"--model_path": typed(args.model_path) or preset.checkpoint}
     if not args.start_from_scratch:
         needed["--dataset_path"] = generator_images(args, preset)
@@ -167,6 +177,55 @@ def check_files(args: argparse.Namespace, preset: Preset) -> None:
         fetch = shlex.join(["python", str(SCRIPTS_FOLDER / "download.py"), args.dataset])
         shipped = {file.path for file in preset.download} & set(missing.values())
         raise UserError(f"{what}; fetch with: {fetch}" if shipped else what)
+    if not args.start_from_scratch:
+        open_images(needed["--dataset_path"], flag="--dataset_path")
+
+
+def count_samples(args: argparse.Namespace, preset: Preset) -> int:
+    """How many samples there will be."""
+    if args.start_from_scratch:
+        return args.num_samples
+    count = len(open_images(generator_images(args, preset), flag="--dataset_path"))
+    return min(args.limit, count) if args.limit > 0 else count
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What samples are scored with. graph None: the 2015 Inception graph."""
+
+    dataset: str
+    reference: str
+    graph: str | None
+    metric_name: str | None
+    engine: dict[str, str]  # the evaluator's flags backend, device, cache_dir, as far as given
+
+
+def add_evaluation_flags(add: Callable) -> None:
+    """The flags that `evaluation` reads, for the driver and for the gathering script."""
+    add("--ref_batch", help="reference batch instead of the preset's")
+    add("--inception_path", help="feature graph for the evaluator instead of the preset's")
+    add("--eval_backend", choices=EVALUATION_BACKENDS, help="engine of the evaluator")
+    add("--eval_device", help="the evaluator's device, for torch: cpu, cuda, cuda:1 …")
+    add("--eval_cache_dir", help="folder where the evaluator keeps features")
+
+
+def evaluation(args: argparse.Namespace, preset: Preset) -> Evaluation:
+    """What the flags and the preset say of it; UserError if there is no reference."""
+    reference = typed(args.ref_batch) or preset.reference_batch
+    if not reference:
+        raise UserError(f"--ref_batch: the preset {preset.name} names no reference batch: give one")
+    graph = typed(args.inception_path) or preset.feature_graph
+    # The preset's name is for the features of its own graph.
+    name = preset.metric_name if graph and graph == preset.feature_graph else None
+    engine = {"backend": args.eval_backend, "device": args.eval_device}
+    engine["cache_dir"] = typed(args.eval_cache_dir)
+    given = {flag: value for flag, value in engine.items() if value}
+    return Evaluation(preset.name, reference, graph, name, given)
+
+
+def as_our_flags(error: UserError) -> str:
+    """What the evaluator says of its flags, under the names that they have here."""
+    return re.sub(r"--(backend|device|cache_dir)\b", r"--eval_\1", str(error))
 
 
 def evaluates(args: argparse.Namespace) -> bool:

@@ -14,12 +14,21 @@ import pytest
 from PIL import Image
 
 from esddpm_io.errors import UserError, run_main
+from evaluations.features import BACKENDS
 from guided_diffusion import presets
-from guided_diffusion.sampling import worker
+from guided_diffusion.sampling import plan, worker
 from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.claims import Observer
 from guided_diffusion.sampling.sources import open_generator_images
-from tests.tiny_sampling import NUM_IMAGES, SCRIPTS, TinyFiles, chunk_held, chunks, run_script
+from tests.tiny_sampling import (
+    FEATURE_GRAPH,
+    NUM_IMAGES,
+    SCRIPTS,
+    TinyFiles,
+    chunk_held,
+    chunks,
+    run_script,
+)
 from tests.waiting import PATIENCE_S, wait_until
 
 DRIVER = "generate_processes_diffusion_and_reverse.py"
@@ -46,9 +55,10 @@ def tiny(tmp_path_factory) -> TinyFiles:
 
 @pytest.fixture(autouse=True)
 def own_signal_handlers():
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def flags(tiny: TinyFiles, output: Path, **changes: object) -> list[str]:
@@ -192,12 +202,63 @@ def test_folders_and_flags_of_the_other_modes(capsys):
         ({"model_path": "no.pt"}, r"--model_path: there is no file or folder .*no\.pt"),
         ({"ref_batch": "no.npz"}, r"--ref_batch: there is no file or folder .*no\.npz"),
         ({"inception_path": "no.pb"}, r"--inception_path: there is no file or folder .*no\.pb"),
+        ({"ref_batch": "cut.npz"}, r"--ref_batch: .*cut\.npz is not a complete .*--not_eval_met"),
+        ({"inception_path": "cut.pb"}, r"--inception_path: .*cut\.pb is not a complete frozen"),
+        ({"dataset_path": "cut.npz"}, r"--dataset_path: .*cut\.npz is not a complete"),
+        ({"limit": 3}, r"the sample batch has 3 images, .* need at least 4.*--not_eval_metrics"),
+        ({"ref_batch": "three.npz"}, r"three\.npz has 3 images, .* need at least 4"),
+        ({"ref_batch": "other.npz"}, r"statistics of 2048-dimensional features, the graph gives"),
+        ({"output_dir": "afile"}, r"^--output_dir: .*afile cannot be written: .* not a folder"),
+        ({"output_dir": "afile/x"}, r"^--output_dir: .*afile/x cannot be written: .*/afile is not"),
+        ({"output_dir": "/proc/x"}, r"^--output_dir: /proc/x cannot be written: "),
+        ({"eval_device": "cuda:99"}, r"^--eval_device cuda:99: not available here"),
+        ({"eval_cache_dir": "afile"}, r"^--eval_cache_dir: .*afile cannot be written: "),
+        ({"model_path": "s3://b/x.pt"}, r"s3://b/x\.pt cannot be used: .*gs:// or az://"),
     ],
 )
-def test_bad_input_is_one_line_before_any_work(tiny, tmp_path, changes, message):
+def test_bad_input_is_one_line_before_any_work(tiny, tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    pixels = np.load(tiny.images)["arr_0"]
+    np.savez("three.npz", pixels[:3])
+    np.savez("other.npz", arr_0=pixels, mu=np.zeros(2048), sigma=np.eye(2048))
+    Path("cut.npz").write_bytes(tiny.images.read_bytes()[:1000])
+    Path("cut.pb").write_bytes(FEATURE_GRAPH.read_bytes()[:5000])
+    Path("afile").touch()
     with pytest.raises(UserError, match=message):
         driver.main(["--execute", *flags(tiny, tmp_path / "out", **changes)])
     assert not (tmp_path / "out").exists()
+
+
+def test_flags_of_the_evaluator_reach_it(tiny, tmp_path, whole_job, capsys):
+    """And a graph that is not the preset's own does not get the preset's name."""
+    shutil.copytree(whole_job[1], tmp_path / "out")
+    other = tmp_path / "other_features.pb"
+    shutil.copy(FEATURE_GRAPH, other)
+    options = {"inception_path": other, "eval_backend": "torch", "eval_device": "cpu"}
+    options["eval_cache_dir"] = tmp_path / "cache"
+    driver.main(["--execute", *flags(tiny, tmp_path / "out", **options)])
+    record = json.loads((tmp_path / "out" / "metrics.json").read_text())["evaluation"]
+    assert record["features"] == "other features"
+    assert record["settings"]["backend"] == "torch" and record["settings"]["device"] == "cpu"
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert plan.EVALUATION_BACKENDS == BACKENDS
+
+
+@pytest.mark.parametrize(
+    ("metric_name", "graph", "name"),
+    [
+        ("FD (mine)", None, "FD (mine)"),
+        ("FD (mine)", "elsewhere.pb", None),
+        (None, None, None),
+        (None, "elsewhere.pb", None),
+    ],
+)
+def test_the_preset_s_name_is_for_its_own_graph(metric_name, graph, name):
+    preset = presets.Preset("p", "s.py", "m.pt", None, None, "r", "/own.pb", metric_name)
+    argv = ["--inception_path", graph] if graph else []
+    found = plan.evaluation(driver.create_argparser().parse_args(argv), preset)
+    assert found.metric_name == name
+    assert found.graph == (os.path.abspath(graph) if graph else "/own.pb")
 
 
 def test_missing_published_files_are_named_with_the_command_that_fetches_them(
@@ -370,15 +431,92 @@ def test_a_full_disk_is_a_clear_error_and_the_folder_goes_on(tiny, tmp_path, cap
 
 def test_gathering_rank_files_and_waiting_for_them(tmp_path):
     pixels = np.arange(12 * 4 * 4 * 3, dtype=np.uint8).reshape(12, 4, 4, 3)
-    for rank in (0, 2, 10):
-        np.savez(tmp_path / f"samples_4x4x4x3_rank_{rank}.npz", pixels[: 4 + rank // 10])
-    gather.main(["--dir", str(tmp_path), "--num_file", "3", "--not_eval_metrics"])
+    for rank in range(11):
+        np.savez(tmp_path / f"samples_4x4x4x3_rank_{rank}.npz", pixels[rank : rank + 1])
+    argv = ["--dir", str(tmp_path), "--not_eval_metrics", "--wait_time", "0", "--num_file"]
+    gather.main([*argv, "11"])
     with np.load(tmp_path / "samples_all.npz") as npz:
-        expected = np.concatenate([pixels[:4], pixels[:4], pixels[:5]])
-        np.testing.assert_array_equal(npz["arr_0"], expected)
+        np.testing.assert_array_equal(npz["arr_0"], pixels[:11])
         assert npz.files == ["arr_0"]
-    with pytest.raises(UserError, match=r"3 of 4 files samples_…_rank_R\.npz \(--num_file\)"):
-        gather.main(["--dir", str(tmp_path), "--num_file", "4", "--wait_time", "0"])
+    (tmp_path / "samples_4x4x4x3_rank_3.npz").unlink()
+    with pytest.raises(
+        UserError, match=r"10 of 12 files samples_…_rank_R\.npz .*; missing: rank 3, 11$"
+    ):
+        gather.main([*argv, "12"])
+
+
+def test_rank_files_that_are_not_of_one_run_are_named(tmp_path):
+    def write(name: str, *shape: int, **labels: np.ndarray) -> None:
+        np.savez(tmp_path / f"samples_{name}.npz", arr_0=np.zeros(shape, np.uint8), **labels)
+
+    argv = ["--dir", str(tmp_path), "--not_eval_metrics", "--wait_time", "0", "--num_file"]
+    for rank in (0, 1, 3):
+        write(f"4x4x4x3_rank_{rank}", 4, 4, 4, 3)
+    with pytest.raises(UserError, match=r"_rank_3\.npz: with --num_file 2 the ranks are 0 … 1"):
+        gather.main([*argv, "2"])
+    (tmp_path / "samples_4x4x4x3_rank_3.npz").unlink()
+    write("9x4x4x3_rank_0", 9, 4, 4, 3)
+    with pytest.raises(UserError, match=r"samples_4x.*_rank_0\.npz and samples_9x.* both of rank"):
+        gather.main([*argv, "2"])
+    (tmp_path / "samples_9x4x4x3_rank_0.npz").unlink()
+    write("4x4x4x3_rank_1", 4, 8, 8, 3, arr_1=np.arange(4))
+    with pytest.raises(UserError, match=r"_rank_1\.npz has images of 8x8 with labels, .*4x4 with"):
+        gather.main([*argv, "2"])
+    assert not (tmp_path / "samples_all.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dir": "/nonexistent"}, "--dir: there is no folder /nonexistent"),
+        ({"dir": __file__}, "--dir: there is no folder "),
+        ({"num_file": 0}, "--num_file is 0, it must be at least 1"),
+        ({"dataset": "nope"}, "--dataset: unknown data set 'nope'; valid are emoji32"),
+        ({"ref_batch": "/no.npz"}, "--ref_batch: there is no file /no.npz"),
+        ({"eval_device": "cuda:99"}, "--eval_device cuda:99: not available here"),
+    ],
+)
+def test_gathering_refuses_bad_input_at_once(tmp_path, changes, message):
+    values = {"dir": tmp_path, "dataset": "emoji32", **changes}
+    with pytest.raises(UserError, match=message):
+        gather.main([part for key, value in values.items() for part in (f"--{key}", str(value))])
+
+
+def test_gathering_says_what_it_waits_for(tmp_path, monkeypatch, capsys):
+    """And takes a file that comes later."""
+    np.savez(tmp_path / "samples_1x4x4x3_rank_0.npz", np.zeros((1, 4, 4, 3), np.uint8))
+
+    def later(seconds: float) -> None:
+        np.savez(tmp_path / "samples_1x4x4x3_rank_1.npz", np.ones((1, 4, 4, 3), np.uint8))
+
+    monkeypatch.setattr(gather.time, "sleep", later)
+    gather.main(["--dir", str(tmp_path), "--num_file", "2", "--not_eval_metrics"])
+    assert "1 of 2 files samples_…_rank_R.npz (--num_file) are there; waiting for rank 1" in (
+        capsys.readouterr().err
+    )
+    with np.load(tmp_path / "samples_all.npz") as npz:
+        assert len(npz["arr_0"]) == 2
+
+
+def test_driver_gather_and_evaluator_end_together(tiny, tmp_path, whole_job):
+    """SIGTERM to the driver alone, while the evaluator reads an image that never ends."""
+    shutil.copytree(whole_job[1], tmp_path / "out")
+    (tmp_path / "out" / "metrics.json").unlink()
+    reference = tmp_path / "reference"
+    shutil.copytree(tiny.folder, reference)
+    held = sorted(reference.iterdir(), key=lambda path: int(path.name.split("_")[0]))[5]
+    held.unlink()
+    os.mkfifo(held)
+    argv = flags(tiny, tmp_path / "out", ref_batch=reference)
+    job = start([sys.executable, str(SCRIPTS / DRIVER), "--execute", *argv])
+    with open(held, "wb"):  # opens once the evaluator is there
+        job.send_signal(signal.SIGTERM)
+        said = job.communicate(timeout=PATIENCE_S)[0]  # the pipe closes when all have ended
+    assert job.returncode == 143, said
+    assert said.count("terminated\n") == 3
+    assert "the evaluation failed" not in said
+    assert not list((tmp_path / "out").glob("*.tmp*"))
+    assert not (tmp_path / "out" / "metrics.json").exists()
 
 
 def test_gathering_does_not_wait_for_ever_for_the_dead(tmp_path):
@@ -389,14 +527,16 @@ def test_gathering_does_not_wait_for_ever_for_the_dead(tmp_path):
     assert not (tmp_path / "samples_all.npz").exists()
 
 
-def test_a_failed_evaluation_is_ours_and_keeps_the_samples(whole_job, tmp_path):
+def test_a_failed_evaluation_is_ours_and_keeps_the_samples(tiny, whole_job, tmp_path):
     shutil.copytree(whole_job[1], tmp_path / "out")
     (tmp_path / "out" / "metrics.json").unlink()
-    reference = tmp_path / "cut.npz"
-    reference.write_bytes(b"PK nothing")
+    reference = tmp_path / "reference"
+    shutil.copytree(tiny.folder, reference)
+    broken = sorted(reference.iterdir(), key=lambda path: int(path.name.split("_")[0]))[5]
+    broken.write_bytes(b"no picture")
     argv = ["--dir", tmp_path / "out", "--dataset", "emoji32", "--ref_batch", reference]
     done = run_script(GATHER, *argv)
-    assert done.returncode != 0 and str(reference) in done.stderr
+    assert done.returncode == 2 and str(broken) in done.stderr
     assert "error: the evaluation failed; the samples are in" in done.stderr
     assert len(all_samples(tmp_path / "out")[0]) == NUM_IMAGES
     assert not (tmp_path / "out" / "metrics.json").exists()
@@ -431,5 +571,10 @@ def test_status_shows_done_missing_and_who_does_what(tmp_path, capsys):
         folder.write(chunk, np.zeros((2, 4, 4, 3), np.uint8), None)
     status.main([str(tmp_path), "--watch"])
     assert "6/6 images (100%)" in capsys.readouterr().out
-    with pytest.raises(UserError, match="is not a folder of samples"):
-        status.main([str(tmp_path / "chunks")])
+    for none in (tmp_path / "chunks", __file__):
+        with pytest.raises(UserError, match="is not a folder of samples"):
+            status.main([str(none)])
+    for damaged in ('{"settings": ', '{"settings": {}}', "[]", '"text"'):
+        (tmp_path / "settings.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"settings\.json is damaged: it "):
+            status.main([str(tmp_path)])
