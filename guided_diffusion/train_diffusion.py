@@ -10,6 +10,7 @@ from esddpm_io.images import image_grid
 
 from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import BatchStream
+from .pixels import to_uint8
 from .resample import create_named_schedule_sampler
 from .respace import SpacedDiffusion
 from .script_util import args_to_dict
@@ -96,8 +97,7 @@ def sample_drawer(
             **stop,
         ).cpu()
         rows = torch.cat([start, samples]) if early_stop_steps else samples
-        pixels = ((rows + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-        return image_grid(pixels.numpy(), len(start))
+        return image_grid(to_uint8(rows), len(start))
 
     return draw
 

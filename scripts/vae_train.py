@@ -21,6 +21,7 @@ from esddpm_io.images import image_grid
 from guided_diffusion import dist_util, logger
 from guided_diffusion.checkpoints import save_checkpoint, write_sidecar
 from guided_diffusion.image_datasets import BatchStream, load_data
+from guided_diffusion.pixels import to_uint8
 from guided_diffusion.script_util import args_to_dict
 from guided_diffusion.train_options import (
     data_options,
@@ -105,8 +106,7 @@ def reconstructions(data: BatchStream) -> Callable[[VAE], np.ndarray]:
         device = vae.label_counts.device
         y = None if labels is None else labels.to(device)
         decoded = vae.decode(vae.encode(batch.to(device), y)[0], y).cpu()
-        pixels = ((torch.cat([batch, decoded]) + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-        return image_grid(pixels.permute(0, 2, 3, 1).numpy(), len(batch))
+        return image_grid(to_uint8(torch.cat([batch, decoded])), len(batch))
 
     return draw
 

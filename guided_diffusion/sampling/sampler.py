@@ -1,5 +1,6 @@
 """The models on a device: a range of indices in, finished images out."""
 
+import functools
 import inspect
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import torch
 from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import load_weights
 from guided_diffusion.dist_util import cpu_has_bfloat16, find_launch
+from guided_diffusion.pixels import to_uint8
 from guided_diffusion.sampling.random_streams import RandomStreams
 from guided_diffusion.sampling.settings import (
     WITHOUT_EFFECT,
@@ -61,7 +63,8 @@ class Sampler:
         streams = RandomStreams(settings["seed"], start, stop)
         loop = self.diffusion.p_sample_loop_progressive
         if settings["use_ddim"]:
-            loop = self.diffusion.ddim_sample_loop_progressive
+            ddim = self.diffusion.ddim_sample_loop_progressive
+            loop = functools.partial(ddim, eta=settings["eta"])
         size = settings.get("large_size") or settings["image_size"]
         finite = []
         for done, out in enumerate(
@@ -116,10 +119,12 @@ class Sampler:
             return
         step, row = np.argwhere(~finite)[0]
         left = len(finite) - 1 - step
+        halved = self._job.settings["use_fp16"]
+        advice = "try --use_fp16 False, and check" if halved else "check"
         raise UserError(
             f"sample {start + row} became NaN or infinite at step {step + 1} of {len(finite)} "
             f"(index {left} of the chain, original timestep {self.diffusion.timestep_map[left]}); "
-            "try --use_fp16 False, and check that the checkpoint fits the flags"
+            f"{advice} that the checkpoint fits the flags"
         )
 
     def _make_cond_fn(self, log: Callable[[str], None]) -> Callable:
@@ -183,12 +188,6 @@ def flags_of(create: Callable, settings: dict) -> dict:
     """The settings that `create` takes."""
     known = {**WITHOUT_EFFECT, **settings}
     return {name: known[name] for name in inspect.signature(create).parameters if name in known}
-
-
-def to_uint8(samples: torch.Tensor) -> np.ndarray:
-    """Images in [-1, 1], [n, 3, H, W], as uint8 [n, H, W, 3]: (x + 1) × 127.5, truncated."""
-    pixels = ((samples.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def choose_device(text: str) -> torch.device:

@@ -38,6 +38,7 @@ COMMON_DEFAULTS = {
     "num_samples": 10000,
     "batch_size": 16,
     "use_ddim": False,
+    "eta": 0.0,
     "model_path": "",
     "device": "",
     "seed": 0,
@@ -129,7 +130,7 @@ def build_super_resolution_parser(prog: str | None = None) -> argparse.ArgumentP
 
 
 def _parser(defaults: dict, prog: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=prog)
     add_dict_to_argparser(parser, {k: v for k, v in defaults.items() if k not in _TYPES_OF_UNSET})
     for name, kind in _TYPES_OF_UNSET.items():
         parser.add_argument(f"--{name}", type=kind, default=None)
@@ -142,7 +143,7 @@ def read_job(argv: list[str] | None, *, guided: bool) -> Job:
     """Parse and check a sampling script's command line.
 
     Raises UserError, naming the flag and the valid values, for anything that could only fail
-    later; reads no more of the input files than their headers and labels.
+    later; of the input files it reads headers, labels and what tells them from others.
     """
     parser = build_parser(guided)
     args = parser.parse_args(argv)
@@ -153,7 +154,18 @@ def read_job(argv: list[str] | None, *, guided: bool) -> Job:
     remarks = _settle_flags(args, typed, "model")
     if scale:
         remarks += _settle_flags(args, typed, "classifier")
-    start_timestep = _check_steps(args)
+        _check_same_noise(args)
+    remarks += without_effect(
+        typed,
+        {
+            "num_samples": (not args.start_from_scratch, "without --start_from_scratch"),
+            "denoise_steps": (args.start_from_scratch, "with --start_from_scratch"),
+            "dataset_path": (args.start_from_scratch, "with --start_from_scratch"),
+            "limit": (args.start_from_scratch, "with --start_from_scratch"),
+            "eta": (not args.use_ddim, "without --use_ddim True"),
+        },
+    )
+    start_timestep = _check_steps(args, guided=bool(scale))
     source = _open_source(args, needs_labels=args.class_cond or bool(scale))
     settings = _settings(args, source, model_and_diffusion_defaults())
     settings["classifier_scale"] = scale
@@ -177,8 +189,9 @@ def read_super_resolution_job(argv: list[str] | None) -> Job:
     _check_common(args)
     typed = {name: getattr(args, name) for name in explicit_flags(parser, argv)}
     remarks = _settle_flags(args, typed, "sr")
+    remarks += without_effect(typed, {"eta": (not args.use_ddim, "without --use_ddim True")})
     args.start_from_scratch = True
-    start_timestep = _check_steps(args)
+    start_timestep = _check_steps(args, guided=False)
     source = open_images_to_enlarge(
         args.base_samples,
         small_size=args.small_size,
@@ -220,6 +233,7 @@ def _check_common(args: argparse.Namespace) -> None:
         _require(getattr(args, name) >= 1, f"--{name} must be at least 1")
     _require(args.chunk_size >= 0, "--chunk_size must be at least 1, or 0 to choose by itself")
     _require(0 <= args.seed <= _LARGEST_SEED, f"--seed must be in 0 … {_LARGEST_SEED}")
+    _require(0 <= args.eta <= 1, f"--eta must be in 0 … 1, not {args.eta:g}")
     _require(bool(args.save_dir), "--save_dir: name the folder for the samples")
 
 
@@ -235,6 +249,28 @@ def _settle_flags(args: argparse.Namespace, typed: dict, kind: str) -> list[str]
     for name in own:
         setattr(args, name, flags[name])
     return remarks
+
+
+def _check_same_noise(args: argparse.Namespace) -> None:
+    """UserError for a classifier whose sidecar says it was trained on other noise."""
+    sidecar = read_sidecar(args.classifier_path)
+    for name in ("noise_schedule", "diffusion_steps"):
+        chosen = getattr(args, name)
+        trained = sidecar["flags"].get(name, chosen) if sidecar else chosen
+        _require(
+            trained == chosen,
+            f"--classifier_path: {args.classifier_path} was trained with {name} {trained}, the "
+            f"diffusion model has {name} {chosen}: guidance needs a classifier of the same noise",
+        )
+
+
+def without_effect(typed: Iterable[str], conditions: Mapping[str, tuple[bool, str]]) -> list[str]:
+    """A remark for each typed flag that does nothing; `conditions`: whether it does, and when."""
+    return [
+        f"--{name} has no effect {when}"
+        for name, (useless, when) in conditions.items()
+        if useless and name in typed
+    ]
 
 
 def diffusion_from(settings: Mapping):
@@ -256,37 +292,44 @@ def diffusion_from(settings: Mapping):
     )
 
 
-def _check_steps(args: argparse.Namespace) -> int:
+def _check_steps(args: argparse.Namespace, guided: bool) -> int:
     """Check chain and number of steps; return the original timestep that sampling starts at."""
+    networks = ("model_path", "classifier_path") if guided else ("model_path",)
+    paths = [getattr(args, flag) for flag in networks]
     try:
         diffusion = diffusion_from(vars(args))
     except ValueError as error:
-        raise UserError(f"--timestep_respacing, --noise_schedule: {error}") from error
+        raise UserError(f"--{error}") from error  # begins with the flag's name
     steps = diffusion.num_timesteps
     if args.start_from_scratch:
         args.denoise_steps = None
-        return _trained_start(args, diffusion.timestep_map, steps)
+        return _trained_start(paths, diffusion.timestep_map, steps, "--start_from_scratch")
     _require(
         1 <= args.denoise_steps <= steps,
         f"--denoise_steps must be in 1 … {steps}, the chain's length, not {args.denoise_steps}",
     )
-    return _trained_start(args, diffusion.timestep_map, args.denoise_steps)
+    return _trained_start(paths, diffusion.timestep_map, args.denoise_steps, "--denoise_steps")
 
 
-def _trained_start(args: argparse.Namespace, timestep_map: list[int], steps: int) -> int:
-    """The original timestep that `steps` steps start at, if the network was trained on it."""
+def _trained_start(paths: list[str], timestep_map: list[int], steps: int, flag: str) -> int:
+    """The original timestep that `steps` steps start at, if the networks were trained on it."""
     start = timestep_map[steps - 1]
-    sidecar = read_sidecar(args.model_path)
-    trained = sidecar["early_stop_steps"] if sidecar else None
-    if trained is None or start < trained:
-        return start
-    most = sum(timestep < trained for timestep in timestep_map)
-    flag = "--start_from_scratch" if args.denoise_steps is None else "--denoise_steps"
-    raise UserError(
-        f"{flag}: sampling would start at original timestep {start}, but {args.model_path} was "
-        f"trained on timesteps below {trained} only; --denoise_steps can be 1 … {most} here "
-        "(--reverse_steps of the driver)"
-    )
+    for path in paths:
+        trained = trained_steps(path)
+        if trained is not None and start >= trained:
+            most = sum(timestep < trained for timestep in timestep_map)
+            raise UserError(
+                f"{flag}: sampling would start at original timestep {start}, but {path} was "
+                f"trained on timesteps below {trained} only; --denoise_steps can be 1 … {most} "
+                "here (--reverse_steps of the driver)"
+            )
+    return start
+
+
+def trained_steps(path: str) -> int | None:
+    """T' of a network whose sidecar says that it was trained on timesteps below T' only."""
+    sidecar = read_sidecar(path)
+    return sidecar["early_stop_steps"] if sidecar else None
 
 
 def _open_source(args: argparse.Namespace, needs_labels: bool) -> Source:
@@ -308,6 +351,7 @@ def _settings(args: argparse.Namespace, source: Source, flags: Iterable[str]) ->
         "start_from_scratch": args.start_from_scratch,
         "denoise_steps": args.denoise_steps,
         "use_ddim": args.use_ddim,
+        "eta": args.eta if args.use_ddim else None,
         "clip_denoised": args.clip_denoised,
         "checkpoint": fingerprint_file(args.model_path, flag="--model_path"),
         "generator_images": _fingerprint(source, args.save_dir),

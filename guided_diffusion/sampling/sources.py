@@ -8,6 +8,7 @@ import torch
 
 from esddpm_io.errors import UserError
 from esddpm_io.images import ImageSource, open_images
+from guided_diffusion.pixels import to_float
 from guided_diffusion.sampling.random_streams import random_labels
 
 _LABELS_AT_ONCE = 65536
@@ -107,11 +108,6 @@ class ImagesToEnlarge:
 
 
 Source = GeneratorImages | PureNoise | ImagesToEnlarge
-
-
-def to_float(pixels: np.ndarray) -> torch.Tensor:
-    """Pixels uint8 [n, H, W, 3] as the models take them: float32 [n, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def open_generator_images(

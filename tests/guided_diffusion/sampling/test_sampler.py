@@ -6,9 +6,10 @@ import torch
 
 from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import load_weights
+from guided_diffusion.pixels import to_uint8
 from guided_diffusion.sampling import sampler as sampler_module
 from guided_diffusion.sampling.random_streams import RandomStreams
-from guided_diffusion.sampling.sampler import Sampler, choose_device, to_uint8
+from guided_diffusion.sampling.sampler import Sampler, choose_device
 from guided_diffusion.sampling.settings import read_job
 from guided_diffusion.script_util import (
     classifier_defaults,
@@ -19,7 +20,9 @@ from guided_diffusion.script_util import (
 from tests.tiny_sampling import CLASSIFIER, IMAGE_SIZE, MODEL
 
 
-def by_the_library(tiny, start: int, stop: int, loop: str, scale: float) -> np.ndarray:
+def by_the_library(
+    tiny, start: int, stop: int, loop: str, scale: float, **options: float
+) -> np.ndarray:
     """Samples start … stop-1 by the library's own loops, without the engine."""
     flags = {**model_and_diffusion_defaults(), **MODEL, "timestep_respacing": "5"}
     model, diffusion = create_model_and_diffusion(**flags)
@@ -48,6 +51,7 @@ def by_the_library(tiny, start: int, stop: int, loop: str, scale: float) -> np.n
         model_kwargs={"y": torch.from_numpy(labels)},
         denoise_steps=2,
         randn=RandomStreams(0, start, stop).randn,
+        **options,
     )
     return to_uint8(samples)
 
@@ -63,6 +67,15 @@ def test_samples_are_those_of_the_library(tiny, tmp_path, loop, scale):
     assert np.abs(images.astype(int) - expected).max() <= 1
     assert (images == expected).mean() > 0.99
     np.testing.assert_array_equal(labels, np.load(tiny.images)["arr_1"][3:7])
+
+
+def test_ddim_with_eta(tiny, tmp_path):
+    job = read_job(tiny.worker_flags(tmp_path, use_ddim=True, eta=0.5), guided=False)
+    images = Sampler(job).sample(3, 7)[0]
+    expected = by_the_library(tiny, 3, 7, "ddim_sample_loop", 0.0, eta=0.5)
+    assert np.abs(images.astype(int) - expected).max() <= 1
+    without = by_the_library(tiny, 3, 7, "ddim_sample_loop", 0.0)
+    assert (without != expected).mean() > 0.1
 
 
 def test_guidance_changes_the_samples(tiny, tmp_path):
@@ -81,8 +94,11 @@ def test_nan_names_index_and_step(tiny, tmp_path):
     torch.save(state, tmp_path / "nan.pt")
     flags = tiny.worker_flags(tmp_path, model_path=tmp_path / "nan.pt", clip_denoised=False)
     message = "sample 5 became NaN or infinite at step 1 of 2 (index 1 of the chain"
-    with pytest.raises(UserError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         Sampler(read_job(flags, guided=False)).sample(4, 8)
+    assert "use_fp16" not in str(error.value)
+    with pytest.raises(UserError, match="try --use_fp16 False, and check that"):
+        Sampler(read_job([*flags, "--use_fp16", "True"], guided=False)).sample(4, 8)
 
 
 def test_half_precision_on_a_cpu_says_what_it_does(tiny, tmp_path, monkeypatch):
@@ -111,9 +127,3 @@ def test_devices():
     for absent in ("99", "cuda:99", "tpu"):
         with pytest.raises(UserError, match=f"--device {absent} is not there; valid .*: cpu"):
             choose_device(absent)
-
-
-def test_bytes_are_truncated():
-    x = torch.tensor([-2.0, -1.0, -0.999, 0.0, 0.9999, 1.0, 3.0]).view(1, 1, 7, 1)
-    x = x.expand(1, 3, 7, 1)
-    assert to_uint8(x)[0, :, 0, 0].tolist() == [0, 0, 0, 127, 254, 255, 255]

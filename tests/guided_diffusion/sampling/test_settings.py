@@ -11,8 +11,8 @@ from guided_diffusion.sampling.settings import (
     rank_from_environment,
     read_job,
 )
-from guided_diffusion.script_util import model_and_diffusion_defaults
-from tests.tiny_sampling import MODEL
+from guided_diffusion.script_util import classifier_defaults, model_and_diffusion_defaults
+from tests.tiny_sampling import CLASSIFIER, IMAGE_SIZE, MODEL
 
 
 def test_switches_work_with_and_without_a_truth_value():
@@ -29,8 +29,10 @@ def test_switches_work_with_and_without_a_truth_value():
         ({"timestep_respacing": "ddim600"}, r"--timestep_respacing.*ddim"),
         ({"timestep_respacing": "2000"}, r"--timestep_respacing"),
         ({"noise_schedule": "square"}, r"--noise_schedule"),
+        ({"diffusion_steps": 10}, r"^--diffusion_steps is 10, it must be at least 21"),
         ({"batch_size": 0}, r"--batch_size must be at least 1"),
         ({"seed": -1}, r"--seed must be in 0 …"),
+        ({"eta": 1.5}, r"--eta must be in 0 … 1, not 1\.5"),
         ({"save_dir": ""}, r"--save_dir: name the folder"),
         ({"model_path": "none.pt"}, r"--model_path: there is no file none\.pt"),
         ({"classifier_path": "none.pt"}, r"--classifier_path: there is no file none\.pt"),
@@ -138,3 +140,56 @@ def test_sampling_beyond_what_an_early_stopped_network_learned_is_refused(
     assert read_job(tiny.worker_flags(**base, denoise_steps=1), guided=False).info
     with pytest.raises(UserError, match=rf"{flag}: .*below 100 only; .* can be 1 … 1 here"):
         read_job(tiny.worker_flags(**base, **changes), guided=False)
+
+
+def with_sidecar(tiny, folder, **sidecar) -> dict:
+    """A copy of the classifier, with a sidecar, as flags of a worker."""
+    path = folder / "classifier.pt"
+    shutil.copy(tiny.classifier, path)
+    flags = {
+        **classifier_defaults(),
+        **CLASSIFIER,
+        "image_size": IMAGE_SIZE,
+        "diffusion_steps": 1000,
+    }
+    changes = {key: sidecar.pop(key) for key in ("noise_schedule",) if key in sidecar}
+    write_sidecar(str(path), {**flags, **changes}, kind="classifier", **sidecar)
+    return {"save_dir": folder / "out", "classifier_path": path}
+
+
+def test_guidance_beyond_what_an_early_stopped_classifier_learned_is_refused(tiny, tmp_path):
+    chain = {"timestep_respacing": "10", "denoise_steps": 2}
+    flags = {**with_sidecar(tiny, tmp_path, early_stop_steps=100), **chain}
+    message = r"--denoise_steps: .* at original timestep 111, but .*classifier\.pt was .* below 100"
+    with pytest.raises(UserError, match=message):
+        read_job(tiny.guided_flags(**flags), guided=True)
+    assert read_job(tiny.guided_flags(**{**flags, "denoise_steps": 1}), guided=True)
+    assert read_job(tiny.guided_flags(**flags, classifier_scale=0), guided=True)
+
+
+def test_a_classifier_of_other_noise_is_refused(tiny, tmp_path):
+    flags = with_sidecar(tiny, tmp_path, noise_schedule="cosine")
+    message = "trained with noise_schedule cosine, the diffusion model has noise_schedule linear"
+    with pytest.raises(UserError, match=message):
+        read_job(tiny.guided_flags(**flags), guided=True)
+    assert read_job(tiny.guided_flags(**with_sidecar(tiny, tmp_path)), guided=True)
+
+
+def test_flags_typed_in_vain_are_remarked(tiny, tmp_path):
+    def remarks(**changes: object) -> list[str]:
+        return read_job(tiny.worker_flags(tmp_path, **changes), guided=False).info["flags"]
+
+    assert remarks(num_samples=7, eta=0.5) == [
+        "--num_samples has no effect without --start_from_scratch",
+        "--eta has no effect without --use_ddim True",
+    ]
+    assert remarks(start_from_scratch=True, num_samples=7, limit=3) == [
+        f"--{name} has no effect with --start_from_scratch"
+        for name in ("denoise_steps", "dataset_path", "limit")
+    ]
+    assert remarks(use_ddim=True, eta=0.5) == []
+
+
+def test_flags_may_be_abbreviated_as_argparse_lets_them(tiny, tmp_path):
+    argv = [word.replace("--denoise_steps", "--denoise") for word in tiny.worker_flags(tmp_path)]
+    assert read_job(argv, guided=False).settings["denoise_steps"] == 2
