@@ -16,6 +16,7 @@ from emoji32_early_stop import ROOT, first_images, run, sample, score
 
 from esddpm_io.errors import UserError, run_main
 from guided_diffusion.presets import load_preset
+from guided_diffusion.sampling.plan import as_argv
 
 TRAIN = ROOT / "scripts" / "image_train.py"
 
@@ -72,9 +73,8 @@ def train(preset, folder: Path, args: argparse.Namespace, early_stop_steps: int)
         "resume_checkpoint": "auto",
         "seed": args.seed,
     }
-    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     os.environ["OPENAI_LOGDIR"] = str(folder)
-    run([sys.executable, str(TRAIN), *flags])
+    run([sys.executable, str(TRAIN), *as_argv(options)])
     return network
 
 

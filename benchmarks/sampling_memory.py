@@ -22,6 +22,7 @@ import numpy as np
 
 from esddpm_io.images import save_png
 from esddpm_io.npz import NpzWriter
+from guided_diffusion.sampling.plan import as_argv
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SIZE = 256
@@ -134,8 +135,7 @@ def worker_peak(out: Path, checkpoint: Path, images: Path, number: int) -> int:
         "global_rank": number // BATCH - 1,
         "world_size": number // BATCH,
     }
-    argv = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
-    return peak_of([sys.executable, str(SCRIPTS / WORKER), *argv])
+    return peak_of([sys.executable, str(SCRIPTS / WORKER), *as_argv(flags)])
 
 
 def gather_peak(out: Path, number: int) -> int:

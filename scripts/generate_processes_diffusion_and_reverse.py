@@ -41,6 +41,8 @@ def create_argparser() -> argparse.ArgumentParser:
         default=plan.DEFAULT_DEVICES,
         help="GPU indices, none (as CUDA says), cpu, cpu,cpu",
     )
+    add("--eta", type=float, default=0.0, help="with DDIM: 0 adds no noise, 1 as much as DDPM")
+    add("--use_fp16", type=truth_value, help="True or False instead of what the preset says")
     add("--seed", type=int, default=0, help="the same seed gives the same samples")
     add("--model_path", help="checkpoint instead of the preset's")
     add("--classifier_path", help="classifier instead of the preset's")
@@ -50,9 +52,27 @@ def create_argparser() -> argparse.ArgumentParser:
     return parser
 
 
+def truth_value(text: str) -> bool:
+    # Brings torch with it, which --help can do without.
+    from guided_diffusion.script_util import str2bool
+
+    return str2bool(text)
+
+
+def typed_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> set[str]:
+    """The names of the flags that the user typed."""
+    from guided_diffusion.checkpoints import explicit_flags
+
+    return explicit_flags(parser, argv)
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = create_argparser().parse_args(argv)
+    parser = create_argparser()
+    args = parser.parse_args(argv)
     preset = load_preset(args.dataset)
+    args.typed = typed_flags(parser, argv)
+    for remark in plan.ignored_flags(args, preset):
+        print(f"warning: {remark}", file=sys.stderr)
     steps = plan.check_numbers(args, preset)
     print(plan.describe_steps(args, steps))
     output = plan.typed(args.output_dir) or str(plan.default_output(args, preset.name))

@@ -22,13 +22,13 @@ from guided_diffusion.checkpoints import explicit_flags, settle_flags
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.sampling.sampler import flags_of, load_network
-from guided_diffusion.sampling.settings import diffusion_from, require_file
+from guided_diffusion.sampling.settings import diffusion_from, require_file, trained_steps
 from guided_diffusion.script_util import (
     add_dict_to_argparser,
     create_model,
     model_and_diffusion_defaults,
 )
-from guided_diffusion.train_options import explained_flags
+from guided_diffusion.train_options import check_seed, explained_flags
 
 TERMS = ("vb", "mse", "xstart_mse")
 
@@ -55,9 +55,16 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("num_samples", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
+    check_seed(args.seed)
     require_file(args.model_path, "--model_path")
     typed = {name: getattr(args, name) for name in explicit_flags(parser, argv)}
     flags, remarks = settle_flags(args.model_path, "model", typed, flag="--model_path")
+    trained = trained_steps(args.model_path)
+    if trained is not None:
+        raise UserError(
+            f"--model_path: {args.model_path} was trained on timesteps below T' = {trained} only; "
+            "the bound on the likelihood needs all of the chain"
+        )
 
     terminate_cleanly()
     dist_util.setup_dist()

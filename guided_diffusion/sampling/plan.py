@@ -15,12 +15,19 @@ from esddpm_io.images import open_images
 from guided_diffusion.presets import GUIDED_SAMPLER, SCRIPTS_FOLDER, Preset
 from guided_diffusion.sampling.launcher import WorkerCommand
 
-# A default stands for "what the preset says", or "what is there": these are compared by identity,
-# so that the same text typed by the user is taken at its word.
+# Published defaults. Untyped, they stand for "what is there" and "what the preset says"; the same
+# text typed by the user is taken at its word (`typed`, the names of typed flags, tells which).
 DEFAULT_DEVICES = "0,1,2,3,4,5,6,7"
 DEFAULT_DATASET_PATH = "../evaluations/precomputed/biggan_deep_imagenet64.npz"
 
 EVALUATION_BACKENDS = ("auto", "tensorflow", "torch")  # the evaluator's, which is not imported
+_FLAGS_OF_EVALUATION = (
+    "ref_batch",
+    "inception_path",
+    "eval_backend",
+    "eval_device",
+    "eval_cache_dir",
+)
 
 
 def check_numbers(args: argparse.Namespace, preset: Preset) -> list[int]:
@@ -62,7 +69,40 @@ def default_output(args: argparse.Namespace, dataset: str) -> Path:
     return SCRIPTS_FOLDER / "exps" / dataset / f"ddpm_{args.chain_length}_steps" / f"{kind}{suffix}"
 
 
-def choose_devices(text: str, execute: bool) -> list[str]:
+def ignored_flags(args: argparse.Namespace, preset: Preset) -> list[str]:
+    """A remark for each flag that the user typed in vain."""
+    from guided_diffusion.sampling.settings import without_effect
+
+    scratch = args.start_from_scratch
+    unguided = not (preset.is_guided or args.classifier_path)
+    unevaluated = "with --not_eval_metrics" if args.not_eval_metrics else "but on machine 0"
+    return without_effect(
+        args.typed,
+        {
+            "num_samples": (not scratch, "without --start_from_scratch"),
+            "reverse_steps": (scratch, "with --start_from_scratch"),
+            "dataset_path": (scratch, "with --start_from_scratch"),
+            "limit": (scratch, "with --start_from_scratch"),
+            "eta": (not uses_ddim(args), "without DDIM (--chain_length ddim250, say)"),
+            "classifier_guidance_scale": (
+                unguided,
+                f"with the data set {preset.name}: it has no classifier (see --classifier_path)",
+            ),
+            "classifier_path": (
+                args.classifier_guidance_scale == 0,
+                "with --classifier_guidance_scale 0",
+            ),
+            "save_dir_suffix": (bool(args.output_dir), "with --output_dir"),
+            **dict.fromkeys(_FLAGS_OF_EVALUATION, (not evaluates(args), unevaluated)),
+        },
+    )
+
+
+def uses_ddim(args: argparse.Namespace) -> bool:
+    return args.chain_length.startswith("ddim")
+
+
+def choose_devices(args: argparse.Namespace) -> list[str]:
     """The devices to use, one a process; UserError, naming the valid ones, if one is not there.
 
     Commands that are only printed may be for another machine: there, typed devices need not exist.
@@ -70,14 +110,15 @@ def choose_devices(text: str, execute: bool) -> list[str]:
     import torch
 
     there = [str(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    if text is DEFAULT_DEVICES or text == "none":
+    text = args.devices
+    if "devices" not in args.typed or text == "none":
         if not there:
             print("no CUDA device is there: using the CPU")
             return ["cpu"]
         return there if text == "none" else [d for d in text.split(",") if d in there]
     devices = [device.strip() for device in text.split(",")]
     absent = [device for device in devices if device not in (*there, "cpu")]
-    if absent and (execute or "" in absent):
+    if absent and (args.execute or "" in absent):
         raise UserError(
             f"--devices {text}: there is no device {absent[0] or '(empty)'}; valid on this "
             f"machine: {', '.join([*there, 'cpu', 'none'])}"
@@ -87,7 +128,7 @@ def choose_devices(text: str, execute: bool) -> list[str]:
 
 def worker_commands(args: argparse.Namespace, preset: Preset, output: str) -> list[WorkerCommand]:
     """The command of every process of this machine."""
-    devices = choose_devices(args.devices, args.execute)
+    devices = choose_devices(args)
     script, flags = sampler_and_flags(args, preset)
     beside_samples = args.output_dir and not is_blob(output)
     logs = Path(output if beside_samples else SCRIPTS_FOLDER) / "logs"
@@ -114,12 +155,16 @@ def sampler_and_flags(args: argparse.Namespace, preset: Preset) -> tuple[str, di
         **preset.model_flags,
         **preset.diffusion_flags,
         "timestep_respacing": args.chain_length,
-        "use_ddim": args.chain_length.startswith("ddim"),
+        "use_ddim": uses_ddim(args),
         "model_path": typed(args.model_path) or preset.checkpoint,
         "batch_size": args.batch_size,
         "seed": args.seed,
         "save_png_files": args.save_png_files,
     }
+    if args.use_fp16 is not None:
+        flags["use_fp16"] = args.use_fp16
+    if uses_ddim(args):
+        flags["eta"] = args.eta
     if args.start_from_scratch:
         flags |= {"start_from_scratch": True, "num_samples": args.num_samples}
     else:
@@ -138,7 +183,7 @@ def sampler_and_flags(args: argparse.Namespace, preset: Preset) -> tuple[str, di
 
 def generator_images(args: argparse.Namespace, preset: Preset) -> str:
     """The generator's images: what the user typed, else the preset's, else nothing."""
-    if args.dataset_path is DEFAULT_DATASET_PATH:
+    if "dataset_path" not in args.typed:
         return preset.generator_images or ""
     return typed(args.dataset_path) or ""
 

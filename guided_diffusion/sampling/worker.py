@@ -1,12 +1,13 @@
 """The loop of one process: claim a chunk, sample it, store it, until none is missing."""
 
+import contextlib
 import os
 import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -26,12 +27,22 @@ def main(argv: list[str] | None = None, *, guided: bool) -> None:
     terminate_cleanly()
     _stop_with_launcher()
     job = read_job(argv, guided=guided)
-    try:
+    with telling_how_to_continue(job, shlex.join([sys.executable, *sys.argv])):
         run(job)
+
+
+@contextlib.contextmanager
+def telling_how_to_continue(job: Job, command: str) -> Iterator[None]:
+    """Print the command that goes on when Ctrl-C or SIGTERM ends the block.
+
+    Once for all processes that one launcher has started; ours tells its own.
+    """
+    try:
+        yield
     except KeyboardInterrupt:
-        if LAUNCHER_VARIABLE not in os.environ:
-            again = shlex.join([sys.executable, *(sys.argv if argv is None else argv)])
-            print(f"what is finished stays; continue with\n  {again}", file=sys.stderr)
+        is_first = job.rank == 0 or not job.any_chunk
+        if is_first and LAUNCHER_VARIABLE not in os.environ:
+            print(f"what is finished stays; continue with\n  {command}", file=sys.stderr)
         raise
 
 

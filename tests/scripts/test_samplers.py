@@ -17,7 +17,7 @@ from guided_diffusion.checkpoints import load_weights, write_sidecar
 from scripts import classifier_sample, image_nll, image_sample, super_res_sample
 from tests.golden_values import fill
 from tests.tiny_sampling import MODEL, SCRIPTS, TinyFiles
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, wait_until
 
 FLAGS = [part for name, value in MODEL.items() for part in (f"--{name}", str(value))]
 CHAIN = ["--timestep_respacing", "3", "--num_samples", "5", "--batch_size", "2"]
@@ -171,6 +171,34 @@ def test_bad_input_is_one_line(run, tiny, tmp_path):
         with pytest.raises(UserError, match=message) as error:
             run(script, tmp_path, *argv, *more)
         assert "\n" not in str(error.value)
+
+
+def test_image_nll_of_an_early_stopped_network_is_refused(run, tiny, tmp_path):
+    model = tmp_path / "model.pt"
+    shutil.copy(tiny.model, model)
+    flags = {**script_util.model_and_diffusion_defaults(), **MODEL}
+    write_sidecar(str(model), flags, early_stop_steps=500)
+    argv = ["--model_path", model, "--data_dir", tiny.images]
+    with pytest.raises(UserError, match=r"--model_path: .*model\.pt was .* below T' = 500 only"):
+        run(image_nll, tmp_path, *argv)
+
+
+def test_a_stopped_sampler_names_the_command_that_goes_on(tiny, tmp_path):
+    """In a temporary log folder too, which nobody would find otherwise."""
+    chain = ["--timestep_respacing", "50", "--num_samples", "10000", "--batch_size", "1"]
+    script = str(SCRIPTS / "image_sample.py")
+    command = [sys.executable, script, "--model_path", str(tiny.model), *FLAGS, *chain]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: list(tmp_path.glob("*/chunks/0*.npz")), process)
+    process.terminate()
+    said = process.communicate(timeout=PATIENCE_S)[1]
+    folder = next(tmp_path.glob("*/chunks")).parent
+    again = f"OPENAI_LOGDIR={folder} {' '.join(command)}"
+    assert f"what is finished stays; continue with\n  {again}\n" in said
+    assert process.returncode == 143
 
 
 LAUNCHERS = {

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from esddpm_io.errors import UserError, run_main
@@ -295,6 +297,77 @@ def test_commands_are_printed_for_devices_of_another_machine(capsys):
     printed = capsys.readouterr().out
     assert "--device 0" in printed
     assert "--device 7" in printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "warnings"),
+    [
+        ("--num_samples 7", ["--num_samples has no effect without --start_from_scratch"]),
+        (
+            "--start_from_scratch --limit 3 --reverse_steps 25",
+            [
+                "--reverse_steps has no effect with --start_from_scratch",
+                "--limit has no effect with --start_from_scratch",
+            ],
+        ),
+        (
+            "--dataset lsun_cat --classifier_guidance_scale 1 --eta 0.5",
+            [
+                "--eta has no effect without DDIM (--chain_length ddim250, say)",
+                "--classifier_guidance_scale has no effect with the data set lsun_cat: it has no "
+                "classifier (see --classifier_path)",
+            ],
+        ),
+        (
+            "--classifier_guidance_scale 0 --classifier_path c.pt --output_dir o "
+            "--save_dir_suffix s --not_eval_metrics --ref_batch r.npz",
+            [
+                "--classifier_path has no effect with --classifier_guidance_scale 0",
+                "--save_dir_suffix has no effect with --output_dir",
+                "--ref_batch has no effect with --not_eval_metrics",
+            ],
+        ),
+        ("--classifier_guidance_scale 0 --dataset_path x.npz --limit 3", []),
+    ],
+)
+def test_flags_typed_in_vain_are_warned_of(capsys, argv, warnings):
+    driver.main(["--devices", "cpu", *argv.split()])
+    assert capsys.readouterr().err.splitlines() == [f"warning: {line}" for line in warnings]
+
+
+def test_precision_and_eta_reach_the_workers(capsys):
+    argv = ["--use_fp16", "no", "--chain_length", "ddim50", "--eta", "0.3", "--devices", "cpu"]
+    driver.main(argv)
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert "--use_fp16 False" in command and "--eta 0.3" in command
+    assert "--use_fp16 True" not in command
+
+
+def test_typed_defaults_are_taken_at_their_word(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    typed = flags(tiny, tmp_path / "out", devices="0,1,2,3,4,5,6,7")
+    with pytest.raises(UserError, match="--devices 0,1,2,3,4,5,6,7: there is no device 0"):
+        driver.main(["--execute", *typed])
+    monkeypatch.chdir(tmp_path)
+    default = "../evaluations/precomputed/biggan_deep_imagenet64.npz"
+    message = f"--dataset_path: there is no file or folder {os.path.abspath(default)}"
+    with pytest.raises(UserError, match=re.escape(message)):
+        driver.main(["--execute", *flags(tiny, tmp_path / "out", dataset_path=default)])
+
+
+def test_a_failed_start_does_not_stand_in_the_way_of_the_mended_command(tiny, tmp_path):
+    out = tmp_path / "out"
+    broken = tmp_path / "cut.pt"
+    state = torch.load(tiny.model)
+    state.popitem()
+    torch.save(state, broken)
+    begin = ["--execute", "--not_eval_metrics"]
+    failed = run_script(DRIVER, *begin, *flags(tiny, out, model_path=broken))
+    assert failed.returncode == 1 and "does not fit the model flags" in failed.stderr
+    assert (out / "settings.json").exists()
+    mended = run_script(DRIVER, *begin, *flags(tiny, out))
+    assert mended.returncode == 0, mended.stdout + mended.stderr
+    assert len(all_samples(out)[0]) == NUM_IMAGES
 
 
 def test_limit_takes_the_first_images(tiny, tmp_path):
