@@ -3,10 +3,14 @@
 #
 #   bash setup_env.sh                       nothing more
 #   bash setup_env.sh demo [driver flags]   the main job on emoji32: sample, gather, evaluate, grid
-#   bash setup_env.sh test [pytest flags]   lint and tests
+#   bash setup_env.sh test [pytest flags]   lint and tests, from the project's folder
 #
 # PYTHON=/path/to/python3 chooses the interpreter.
 set -euo pipefail
+readonly STARTED_IN=$PWD # where paths that the user types start
+if [[ ${PYTHON:-} == */* && $PYTHON != /* ]]; then
+    PYTHON=$STARTED_IN/$PYTHON
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 readonly VENV=.venv
@@ -114,9 +118,11 @@ demo() {
     if has_nvidia_gpu; then
         devices=0
     fi
+    local project=$PWD
     make_venv
     install requirements.txt
-    exec "$VENV/bin/python" scripts/generate_processes_diffusion_and_reverse.py \
+    cd "$STARTED_IN"
+    exec "$project/$VENV/bin/python" "$project/scripts/generate_processes_diffusion_and_reverse.py" \
         --execute --dataset emoji32 --devices "$devices" \
         --chain_length 50 --reverse_steps 25 --limit 1000 "$@"
 }

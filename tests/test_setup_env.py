@@ -69,7 +69,7 @@ def test_a_python_of_another_version_is_refused(clone):
         "apt install python3 python3-venv\n"
     )
     result = run(clone / "setup_env.sh", "demo", path=clone / "bin", PYTHON="bin/python3")
-    assert "PYTHON=bin/python3 is not Python 3.11, 3.12 or 3.13" in result.stderr
+    assert f"PYTHON={os.getcwd()}/bin/python3 is not Python 3.11, 3.12 or 3.13" in result.stderr
     assert not (clone / ".venv").exists()
 
 
@@ -124,9 +124,9 @@ PLAIN_TORCH = f"-m pip install {TORCH}"
 PROJECT = "-m pip install --no-deps --editable ."
 
 
-def demo(devices):
+def demo(clone, devices):
     return (
-        "scripts/generate_processes_diffusion_and_reverse.py --execute --dataset emoji32 "
+        f"{clone}/scripts/generate_processes_diffusion_and_reverse.py --execute --dataset emoji32 "
         f"--devices {devices} --chain_length 50 --reverse_steps 25 --limit 1000"
     )
 
@@ -138,11 +138,25 @@ def test_no_job_only_installs(recorded_pip):
 
 def test_the_first_run_installs_and_the_second_does_not(recorded_pip, clone):
     packages = "-m pip install -r requirements.txt"
-    assert recorded_pip("demo") == [CHECK, PLAIN_TORCH, packages, PROJECT, demo("cpu,cpu")]
-    assert recorded_pip("demo", "--seed", "3") == [CHECK, demo("cpu,cpu") + " --seed 3"]
+    assert recorded_pip("demo") == [CHECK, PLAIN_TORCH, packages, PROJECT, demo(clone, "cpu,cpu")]
+    assert recorded_pip("demo", "--seed", "3") == [CHECK, demo(clone, "cpu,cpu") + " --seed 3"]
     with (clone / "requirements.txt").open("a") as requirements:
         requirements.write("one-more\n")
     assert packages in recorded_pip("demo")
+
+
+def test_the_demo_runs_where_the_user_stands(recorded_pip, clone):
+    recorded_pip()
+    write_tool(clone / ".venv/bin", "python", f'pwd >{clone}/stood; echo "$*" >{clone}/asked')
+    elsewhere = clone / "else where"
+    elsewhere.mkdir()
+    script = 'cd "$1" && exec bash ../setup_env.sh demo --output_dir out'
+    tools = clone / "bin"
+    (tools / "bash").symlink_to(shutil.which("bash"))
+    result = run("-c", script, "bash", elsewhere, path=tools)
+    assert result.returncode == 0, result.stderr
+    assert (clone / "stood").read_text() == f"{elsewhere}\n"
+    assert (clone / "asked").read_text() == demo(clone, "cpu,cpu") + " --output_dir out\n"
 
 
 def test_the_cpu_build_of_torch_where_its_index_can_be_reached(recorded_pip, clone):
@@ -161,7 +175,7 @@ def test_the_plain_torch_and_one_gpu_where_there_is_one(recorded_pip, clone):
     write_tool(clone / "bin", "nvidia-smi", "echo 'GPU 0: a GPU (UUID: GPU-0)'")
     asked = recorded_pip("demo")
     assert asked[1] == PLAIN_TORCH
-    assert asked[-1] == demo("0")
+    assert asked[-1] == demo(clone, "0")
 
 
 def test_tests_are_linted_first_and_pytest_comes_last(recorded_pip):
