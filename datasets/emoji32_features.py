@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from esddpm_io.atomic import atomic_path
-from esddpm_io.errors import UserError, run_main
+from esddpm_io.errors import run_main
+from esddpm_io.images import check_image_array
 from esddpm_io.npz import NpzReader
 from esddpm_io.progress import Progress
 
@@ -198,10 +199,7 @@ def read_data(path: str) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N, 32, 32, 3] and labels int64 [N] of the data set."""
     with NpzReader(path, flag="--data") as reader:
         images, labels = reader.array("arr_0"), reader.array("arr_1").astype(np.int64)
-    if images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, 3):
-        raise UserError(
-            f"--data {path}: need uint8 [N, 32, 32, 3], got {images.dtype} {images.shape}"
-        )
+    check_image_array(images.shape, images.dtype, f"--data: arr_0 of {path}", size=SIZE)
     return images, labels
 
 

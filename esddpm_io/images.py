@@ -58,7 +58,7 @@ class _NpzImages(ImageSource):
 
     def __init__(self, path: str, flag: str):
         self._reader = NpzReader(path, flag=flag)
-        self.shape = _checked_shape(
+        self.shape = check_image_array(
             self._reader.shape("arr_0"), self._reader.dtype("arr_0"), f"{flag}: arr_0 of {path}"
         )
         self.has_labels = "arr_1" in self._reader.names
@@ -96,7 +96,7 @@ class _NpyImages(ImageSource):
     def __init__(self, path: str, flag: str):
         self._path, self._flag = path, flag
         self._reader = NpyReader(path, flag=flag)
-        self.shape = _checked_shape(self._reader.shape, self._reader.dtype, f"{flag}: {path}")
+        self.shape = check_image_array(self._reader.shape, self._reader.dtype, f"{flag}: {path}")
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self._reader.rows(start, stop)
@@ -215,11 +215,24 @@ def image_grid(arrays: np.ndarray | Sequence[np.ndarray], columns: int) -> np.nd
     return grid
 
 
-def _checked_shape(shape: tuple[int, ...], dtype: np.dtype, what: str) -> tuple[int, int, int, int]:
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-        raise UserError(
-            f"{what} is {dtype}{list(shape)}, it must be uint8 [N, height, width, 3], values 0-255"
-        )
+def check_image_array(
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    what: str,
+    *,
+    count: int | None = None,
+    size: int | None = None,
+) -> tuple[int, int, int, int]:
+    """The shape, if it is [N, H, W, 3] of uint8 and N is not 0; UserError naming `what` if not.
+
+    `count` and `size`, where given, are what N, and H and W, must be.
+    """
+    wanted = (count, size, size, 3)
+    fits = len(shape) == 4 and all(w in (None, n) for w, n in zip(wanted, shape, strict=True))
+    if dtype != np.uint8 or not fits or 0 in shape:
+        texts = zip(wanted, ("N", "height", "width", "3"), strict=True)
+        text = ", ".join(name if number is None else str(number) for number, name in texts)
+        raise UserError(f"{what} is {dtype}{list(shape)}, it must be uint8 [{text}], values 0-255")
     return shape
 
 

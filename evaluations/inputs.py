@@ -10,7 +10,7 @@ import numpy as np
 
 from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError
-from esddpm_io.images import ImageSource, open_images
+from esddpm_io.images import ImageSource, check_image_array, open_images
 from esddpm_io.npz import NpzReader
 from evaluations.features import Features
 from evaluations.moments import Gaussian
@@ -24,12 +24,8 @@ class ArrayImages(ImageSource):
     has_labels = False
 
     def __init__(self, images: np.ndarray, *, flag: str):
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
-            raise UserError(
-                f"{flag}: the array is {images.dtype}{list(images.shape)}, it must be uint8 "
-                "[N, height, width, 3], values 0-255"
-            )
-        self._images, self.shape = images, images.shape
+        self.shape = check_image_array(images.shape, images.dtype, f"{flag}: the array")
+        self._images = images
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self._images[start:stop]

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from esddpm_io.errors import UserError
 from esddpm_io.files import blobfile, is_blob, open_binary
-from esddpm_io.images import IMAGE_SUFFIXES, to_rgb
+from esddpm_io.images import IMAGE_SUFFIXES, check_image_array, to_rgb
 from esddpm_io.npz import NpzReader
 
 from . import dist_util, logger
@@ -244,16 +244,7 @@ def load_npz(path: str, image_size: int, class_cond: bool, num_classes: int) -> 
     flag = "--data_dir"
     reader = NpzReader(path, flag=flag)
     shape, dtype = reader.shape("arr_0"), reader.dtype("arr_0")
-    if (
-        dtype != np.uint8
-        or len(shape) != 4
-        or shape[1:] != (image_size, image_size, 3)
-        or not shape[0]
-    ):
-        raise UserError(
-            f"{flag}: arr_0 of {path} is {dtype}{list(shape)}, the model needs uint8"
-            f" [N, {image_size}, {image_size}, 3]"
-        )
+    check_image_array(shape, dtype, f"{flag}: arr_0 of {path}", size=image_size)
     classes = None
     if class_cond:
         classes = reader.array("arr_1")

@@ -23,6 +23,7 @@ from typing import Any, TextIO
 
 from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError
+from esddpm_io.files import check_output_folder
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
@@ -268,11 +269,13 @@ def configure(
         dated = datetime.datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f")
         dir = os.environ.get("OPENAI_LOGDIR") or os.path.join(tempfile.gettempdir(), dated)
         dir = dist_util.gather_objects(dir)[0]
+    if "://" in dir:
+        raise UserError(
+            f"OPENAI_LOGDIR: {dir} is not on a disk: give a local folder and copy it afterwards"
+        )
     dir = os.path.expanduser(dir)
-    try:
-        os.makedirs(dir, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"OPENAI_LOGDIR: cannot make {dir}: {error.strerror}") from error
+    check_output_folder(dir, flag="OPENAI_LOGDIR")
+    os.makedirs(dir, exist_ok=True)
     if format_strs is None:
         variable, default = ("OPENAI_LOG_FORMAT", "stdout,log,csv")
         if rank > 0:

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from esddpm_io.errors import UserError, check_at_least, run_main
+from esddpm_io.errors import UserError, check_at_least, run_main, terminate_cleanly
+from esddpm_io.files import check_output_file
+from esddpm_io.images import check_image_array
 from esddpm_io.npz import NpzWriter
 from esddpm_io.progress import Progress
 
@@ -63,11 +65,7 @@ def checked_batch(result: object, n: int, name: str) -> tuple[np.ndarray, np.nda
     """
     images, labels = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[::3] != (n, 3):
-        raise UserError(
-            f"{name}({n}, seed) gave {images.dtype}{list(images.shape)} for the images; "
-            f"it must give uint8 [{n}, H, W, 3], values 0-255"
-        )
+    check_image_array(images.shape, images.dtype, f"what {name}({n}, seed) gave", count=n)
     if labels is None:
         return images, None
     labels = np.asarray(labels)
@@ -126,10 +124,12 @@ def create_argparser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     check_at_least(args, {"num_samples": 1, "batch_size": 1, "seed": 0})
+    check_output_file(args.out, flag="--out")
     function = load_function(args.function)
     write_samples(function, args.function, args.out, args.num_samples, args.batch_size, args.seed)
     print(f"{args.out}: {args.num_samples} images of {args.function}")
 
 
 if __name__ == "__main__":
+    terminate_cleanly()
     run_main(main)

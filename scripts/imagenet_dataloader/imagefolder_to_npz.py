@@ -9,7 +9,8 @@ labels (arr_1). Grey becomes RGB, alpha is dropped. Images are streamed, so any 
 import argparse
 import os
 
-from esddpm_io.errors import UserError, run_main
+from esddpm_io.errors import UserError, run_main, terminate_cleanly
+from esddpm_io.files import check_output_file
 from esddpm_io.images import ImageSource, open_images
 from esddpm_io.npz import NpzWriter
 from esddpm_io.progress import Progress
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     output = args.output or args.folder.rstrip("/") + ".npz"
     if not output.endswith(".npz"):
         raise UserError(f"--output must end in .npz, not {output}")
+    check_output_file(output, flag="--output")
     images = open_images(args.folder, flag="--folder")
     write_npz(images, output)
     labels = "with" if images.has_labels else "without"
@@ -54,4 +56,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    terminate_cleanly()
     run_main(main)

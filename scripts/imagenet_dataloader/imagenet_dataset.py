@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from esddpm_io.errors import UserError, run_main
+from esddpm_io.errors import UserError, run_main, terminate_cleanly
+from esddpm_io.files import check_output_file
 from esddpm_io.npz import NpzWriter
 from esddpm_io.progress import Progress
 from guided_diffusion.image_datasets import center_crop_arr
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--image_size must be at least 1, not {args.image_size}")
     data = ImageNetValidation(args.folder, args.labels, args.image_size)
     output = args.output or f"imagenet_val_{args.image_size}.npz"
+    check_output_file(output, flag="--output")
     size = args.image_size
     layout = {"arr_0": ((len(data), size, size, 3), "uint8"), "arr_1": ((len(data),), "int64")}
     with Progress(len(data), "images", "packing") as bar, NpzWriter(output, layout) as writer:
@@ -94,4 +96,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    terminate_cleanly()
     run_main(main)

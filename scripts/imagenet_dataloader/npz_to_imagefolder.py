@@ -9,7 +9,8 @@ The folder is a valid --dataset_path of the driver, and the same images in the s
 import argparse
 import os
 
-from esddpm_io.errors import UserError, run_main
+from esddpm_io.errors import UserError, run_main, terminate_cleanly
+from esddpm_io.files import check_output_folder
 from esddpm_io.images import ImageSource, open_images, png_name, save_png
 from esddpm_io.progress import Progress
 from guided_diffusion.presets import load_preset
@@ -52,9 +53,11 @@ def main(argv: list[str] | None = None) -> None:
     path = images_of(args.dataset)
     images = open_images(path, flag="--dataset")
     folder = args.output or path.removesuffix(".npz")
+    check_output_folder(folder, flag="--output")
     write_folder(images, folder)
     print(f"{folder}: {len(images)} images")
 
 
 if __name__ == "__main__":
+    terminate_cleanly()
     run_main(main)

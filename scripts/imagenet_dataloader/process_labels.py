@@ -13,7 +13,8 @@ import re
 from pathlib import Path
 
 from esddpm_io.atomic import atomic_path
-from esddpm_io.errors import UserError, run_main
+from esddpm_io.errors import UserError, run_main, terminate_cleanly
+from esddpm_io.files import check_output_file
 
 NUM_CLASSES = 1000
 _MOVE = re.compile(r"^\s*mv\s+(ILSVRC2012_val_\d{8}\.JPEG)\s+(n\d{8})/?\s*$", re.MULTILINE)
@@ -90,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     if args.ground_truth and not args.meta:
         raise UserError("--meta: give the development kit's meta.mat with --ground_truth")
+    check_output_file(args.output, flag="--output")
     if args.valprep:
         labels = labels_from_valprep(args.valprep)
     else:
@@ -101,4 +103,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    terminate_cleanly()
     run_main(main)

@@ -61,6 +61,16 @@ def test_environment_decides_folder_and_formats(tmp_path, monkeypatch):
     assert {p.name for p in (tmp_path / "deep/run").iterdir()} == {"progress.json", "log.txt"}
 
 
+@pytest.mark.parametrize("folder", ["gs://bucket/run", "afile", "afile/run", "/sys"])
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "afile").touch()
+    monkeypatch.setenv("OPENAI_LOGDIR", folder)
+    with pytest.raises(UserError, match=f"^OPENAI_LOGDIR: {folder} (is not on a disk|cannot be)"):
+        logger.configure()
+    assert [path.name for path in tmp_path.iterdir()] == ["afile"]
+
+
 def test_other_ranks_write_only_a_log_of_their_own(tmp_path, monkeypatch):
     for name, value in {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "2"}.items():
         monkeypatch.setenv(name, value)

@@ -84,7 +84,7 @@ def test_labels_from_a_module_in_the_folder_one_stands_in(generator, tmp_path):
         ("missing.py:f", "no file missing.py"),
         ("my_generator.py:nothing", "no function nothing"),
         ("my_generator.py:not_a_function", "no function not_a_function"),
-        ("my_generator.py:floats", r"float64\[4, 6, 5, 3\].*must give uint8 \[4, H, W, 3\]"),
+        ("my_generator.py:floats", r"float64\[4, 6, 5, 3\].*must be uint8 \[4, height, width, 3\]"),
         ("my_generator.py:short", r"uint8\[3, 6, 5, 3\]"),
         ("my_generator.py:float_labels", "must give integers"),
         ("my_generator.py:uneven", "differs in image size"),

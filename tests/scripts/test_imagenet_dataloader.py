@@ -20,6 +20,18 @@ def val_name(number):
     return f"ILSVRC2012_val_{number:08d}.JPEG"
 
 
+def test_an_output_that_cannot_be_written_is_named(tmp_path):
+    source, blocked = tmp_path / "batch.npz", tmp_path / "afile"
+    np.savez(source, np.zeros((2, 4, 4, 3), np.uint8))
+    blocked.touch()
+    with pytest.raises(UserError, match="^--output: .*afile cannot be written: .*not a folder"):
+        npz_to_imagefolder.main(["--dataset", str(source), "--output", str(blocked)])
+    npz_to_imagefolder.main(["--dataset", str(source)])
+    argv = ["--folder", str(tmp_path / "batch"), "--output", str(blocked / "x.npz")]
+    with pytest.raises(UserError, match="^--output: .*x.npz cannot be written: .*not a folder"):
+        imagefolder_to_npz.main(argv)
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 def test_npz_to_folder_and_back(tmp_path, labelled):
     images = RNG.integers(0, 256, (12, 6, 5, 3), dtype=np.uint8)
