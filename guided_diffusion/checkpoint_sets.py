@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from esddpm_io.errors import UserError
-from esddpm_io.files import blobfile, is_blob
+from esddpm_io.files import exists, is_blob, remove
 
 from .checkpoints import save_checkpoint, sidecar_path, write_sidecar
 
@@ -88,19 +88,6 @@ def step_of_model(path: str) -> int | None:
     """NNNNNN of a path …/modelNNNNNN.pt, None for another name."""
     match = _MODEL_NAME.fullmatch(Path(path).name)
     return int(match[1]) if match else None
-
-
-def exists(path: str) -> bool:
-    """Whether there is such a file, on a disk or in a blob store."""
-    return blobfile().exists(path) if is_blob(path) else Path(path).is_file()
-
-
-def remove(path: str) -> None:
-    """Remove a file if it is there."""
-    if not is_blob(path):
-        Path(path).unlink(missing_ok=True)
-    elif exists(path):
-        blobfile().remove(path)
 
 
 def find_set(

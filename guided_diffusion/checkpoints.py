@@ -10,13 +10,12 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from esddpm_io.atomic import atomic_path, write_json
 from esddpm_io.errors import UserError
-from esddpm_io.files import blobfile, is_blob, open_binary
+from esddpm_io.files import exists, is_blob, open_binary
 
 from .recognition import Recognised, flag_defaults, identify, recognise
 
@@ -176,11 +175,7 @@ def _either(names: Sequence[str]) -> str:
 
 
 def save_checkpoint(obj: object, path: str) -> None:
-    """`torch.save` under a temporary name, then rename; blob stores do the same by themselves."""
-    if is_blob(path):
-        with blobfile().BlobFile(str(path), "wb") as stream:
-            torch.save(obj, stream)
-        return
+    """`torch.save`, atomically."""
     with atomic_path(path) as temporary:
         try:
             with open(temporary, "wb") as stream:
@@ -211,18 +206,13 @@ def write_sidecar(
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
     content = {"kind": kind, "flags": dict(flags), "early_stop_steps": early_stop_steps}
-    if is_blob(path):
-        with blobfile().BlobFile(sidecar_path(path), "w") as stream:
-            stream.write(json.dumps(content, indent=2) + "\n")
-        return
     write_json(sidecar_path(path), content)
 
 
 def read_sidecar(path: str) -> dict | None:
     """The sidecar of the checkpoint at `path` (kind, flags, early_stop_steps), None without one."""
     sidecar = sidecar_path(path)
-    there = blobfile().exists(sidecar) if is_blob(sidecar) else Path(sidecar).is_file()
-    if not there:
+    if not exists(sidecar):
         return None
     with open_binary(sidecar) as stream:
         try:

@@ -35,10 +35,11 @@ import torch
 import torch.nn as nn
 
 from esddpm_io.errors import UserError
+from esddpm_io.files import exists
 from esddpm_io.progress import Progress
 
 from . import dist_util, logger
-from .checkpoint_sets import CheckpointSet, exists, find_set, prune_sets, step_of_model
+from .checkpoint_sets import CheckpointSet, find_set, prune_sets, step_of_model
 from .checkpoints import load_weights
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .nn import update_ema
