@@ -1,5 +1,6 @@
 """The driver, the sampling workers, gathering and status through their command lines."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -582,9 +583,15 @@ def test_driver_gather_and_evaluator_end_together(tiny, tmp_path, whole_job):
     os.mkfifo(held)
     argv = flags(tiny, tmp_path / "out", ref_batch=reference)
     job = start([sys.executable, str(SCRIPTS / DRIVER), "--execute", *argv])
-    with open(held, "wb"):  # opens once the evaluator is there
-        job.send_signal(signal.SIGTERM)
-        said = job.communicate(timeout=PATIENCE_S)[0]  # the pipe closes when all have ended
+
+    def open_where_it_is_read() -> int | None:
+        with contextlib.suppress(OSError):
+            return os.open(held, os.O_WRONLY | os.O_NONBLOCK)
+
+    written = wait_until(open_where_it_is_read, job)
+    job.send_signal(signal.SIGTERM)
+    said = job.communicate(timeout=PATIENCE_S)[0]  # the pipe closes when all have ended
+    os.close(written)
     assert job.returncode == 143, said
     assert said.count("terminated\n") == 3
     assert "the evaluation failed" not in said
