@@ -86,7 +86,7 @@ def test_augmentation_moves_mirrors_and_recolours_but_keeps_white():
 def test_wrong_data_is_named_before_training(tmp_path):
     path = tmp_path / "large.npz"
     np.savez(path, arr_0=np.zeros((4, 64, 64, 3), np.uint8), arr_1=np.zeros(4, np.int64))
-    with pytest.raises(UserError, match=r"--data .*uint8 \[N, 32, 32, 3\]"):
+    with pytest.raises(UserError, match=r"--data: .*uint8 \[N, 32, 32, 3\]"):
         main(["--data", str(path), "--out", str(tmp_path / "out.pb")])
     with pytest.raises(UserError, match=r"--data.*nothing.npz"):
         main(["--data", str(tmp_path / "nothing.npz")])
