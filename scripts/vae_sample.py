@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from esddpm_io.errors import UserError, check_at_least, run_main
+from esddpm_io.files import check_output_file
 from esddpm_io.npz import NpzWriter
 from esddpm_io.progress import Progress
 from guided_diffusion import dist_util
@@ -83,6 +84,7 @@ def create_argparser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     check_at_least(args, {"num_samples": 1, "batch_size": 1})
+    check_output_file(args.out, flag="--out")
     check_seed(args.seed)
     vae = load_vae(args.model_path).to(dist_util.dev())
     shape = (args.num_samples, vae.image_size, vae.image_size, 3)

@@ -157,6 +157,8 @@ def test_sampling_without_a_vae(tmp_path, data, train):
         vae_sample.main([])
     with pytest.raises(UserError, match=r"--seed is 18446744073709551616, it must be in 0 … "):
         vae_sample.main(["--seed", str(2**64)])
+    with pytest.raises(UserError, match="--out: .* is a folder"):
+        vae_sample.main(["--out", str(tmp_path)])
     with pytest.raises(UserError, match=r"--model_path: .*missing.pt is not a VAE's checkpoint"):
         vae_sample.main(["--model_path", str(tmp_path / "missing.pt")])
     folder = train(tmp_path / "run", data, "--iterations", "1")
