@@ -1,6 +1,7 @@
 """Settings that every test runs under, whatever machine and shell it is started on."""
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -16,6 +17,12 @@ _PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 for _name in list(os.environ):
     if _name in _PLACES or _name.startswith((*_LAUNCHERS, "OPENAI_LOG", "ES_DDPM_")):
         del os.environ[_name]
+
+# Jobs in the background of a shell ignore these, and so would every process that a test starts and
+# means to stop with them. A handler that does nothing is not handed on.
+for _signum in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(_signum) is signal.SIG_IGN:
+        signal.signal(_signum, lambda *_: None)
 
 # The same examples everywhere, so that a run fails by a change and not by chance. To look for new
 # ones: pytest --hypothesis-profile default.
