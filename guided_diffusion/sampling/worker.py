@@ -184,7 +184,8 @@ class Exporter:
 
     def run(self) -> None:
         """Work until the files of no wanted block are missing."""
-        first, *_ = missing = self._ranks
+        missing = self._ranks
+        first = missing[0]
         if self._claims.take(self._claim_of(first)):
             self._finish(first)  # even if it is there: perhaps from a run of other blocks
         while missing := self._missing(missing):
