@@ -15,8 +15,7 @@ from pathlib import Path
 from emoji32_early_stop import ROOT, first_images, run, sample, score
 
 from esddpm_io.errors import UserError, run_main
-from guided_diffusion.presets import load_preset
-from guided_diffusion.sampling.plan import as_argv
+from guided_diffusion.settings.presets import load_preset
 
 TRAIN = ROOT / "scripts" / "image_train.py"
 
@@ -74,7 +73,8 @@ def train(preset, folder: Path, args: argparse.Namespace, early_stop_steps: int)
         "seed": args.seed,
     }
     os.environ["OPENAI_LOGDIR"] = str(folder)
-    run([sys.executable, str(TRAIN), *as_argv(options)])
+    words = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    run([sys.executable, str(TRAIN), *words])
     return network
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from esddpm_io.errors import UserError, run_main
 from esddpm_io.images import image_grid, open_images, save_png
 from esddpm_io.npz import NpzWriter
-from guided_diffusion.presets import load_preset
+from guided_diffusion.settings.presets import load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 DRIVER = ROOT / "scripts" / "generate_processes_diffusion_and_reverse.py"

@@ -22,7 +22,9 @@ import numpy as np
 
 from esddpm_io.images import save_png
 from esddpm_io.npz import NpzWriter
-from guided_diffusion.sampling.plan import as_argv
+from guided_diffusion.sampling.chunks import ChunkFolder
+from guided_diffusion.script_util import diffusion_defaults, model_and_diffusion_defaults
+from guided_diffusion.settings.record import Network, Run, SamplerSettings, StartSettings
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SIZE = 256
@@ -135,20 +137,26 @@ def worker_peak(out: Path, checkpoint: Path, images: Path, number: int) -> int:
         "global_rank": number // BATCH - 1,
         "world_size": number // BATCH,
     }
-    return peak_of([sys.executable, str(SCRIPTS / WORKER), *as_argv(flags)])
+    words = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+    return peak_of([sys.executable, str(SCRIPTS / WORKER), *words])
+
+
+def record_of(number: int) -> Run:
+    """What a folder with `number` samples of noise says of them."""
+    network = Network("model", {**model_and_diffusion_defaults(), "image_size": SIZE}, "m.pt", "")
+    sampler = SamplerSettings("ddpm", "1", None, (0,), 1.0, True)
+    process = {k: v for k, v in diffusion_defaults().items() if k != "timestep_respacing"}
+    return Run(network, process, None, StartSettings("noise"), sampler, 0, number)
 
 
 def gather_peak(out: Path, number: int) -> int:
     """Peak bytes of gathering `number` samples out of chunks that are links to one of them."""
-    from guided_diffusion.sampling.chunks import ChunkFolder
-
-    settings = {"num_samples": number}
-    folder = ChunkFolder.open(out, settings, {"dataset_path": None}, CHUNK)
+    folder = ChunkFolder.open(out, record_of(number))
     noise = np.random.default_rng(0).integers(0, 256, (CHUNK, SIZE, SIZE, 3), dtype=np.uint8)
-    folder.write(0, noise, np.zeros(CHUNK, np.int64))
-    [first] = (out / "chunks").iterdir()
-    for start, stop in map(folder.bounds, range(1, len(folder))):
-        os.link(first, out / "chunks" / f"{start:07}-{stop:07}.npz")
+    folder.write((0, CHUNK), noise, np.zeros(CHUNK, np.int64))
+    [first] = (out / "chunks").glob("*/*")
+    for start, stop in folder.missing(CHUNK):
+        os.link(first, first.with_name(f"{start:07}-{stop:07}.npz"))
     argv = [sys.executable, str(SCRIPTS / GATHER), "--dir", str(out), "--not_eval_metrics"]
     return peak_of(argv)
 

@@ -17,14 +17,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from guided_diffusion.presets import load_preset
-from guided_diffusion.sampling.random_streams import RandomStreams
+from guided_diffusion.rng import RandomStreams
 from guided_diffusion.script_util import (
     classifier_defaults,
     create_classifier,
     create_model_and_diffusion,
     model_and_diffusion_defaults,
 )
+from guided_diffusion.settings.presets import load_preset
 
 BATCH = 4
 CHAIN, STEPS = "50", 10

@@ -21,8 +21,8 @@ import torch
 from esddpm_io.errors import run_main
 from guided_diffusion import dist_util, logger
 from guided_diffusion.image_datasets import ArrayImages, BatchStream
-from guided_diffusion.presets import load_preset
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.settings.presets import load_preset
 from guided_diffusion.train_util import TrainLoop
 
 

@@ -218,6 +218,22 @@ def _create_without_links(path: str | os.PathLike, text: str) -> bool:
     return True
 
 
+def sha256(path: str | os.PathLike, *, flag: str = "") -> str:
+    """SHA-256 of a file's bytes; of a folder that of its files' names and bytes, hidden ones not.
+
+    UserError, naming `flag`, if it cannot be read.
+    """
+    if not is_blob(path) and os.path.isdir(path):
+        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+        parts = [f"{name}\0{sha256(join(path, name), flag=flag)}\0" for name in names]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+    digest = hashlib.sha256()
+    with open_binary(path, flag=flag) as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def fingerprint_file(path: str | os.PathLike, *, flag: str = "") -> str:
     """A hash of a file's contents; of a zip archive (.npz, .pt) that of its directory's CRCs."""
     digest = hashlib.sha256()

@@ -102,6 +102,10 @@ class _Member:
             left = left[got:]
 
 
+class DamagedFile(UserError):
+    """A file that is cut or of which bytes have changed."""
+
+
 class NpzReader:
     """The arrays of an .npz file, whole or by rows (rows are indices of the first axis).
 
@@ -153,6 +157,11 @@ class NpzReader:
         with self._explained(name):
             return member.array()
 
+    def verify(self) -> None:
+        bad = self._zip.testzip()
+        if bad:
+            raise DamagedFile(f"{self._prefix}{bad} in {self.path} is damaged")
+
     def close(self) -> None:
         self._members.clear()
         self._zip.close()
@@ -191,7 +200,7 @@ class NpzReader:
         try:
             yield
         except _BROKEN as error:
-            raise UserError(
+            raise DamagedFile(
                 f"{self._prefix}{what} is not a complete .npz file ({error}): fetch or make it anew"
             ) from error
 

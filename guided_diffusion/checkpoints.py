@@ -4,7 +4,7 @@ A sidecar is a small JSON file next to a checkpoint (`model000100.json` for `mod
 holds the kind of network, its flags and the T' of early-stopped training.
 """
 
-import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -16,11 +16,10 @@ import torch
 from esddpm_io.atomic import atomic_path, write_json
 from esddpm_io.errors import UserError
 from esddpm_io.files import exists, is_blob, open_binary
-
-from .recognition import Recognised, flag_defaults, identify, recognise
+from guided_diffusion.settings.recognition import Recognised, identify, recognise
 
 __all__ = [
-    "explicit_flags",
+    "check_fit",
     "identify",
     "load_object",
     "load_weights",
@@ -28,27 +27,12 @@ __all__ = [
     "read_sidecar",
     "recognise",
     "save_checkpoint",
-    "settle_flags",
     "sidecar_path",
     "write_sidecar",
 ]
 
 KINDS = ("model", "classifier", "sr", "vae")
 _NAMED = 3  # tensors that an error names, of each sort
-
-# Flags that say how a network is used and not what it is: they go with flags found elsewhere.
-_FLAGS_OF_USE = {
-    "image_size",
-    "large_size",
-    "small_size",
-    "dropout",
-    "use_checkpoint",
-    "use_fp16",
-    "classifier_use_fp16",
-    "timestep_respacing",
-    "rescale_learned_sigmas",
-    "use_kl",
-}
 
 _ZIP_MAGIC = b"PK\x03\x04"
 
@@ -113,13 +97,30 @@ def load_weights(model: torch.nn.Module, path: str, *, flag: str) -> None:
     checkpoint that the file looks like, and the flags that would fit.
     """
     state_dict = read_checkpoint(path, flag=flag)
+    check_fit(model, state_dict, path, flag=flag)
+    model.load_state_dict(state_dict)
+
+
+def check_fit(
+    model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], path: str, *, flag: str
+) -> None:
+    """UserError, as of `load_weights`, unless `state_dict` has the names and shapes of `model`."""
     problems = _differences(model.state_dict(), state_dict)
     if problems:
         raise UserError(
             f"{flag}: {path} does not fit the model flags: {'; '.join(problems)}"
             f"{_what_fits(path, state_dict)}"
         )
-    model.load_state_dict(state_dict)
+
+
+def fingerprint(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of the tensors' names, dtypes, shapes and bytes, whatever file they lie in."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _differences(
@@ -150,7 +151,7 @@ def _shape(tensor: torch.Tensor) -> str:
 def _what_fits(path: str, state_dict: Mapping[str, torch.Tensor]) -> str:
     sidecar = read_sidecar(path)
     if sidecar is not None and sidecar["kind"] in ("model", "classifier", "sr"):
-        found = Recognised(sidecar["kind"], sidecar["flags"])
+        found = Recognised(sidecar["kind"], sidecar["flags"], sidecar["flags"])
         return f". Its sidecar says it is a {_KIND_NAMES[found.kind]}: {found.command_line()}"
     if sidecar is not None:
         return f". Its sidecar says it is a {sidecar['kind']}"
@@ -227,55 +228,3 @@ def read_sidecar(path: str) -> dict | None:
     ):
         raise UserError(f"{sidecar} is not the sidecar of a checkpoint: move it away")
     return content
-
-
-def explicit_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[str]:
-    """The names of the flags that the command line `argv` sets, defaults left out."""
-    unset = object()
-    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(argv)), unset))
-    # argparse fills in a default only where the attribute is not there yet.
-    given = vars(parser.parse_args(argv, blank))
-    return {name for name, value in given.items() if value is not unset}
-
-
-def settle_flags(
-    path: str, kind: str, explicit: Mapping[str, object], *, flag: str
-) -> tuple[dict[str, object], list[str]]:
-    """All flags of the network of a `kind` whose checkpoint is at `path`, and remarks for the log.
-
-    The user's `explicit` flags win, then the sidecar's, then the defaults. Without a sidecar, and
-    if the user types no flags but those of use, they are told from names and shapes: for a
-    published checkpoint all of them, for any other as far as that goes.
-    """
-    defaults = flag_defaults(kind)
-    explicit = {name: value for name, value in explicit.items() if name in defaults}
-    sidecar = read_sidecar(path)
-    known, remarks = {}, []
-    if sidecar is not None:
-        if sidecar["kind"] != kind:
-            raise UserError(
-                f"{flag}: the sidecar of {path} says it is a {sidecar['kind']}, not a {kind}"
-            )
-        known = {name: value for name, value in sidecar["flags"].items() if name in defaults}
-        remarks = [f"{flag}: flags from the sidecar of {path}"]
-    elif explicit.keys() <= _FLAGS_OF_USE:
-        known, remarks = _recognised_flags(path, kind, explicit, flag)
-    return {**defaults, **known, **explicit}, remarks
-
-
-def _recognised_flags(
-    path: str, kind: str, explicit: Mapping[str, object], flag: str
-) -> tuple[dict[str, object], list[str]]:
-    state_dict = read_checkpoint(path, flag=flag)
-    size_flag = "large_size" if kind == "sr" else "image_size"
-    found = identify(state_dict, explicit.get(size_flag))
-    if found is not None and size_flag in found.open_flags:
-        found = identify(state_dict, flag_defaults(kind)[size_flag])
-    if found is None or found.kind != kind:
-        return {}, []  # load_weights says what is wrong
-    if found.published:
-        return dict(found.flags), [
-            f"{flag}: {path} has the names and shapes of {_either(found.published)}: its flags"
-        ]
-    told = f"{flag}: flags told from the names and shapes of {path}"
-    return dict(found.flags), [f"{told}, which do not tell {', '.join(found.open_flags)}"]

@@ -11,7 +11,7 @@ import os
 from esddpm_io.download import download
 from esddpm_io.errors import UserError, run_main
 from evaluations.features import GRAPH_URL, cached_graph_path
-from guided_diffusion.presets import Download, Preset, load_preset, preset_names
+from guided_diffusion.settings.presets import Download, Preset, load_preset, preset_names
 
 PUBLISHED_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
 

@@ -18,16 +18,14 @@ from esddpm_io.errors import UserError, run_main, terminate_cleanly
 from esddpm_io.files import join
 from esddpm_io.progress import Progress
 from guided_diffusion import dist_util, logger
-from guided_diffusion.checkpoints import explicit_flags, settle_flags
+from guided_diffusion.commands.request import network_of
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import load_data
-from guided_diffusion.sampling.sampler import flags_of, load_network
-from guided_diffusion.sampling.settings import diffusion_from, require_file, trained_steps
-from guided_diffusion.script_util import (
-    add_dict_to_argparser,
-    create_model,
-    model_and_diffusion_defaults,
-)
+from guided_diffusion.sampling.sampler import load_network
+from guided_diffusion.script_util import add_dict_to_argparser, model_and_diffusion_defaults
+from guided_diffusion.settings.layers import parse
+from guided_diffusion.settings.record import diffusion_from
+from guided_diffusion.settings.resolver import OVERRIDE_FLAG, resolve_network
 from guided_diffusion.train_options import check_seed, explained_flags
 
 TERMS = ("vb", "mse", "xstart_mse")
@@ -44,22 +42,26 @@ def create_argparser() -> argparse.ArgumentParser:
         "batch_size": 1,
         "model_path": "",
         "seed": 0,
+        OVERRIDE_FLAG: False,
     }
     add_dict_to_argparser(parser, {**own, **model_and_diffusion_defaults()})
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = create_argparser()
-    args = parser.parse_args(argv)
+    args, typed = parse(create_argparser(), argv)
     for name in ("num_samples", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
     check_seed(args.seed)
-    require_file(args.model_path, "--model_path")
-    typed = {name: getattr(args, name) for name in explicit_flags(parser, argv)}
-    flags, remarks = settle_flags(args.model_path, "model", typed, flag="--model_path")
-    trained = trained_steps(args.model_path)
+    network = resolve_network(
+        "model",
+        args.model_path,
+        flag="--model_path",
+        typed={name: getattr(args, name) for name in typed},
+        override=args.override_checkpoint_flags,
+    )
+    flags, trained = network.flags, network.early_stop_steps
     if trained is not None:
         raise UserError(
             f"--model_path: {args.model_path} was trained on timesteps below T' = {trained} only; "
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     terminate_cleanly()
     dist_util.setup_dist()
     logger.configure()
-    for remark in remarks:
+    for remark in network.remarks:
         logger.log(remark)
     with explained_flags(vars(args)):
         data = load_data(
@@ -80,15 +82,9 @@ def main(argv: list[str] | None = None) -> None:
             deterministic=True,
             random_flip=False,
         )
-        diffusion = diffusion_from(flags)
-    model = load_network(
-        create_model,
-        flags_of(create_model, flags),
-        args.model_path,
-        dist_util.dev(),
-        half=flags["use_fp16"],
-        log=logger.log,
-    )
+        diffusion = diffusion_from(network.process, args.timestep_respacing)
+    record = network_of(network, "--model_path")
+    model = load_network(record, dist_util.dev(), flag="--model_path", log=logger.log)
     torch.manual_seed(args.seed + dist_util.rank())
     evaluate(model, diffusion, data, args.num_samples, args.clip_denoised)
 

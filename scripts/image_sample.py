@@ -7,11 +7,9 @@ names none at all, from the names and shapes of its tensors. Also with torchrun,
 """
 
 import argparse
-import functools
 
 from esddpm_io.errors import run_main
-from guided_diffusion.sampling import log_folder
-from guided_diffusion.sampling.settings import read_job
+from guided_diffusion.commands import log_folder
 from guided_diffusion.script_util import model_and_diffusion_defaults
 
 
@@ -20,8 +18,7 @@ def create_argparser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    read = functools.partial(read_job, guided=False)
-    log_folder.sample(create_argparser(), argv, read, "--start_from_scratch")
+    log_folder.sample(create_argparser(), argv, "model")
 
 
 if __name__ == "__main__":

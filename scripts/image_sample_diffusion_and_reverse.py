@@ -1,11 +1,12 @@
 """One sampling process: carry generator images to T' and back, unguided."""
 
 from esddpm_io.errors import run_main
-from guided_diffusion.sampling import worker
 
 
 def main(argv: list[str] | None = None) -> None:
-    worker.main(argv, guided=False)
+    from guided_diffusion.commands import sample
+
+    sample.main(argv, guided=False)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import time
 
 from esddpm_io.errors import run_main
 from guided_diffusion.sampling.chunks import ChunkFolder
-from guided_diffusion.sampling.progress import Overseer, Screen
+from guided_diffusion.sampling.status import Monitor, Screen
 
 _EVERY_S = 1.0
 
@@ -20,8 +20,8 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    overseer = Overseer(ChunkFolder.load(args.dir))
-    overview = overseer.look()
+    monitor = Monitor(ChunkFolder.load(args.dir))
+    overview = monitor.look()
     if not args.watch:
         print("\n".join(overview.table()))
         return
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     screen.show(overview)
     while not overview.complete:
         time.sleep(_EVERY_S)
-        overview = overseer.look()
+        overview = monitor.look()
         if screen.is_due():
             screen.show(overview)
     screen.show(overview)

@@ -10,8 +10,7 @@ are found as image_sample.py finds them. Also with torchrun, mpiexec, srun.
 import argparse
 
 from esddpm_io.errors import run_main
-from guided_diffusion.sampling import log_folder
-from guided_diffusion.sampling.settings import read_super_resolution_job
+from guided_diffusion.commands import log_folder
 from guided_diffusion.script_util import sr_model_and_diffusion_defaults
 
 
@@ -21,7 +20,7 @@ def create_argparser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    log_folder.sample(create_argparser(), argv, read_super_resolution_job)
+    log_folder.sample(create_argparser(), argv, "sr")
 
 
 if __name__ == "__main__":

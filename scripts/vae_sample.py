@@ -19,7 +19,7 @@ from esddpm_io.progress import Progress
 from guided_diffusion import dist_util
 from guided_diffusion.checkpoints import load_weights, read_sidecar
 from guided_diffusion.pixels import to_uint8
-from guided_diffusion.sampling.random_streams import RandomStreams
+from guided_diffusion.rng import RandomStreams
 from guided_diffusion.train_options import check_seed
 from guided_diffusion.vae import VAE, create_vae
 

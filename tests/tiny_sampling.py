@@ -1,18 +1,15 @@
 """A tiny real model, classifier, and generator images, for tests of the sampling command lines."""
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from esddpm_io.images import save_png
-from guided_diffusion.sampling.claims import Claims, Heart
 from guided_diffusion.script_util import (
     classifier_defaults,
     create_classifier,
@@ -78,8 +75,11 @@ class TinyFiles:
                 for key, value in MODEL.items()
                 if key != "learn_sigma"
             ),
+            "num_heads = 4",
+            "use_new_attention_order = false",
             "[diffusion_flags]",
             "learn_sigma = true",
+            'noise_schedule = "linear"',
             "[classifier_flags]",
             *(f"{key} = {json.dumps(value)}" for key, value in CLASSIFIER.items()),
         ]
@@ -120,21 +120,7 @@ def run_script(name: str, *argv: object, **options) -> subprocess.CompletedProce
 
 def chunks(save_dir: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """All finished samples of a folder, images and labels, in order."""
-    files = [np.load(path) for path in sorted((save_dir / "chunks").glob("*.npz"))]
+    files = [np.load(path) for path in sorted((save_dir / "chunks").glob("*/*.npz"))]
     images = np.concatenate([file["arr_0"] for file in files])
     labelled = "arr_1" in files[0].files
     return images, np.concatenate([file["arr_1"] for file in files]) if labelled else None
-
-
-@contextlib.contextmanager
-def chunk_held(save_dir: Path, chunk: int) -> Iterator[str]:
-    """Claim a chunk as a live worker does; yields the worker's name.
-
-    Until the block ends nobody can finish the folder, so workers on it live and work or wait,
-    however fast the machine is.
-    """
-    with Heart(str(save_dir), rank=NUM_IMAGES, device="none") as heart:
-        claims = Claims(str(save_dir), heart.worker_id)
-        assert claims.take(chunk)
-        yield heart.worker_id
-        claims.release(chunk)

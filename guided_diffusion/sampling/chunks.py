@@ -1,193 +1,198 @@
-"""The folder of finished work: chunks of consecutive global indices, each there whole or not."""
+"""The folder of finished work: chunks of consecutive global indices, each there whole or not.
 
-import contextlib
+A chunk lies in `chunks/IDENTITY/START-STOP.npz`, IDENTITY being the hash of all that its samples
+depend on: samples of two settings can never meet. Nothing else decides what is done: not which
+process made a chunk, not how large chunks were when it was made.
+"""
+
 import json
 import os
+import re
 import time
-import uuid
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError
-from esddpm_io.files import create_exclusively, exists, is_blob, join, list_names, read_json, remove
-from esddpm_io.npz import NpzReader, NpzWriter
-from guided_diffusion.sampling.claims import Observer
+from esddpm_io.files import exists, is_blob, join, list_names, read_json, remove
+from esddpm_io.npz import DamagedFile, NpzReader, NpzWriter
+from guided_diffusion.settings.record import Run
 
 SETTINGS_FILE = "settings.json"
+Range = tuple[int, int]  # start and stop of global indices
+
+_NAME = re.compile(r"(\d{7,})-(\d{7,})\.npz")
 # A folder of more files than this is slow to list, so small batches share a chunk.
 _MOST_CHUNKS = 4096
-# Settings that a process has moved away for a look at the chunks are back in no time.
-_TRIES, _MOVING_S = 20, 0.1
+# Temporary files that are so much older than now belong to processes that are gone.
+_LEFT_OVER_S = 3600.0
 
 
 class ChunkFolder:
-    """Samples 0 … num_samples-1 in chunks `chunks/START-STOP.npz` of one folder.
+    """Samples 0 … run.num_samples-1 of one run, in `folder`."""
 
-    `settings.json` holds what the samples depend on (`settings`), what is good to know (`info`)
-    and the chunk size; all processes that work on the folder go by it.
-    """
-
-    def __init__(self, folder: str | os.PathLike, record: dict):
+    def __init__(self, folder: str | os.PathLike, run: Run):
         self.folder = str(folder)
-        self.settings: dict = record["settings"]
-        self.info: dict = record["info"]
-        self.num_samples: int = record["settings"]["num_samples"]
-        self.chunk_size: int = record["chunk_size"]
+        self.run = run
+        self.num_samples = run.num_samples
+        self._chunks = join(self.folder, "chunks", run.identity)
 
     @classmethod
-    def open(cls, folder: str | os.PathLike, settings: dict, info: dict, chunk_size: int):
-        """Open the folder for these settings, making it if it is new.
+    def open(cls, folder: str | os.PathLike, run: Run) -> "ChunkFolder":
+        """Open the folder for this run, whose record becomes its `settings.json`.
 
-        Other settings are replaced while nothing has been sampled with them and nobody is at it.
-        Raises UserError, saying what differs, if the folder holds samples of other settings.
+        Raises UserError, saying what differs, if it holds samples of other settings.
         """
-        record = {"settings": settings, "info": info, "chunk_size": chunk_size}
-        for _ in range(_TRIES):
-            there = cls._open_or_make(folder, record)
-            differences = _differences(there.settings, settings)
-            if not differences:
-                return there
-            if not there._give_way():
-                break
-        raise UserError(
-            f"{folder} holds samples of other settings, or is being worked on with them "
-            f"({'; '.join(differences)}): choose another folder (--save_dir; in the driver "
-            "--save_dir_suffix or --output_dir) or remove this one"
-        )
-
-    @classmethod
-    def _open_or_make(cls, folder: str | os.PathLike, record: dict):
-        # Several processes may be here at once: one makes the file, all go by what it wrote.
         path = join(folder, SETTINGS_FILE)
-        for _ in range(_TRIES):
-            there = read_json(path)
-            if there is not None:
-                return cls(folder, there)
-            if list_names(join(folder, "chunks")):
-                time.sleep(_MOVING_S)  # see `_give_way`: their settings will be back
-            else:
-                create_exclusively(path, json.dumps(record, indent=2) + "\n")
-        raise UserError(
-            f"{folder} has chunks but no {SETTINGS_FILE} that says what they are: choose another "
-            "folder, or remove this one"
-        )
-
-    def _give_way(self) -> bool:
-        """Remove these settings if no sample was made with them; whether they are gone.
-
-        They are moved away first and the chunks looked at after that. `write` has its file among
-        the chunks before it looks at the settings: so either we see that file, and move them back,
-        or the writer sees that they are gone. Samples of two settings never meet.
-        """
-        if self._is_used():
-            return False
-        path = join(self.folder, SETTINGS_FILE)
-        if is_blob(path):  # nothing can be moved in one step there
-            remove(path)
-            return True
-        aside = join(self.folder, f".tmp-{uuid.uuid4().hex[:8]}-{SETTINGS_FILE}")
-        with contextlib.suppress(FileNotFoundError):  # another process was first
-            os.rename(path, aside)
-            moved = read_json(aside)
-            if moved["settings"] != self.settings or self._is_used():
-                create_exclusively(path, json.dumps(moved, indent=2) + "\n")
-            os.remove(aside)
-        return True
-
-    def _is_used(self) -> bool:
-        """Whether there are samples of these settings, or a live process that makes some."""
-        if list_names(join(self.folder, "chunks")):
-            return True
-        if any(name.startswith("samples") for name in list_names(self.folder)):
-            return True
-        return any(worker["alive"] for worker in Observer(self.folder).workers())
+        content = read_json(path)
+        if content is not None:
+            there = cls(folder, Run.from_json(content, where=path))
+            if (differences := run.differences(there.run)) and there._has_samples():
+                raise UserError(
+                    f"{folder} holds samples of other settings ({'; '.join(differences)}): choose "
+                    "another folder (--save_dir; in the driver --save_dir_suffix or --output_dir) "
+                    "or remove this one"
+                )
+        elif any(name.startswith("samples_all") for name in list_names(folder)):
+            raise UserError(
+                f"{folder} has samples, but no {SETTINGS_FILE} that says what they are: choose "
+                "another folder, or remove this one"
+            )
+        if content != json.loads(json.dumps(run.to_json())):
+            write_json(path, run.to_json())
+        return cls(folder, run)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike):
+    def load(cls, folder: str | os.PathLike) -> "ChunkFolder":
         """Open a folder that is there, whatever its settings; UserError if it is none."""
-        record = read_json(join(folder, SETTINGS_FILE))
-        if record is None:
+        path = join(folder, SETTINGS_FILE)
+        content = read_json(path)
+        if content is None:
             raise UserError(f"{folder} is not a folder of samples: it has no {SETTINGS_FILE}")
-        if not _is_record(record):
-            raise UserError(f"{join(folder, SETTINGS_FILE)} is damaged: it lacks what a run notes")
-        return cls(folder, record)
+        return cls(folder, Run.from_json(content, where=path))
 
-    def __len__(self) -> int:
-        return -(-self.num_samples // self.chunk_size)
+    def _has_samples(self) -> bool:
+        names = list_names(self.folder)
+        return bool(list_names(self._chunks)) or any(n.startswith("samples") for n in names)
 
-    def bounds(self, chunk: int) -> tuple[int, int]:
-        """First index of the chunk, and the one after its last."""
-        start = chunk * self.chunk_size
-        return start, min(start + self.chunk_size, self.num_samples)
+    def finished(self) -> list[Range]:
+        """The ranges of all finished chunks that hold wanted samples, by their start.
 
-    def chunks_of(self, start: int, stop: int) -> range:
-        """The chunks that hold indices start … stop-1."""
-        return range(start // self.chunk_size, -(-stop // self.chunk_size))
+        The last may go on beyond those, in a folder that had more samples before.
+        """
+        matches = map(_NAME.fullmatch, list_names(self._chunks))
+        ranges = ((int(match[1]), int(match[2])) for match in matches if match)
+        return sorted(chunk for chunk in ranges if chunk[0] < self.num_samples)
 
-    def missing(self) -> list[int]:
-        """Chunks that are not finished, in rising order."""
-        there = set(list_names(join(self.folder, "chunks")))
-        return [chunk for chunk in range(len(self)) if self._name(chunk) not in there]
+    def missing(self, size: int) -> list[Range]:
+        """The ranges of `size` indices (from 0 on; the last may be shorter) not yet finished."""
+        cells = {
+            cell
+            for start, stop in self._gaps()
+            for cell in range(start // size, (stop - 1) // size + 1)
+        }
+        return [(cell * size, min((cell + 1) * size, self.num_samples)) for cell in sorted(cells)]
+
+    def _gaps(self) -> Iterator[Range]:
+        """What no finished chunk covers."""
+        position = 0
+        for start, stop in self.finished():
+            if start > position:
+                yield position, start
+            position = max(position, stop)
+        if position < self.num_samples:
+            yield position, self.num_samples
 
     def count_done(self) -> int:
         """How many samples are finished."""
-        missing = (self.bounds(chunk) for chunk in self.missing())
-        return self.num_samples - sum(stop - start for start, stop in missing)
+        return self.num_samples - sum(stop - start for start, stop in self._gaps())
 
-    def is_done(self, chunk: int) -> bool:
-        return exists(self._path(chunk))
+    def is_complete(self) -> bool:
+        """Whether none is missing."""
+        return next(self._gaps(), None) is None
 
-    def write(self, chunk: int, images: np.ndarray, labels: np.ndarray | None) -> None:
-        """Store a finished chunk: uint8 [n, H, W, 3] and int64 [n] or None."""
+    def is_done(self, wanted: Range) -> bool:
+        """Whether a range is there as a chunk of its own."""
+        return exists(self._path(wanted))
+
+    def write(
+        self, where: Range, images: np.ndarray, labels: np.ndarray | None, **about: object
+    ) -> None:
+        """Store a finished chunk: uint8 [n, H, W, 3], int64 [n] or None, and how it was made."""
         arrays = {"arr_0": images} if labels is None else {"arr_0": images, "arr_1": labels}
+        arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        layout: dict[str, tuple[tuple[int, ...], np.dtype | type]]
         layout = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-        with NpzWriter(self._path(chunk), layout) as writer:
+        with NpzWriter(self._path(where), layout) as writer:
             for name, array in arrays.items():
                 writer.append(name, array)
-            self._check_settings()
 
-    def _check_settings(self) -> None:
-        """UserError if another process has given the folder other settings; see `_give_way`."""
-        for _ in range(_TRIES):
-            record = read_json(join(self.folder, SETTINGS_FILE))
-            if record is not None:
-                break
-            time.sleep(_MOVING_S)
-        same = record and (record["settings"], record["chunk_size"])
-        if same != (self.settings, self.chunk_size):
-            raise UserError(
-                f"{self.folder} was given other settings by another process meanwhile: start this "
-                "one again in another folder"
-            )
+    def cover(self, start: int, stop: int) -> list[tuple[Range, Range]]:
+        """Chunks that hold indices start … stop-1, and of each the indices to take from it.
 
-    def reader(self, chunk: int) -> NpzReader:
+        All of them must be finished.
+        """
+        parts: list[tuple[Range, Range]] = []
+        for chunk in self.finished():
+            first, last = max(chunk[0], start), min(chunk[1], stop)
+            if first <= start < last:
+                parts.append((chunk, (start, last)))
+                start = last
+        assert start >= stop, f"indices from {start} are missing"
+        return parts
+
+    def reader(self, chunk: Range) -> NpzReader:
         """Open a finished chunk (`arr_0`, and `arr_1` where there are labels)."""
         return NpzReader(self._path(chunk))
 
-    def _name(self, chunk: int) -> str:
-        start, stop = self.bounds(chunk)
-        return f"{start:07}-{stop:07}.npz"
+    def about(self) -> list[dict]:
+        """How each finished chunk was made: what `write` was told."""
+        records = []
+        for chunk in self.finished():
+            with self.reader(chunk) as reader:
+                if "about" in reader.names:
+                    records.append(json.loads(reader.array("about").tobytes()))
+        return records
 
-    def _path(self, chunk: int) -> str:
-        return join(self.folder, "chunks", self._name(chunk))
+    def remove_damaged(
+        self, log: Callable[[str], None], within: Range | None = None, *, all_bytes: bool = False
+    ) -> int:
+        """Remove chunks that are cut, or with `all_bytes` of which any byte changed; how many.
+
+        They are missing then, and are sampled again. Only those `within` a range are looked at.
+        """
+        removed = 0
+        start, stop = within or (0, self.num_samples)
+        for chunk in self.finished():
+            if chunk[0] >= stop or chunk[1] <= start:
+                continue
+            path = self._path(chunk)
+            try:
+                with NpzReader(path) as reader:
+                    reader.shape("arr_0")
+                    if all_bytes:
+                        reader.verify()
+            except DamagedFile as error:
+                log(f"{error}: its samples are made again")
+                remove(path)
+                removed += 1
+        return removed
+
+    def clean(self) -> None:
+        """Remove what processes that are gone have left: their temporary files."""
+        if is_blob(self._chunks):
+            return
+        for name in list_names(self._chunks):
+            path = join(self._chunks, name)
+            if name.startswith(".tmp-") and time.time() - os.stat(path).st_mtime > _LEFT_OVER_S:
+                remove(path)
+
+    def _path(self, where: Range) -> str:
+        return join(self._chunks, f"{where[0]:07}-{where[1]:07}.npz")
 
 
 def default_chunk_size(num_samples: int, batch_size: int) -> int:
     """One batch, or as many as keep the number of files low."""
     batches = -(-num_samples // batch_size)
     return batch_size * max(1, -(-batches // _MOST_CHUNKS))
-
-
-def _is_record(record: object) -> bool:
-    return (
-        isinstance(record, dict)
-        and all(isinstance(record.get(key), dict) for key in ("settings", "info"))
-        and isinstance(record.get("chunk_size"), int)
-        and isinstance(record["settings"].get("num_samples"), int)
-        and record["chunk_size"] > 0
-    )
-
-
-def _differences(there: dict, now: dict) -> list[str]:
-    keys = [key for key in {**there, **now} if there.get(key) != now.get(key)]
-    return [f"{key} is {there.get(key)} there, {now.get(key)} now" for key in keys]

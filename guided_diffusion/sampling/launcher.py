@@ -9,15 +9,15 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from esddpm_io.errors import EXIT_DISK_FULL, EXIT_USER_ERROR
-from guided_diffusion.sampling.chunks import ChunkFolder
-from guided_diffusion.sampling.claims import (
+from esddpm_io.errors import EXIT_DISK_FULL, EXIT_MAY_PASS, EXIT_USER_ERROR
+from guided_diffusion.sampling.chunks import ChunkFolder, Range
+from guided_diffusion.sampling.heartbeat import (
     DEAD_AFTER_S,
     LAUNCHER_VARIABLE,
     Observer,
     machine_id,
 )
-from guided_diffusion.sampling.progress import Overseer, Screen
+from guided_diffusion.sampling.status import Monitor, Screen
 
 _POLL_S = 0.1
 _LOOK_S = 1.0  # between two looks at what is missing: the folder may be far away and large
@@ -29,7 +29,14 @@ _LOG_LINES = 12
 
 
 class WorkersFailed(RuntimeError):
-    """The run cannot go on; the message says why, with the last lines of the worker's log."""
+    """The run cannot go on; the message says why, and `exit_code` is the worker's where it is ours.
+
+    It is the worker's own `error:` line, or else how it ended and the last lines of its log.
+    """
+
+    def __init__(self, message: str, exit_code: int = EXIT_MAY_PASS):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Launcher:
         self._observer = Observer(folder.folder)
         self._running: dict[subprocess.Popen, WorkerCommand] = {}
         self._deaths: Counter[int] = Counter()  # by number of the command
-        self._beaten: defaultdict[int, set[int]] = defaultdict(set)  # commands by chunk
+        self._beaten: defaultdict[Range, set[int]] = defaultdict(set)  # commands by chunk
         self._screen = Screen()
         self._next_look = 0.0
 
@@ -62,20 +69,22 @@ class Launcher:
 
         However it ends, by Ctrl-C too, no worker is left running.
         """
-        overseer = Overseer(self._folder)
+        monitor = Monitor(self._folder)
+        self._observer.forget_dead()
         try:
             for command in self._commands:
                 self._start(command)
             while self._running and not self._is_complete():
                 self._reap()
                 if self._screen.is_due():
-                    self._screen.show(overseer.look())
+                    self._screen.show(monitor.look())
                 time.sleep(_POLL_S)
-            self._screen.show(overseer.look())
+            self._screen.show(monitor.look())
             self._see_off()
         finally:
             self._stop_all()
-        if self._folder.missing():
+            self._observer.forget_dead()
+        if not self._folder.is_complete():
             raise WorkersFailed("the workers have ended, but samples are missing")
 
     def _is_complete(self) -> bool:
@@ -83,7 +92,7 @@ class Launcher:
         if time.monotonic() < self._next_look:
             return False
         self._next_look = time.monotonic() + _LOOK_S
-        return not self._folder.missing()
+        return self._folder.is_complete()
 
     def _see_off(self) -> None:
         """Wait for workers that end by themselves or still write files, once all is sampled.
@@ -152,15 +161,17 @@ class Launcher:
     def _after_death(self, process: subprocess.Popen, command: WorkerCommand, code: int) -> None:
         """Retry the device once; give up where another try would end the same way."""
         number = self._commands.index(command)
+        record = self._record_of(process.pid)
+        if record is not None and record.get("stored"):
+            self._deaths[number] = 0  # it got on: this is a new mishap
         self._deaths[number] += 1
         how = f"the worker on device {command.device} {_describe_exit(code)}"
         if code in (EXIT_USER_ERROR, EXIT_DISK_FULL):
-            raise WorkersFailed(f"{how}\n{_tail(command.log)}")
-        chunk = self._chunk_of(process.pid)
-        if chunk is not None:
-            self._beaten[chunk].add(number)
-            if len(self._beaten[chunk]) == _DEVICES_BEATEN_BY_CHUNK:
-                start, stop = self._folder.bounds(chunk)
+            raise WorkersFailed(_own_error(command.log) or f"{how}\n{_tail(command.log)}", code)
+        if record is not None and record["state"] == "sampling":
+            start, stop = record["indices"]
+            self._beaten[start, stop].add(number)
+            if len(self._beaten[start, stop]) == _DEVICES_BEATEN_BY_CHUNK:
                 raise WorkersFailed(
                     f"images {start}-{stop - 1} failed twice: {how}\n{_tail(command.log)}"
                 )
@@ -171,11 +182,6 @@ class Launcher:
             self._screen.note(f"{how} again; going on without it (log: {command.log})")
         else:
             raise WorkersFailed(f"{how}, and no device is left\n{_tail(command.log)}")
-
-    def _chunk_of(self, pid: int) -> int | None:
-        """The chunk that a worker of ours was at when it ended, if it was at one."""
-        record = self._record_of(pid)
-        return record.get("chunk") if record is not None else None
 
     def _record_of(self, pid: int) -> dict | None:
         """What a worker of ours has written about itself; the last one, should a pid come twice."""
@@ -208,6 +214,12 @@ def _describe_exit(code: int) -> str:
     name = signal.Signals(-code).name
     hint = " (the system may have run out of memory)" if name == "SIGKILL" else ""
     return f"was ended by {name}{hint}"
+
+
+def _own_error(log: Path) -> str | None:
+    """The last line of a log, if it is the one line of an error that the user can mend."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return lines[-1].removeprefix("error: ") if lines and lines[-1].startswith("error: ") else None
 
 
 def _tail(log: Path) -> str:

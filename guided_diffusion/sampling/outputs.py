@@ -1,6 +1,7 @@
 """What is made of finished chunks: one .npz of all, one of a rank's block, PNGs, a grid."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator
 
@@ -36,12 +37,10 @@ class Part:
 
 def parts_of(folder: ChunkFolder, start: int, stop: int) -> list[Part]:
     """The parts of finished chunks that make up samples start … stop-1."""
-    parts = []
-    for chunk in folder.chunks_of(start, stop):
-        first, last = folder.bounds(chunk)
-        rows = max(start, first) - first, min(stop, last) - first
-        parts.append(Part(lambda chunk=chunk: folder.reader(chunk), *rows))
-    return parts
+    return [
+        Part(functools.partial(folder.reader, chunk), first - chunk[0], last - chunk[0])
+        for chunk, (first, last) in folder.cover(start, stop)
+    ]
 
 
 def parts_of_files(paths: list[str]) -> list[Part]:
@@ -56,7 +55,7 @@ def parts_of_files(paths: list[str]) -> list[Part]:
                 f"--dir: {path} has images of {kinds[-1]}, {paths[0]} of {kinds[0]}: they are not "
                 "of one run"
             )
-        parts.append(Part(lambda path=path: NpzReader(path), 0, len(images)))
+        parts.append(Part(functools.partial(NpzReader, path), 0, len(images)))
     return parts
 
 
@@ -64,7 +63,7 @@ def join_parts(parts: list[Part], path: str) -> None:
     """Stream parts into one .npz (`arr_0`, and `arr_1` if they are labelled), atomically."""
     rows = sum(part.stop - part.start for part in parts)
     with parts[0].open() as reader:
-        layout = {
+        layout: dict[str, tuple[tuple[int, ...], np.dtype | type]] = {
             name: ((rows, *reader.shape(name)[1:]), reader.dtype(name))
             for name in ("arr_0", "arr_1")
             if name in reader.names
@@ -94,30 +93,30 @@ def export_all(folder: ChunkFolder) -> str:
 
 
 def rank_file(folder: ChunkFolder, start: int, stop: int, rank: int) -> str:
-    """Where `export_npz` writes a rank's block; some chunk must be finished."""
+    """Where `export_npz` writes a rank's block."""
     return join(folder.folder, f"{_samples_name(folder, stop - start)}_rank_{rank}.npz")
 
 
 def _samples_name(folder: ChunkFolder, count: int) -> str:
-    with folder.reader(next(c for c in range(len(folder)) if folder.is_done(c))) as reader:
-        return "samples_" + "x".join(map(str, (count, *reader.shape("arr_0")[1:])))
+    size = folder.run.image_size
+    return f"samples_{count}x{size}x{size}x3"
 
 
 def export_pngs(folder: ChunkFolder, start: int, stop: int) -> str:
     """Write samples as `images/{index}_label_{label}.png` where missing; return the folder."""
     target = join(folder.folder, PNG_FOLDER)
     there = exported_pngs(folder)
-    for chunk in folder.chunks_of(start, stop):
-        first, last = folder.bounds(chunk)
-        missing = [i for i in range(max(first, start), min(last, stop)) if i not in there]
+    for chunk, (first, last) in folder.cover(start, stop):
+        missing = [index for index in range(first, last) if index not in there]
         if not missing:
             continue
         with folder.reader(chunk) as reader:
             images = reader.array("arr_0")
             labels = reader.array("arr_1") if "arr_1" in reader.names else None
         for index in missing:
-            name = png_name(index, None if labels is None else labels[index - first])
-            save_png(join(target, name), images[index - first])
+            row = index - chunk[0]
+            name = png_name(index, None if labels is None else labels[row])
+            save_png(join(target, name), images[row])
     return target
 
 
@@ -151,7 +150,7 @@ def rank_files(folder: str, number: int) -> dict[int, str]:
 
     UserError, naming them, if a rank has two, or is not one of 0 … number-1.
     """
-    by_rank = {}
+    by_rank: dict[int, str] = {}
     for name in sorted(list_names(folder)):
         match = _RANK_FILE.fullmatch(name)
         if not match:

@@ -1,29 +1,20 @@
 """The models on a device: a range of indices in, finished images out."""
 
 import functools
-import inspect
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from esddpm_io.errors import UserError
-from guided_diffusion.checkpoints import load_weights
+from guided_diffusion.checkpoints import check_fit, fingerprint, read_checkpoint
 from guided_diffusion.dist_util import cpu_has_bfloat16, find_launch
 from guided_diffusion.pixels import to_uint8
-from guided_diffusion.sampling.random_streams import RandomStreams
-from guided_diffusion.sampling.settings import (
-    WITHOUT_EFFECT,
-    Job,
-    diffusion_from,
-)
+from guided_diffusion.rng import RandomStreams
+from guided_diffusion.sampling.job import Job
 from guided_diffusion.sampling.sources import Start
-from guided_diffusion.script_util import (
-    classifier_defaults,
-    create_classifier,
-    create_model,
-    sr_create_model,
-)
+from guided_diffusion.settings.recognition import create_network
+from guided_diffusion.settings.record import WITHOUT_EFFECT, Guidance, Network, diffusion_of
 
 Report = Callable[[int], None]
 
@@ -35,48 +26,42 @@ class Sampler:
     """
 
     def __init__(self, job: Job, log: Callable[[str], None] = print):
-        self._job = job
-        settings = job.settings
+        self._run, self._source = job.run, job.source
         self.device = choose_device(job.device)
-        self.diffusion = diffusion_from(settings)
-        create = sr_create_model if "large_size" in settings else create_model
-        self._model = load_network(
-            create,
-            flags_of(create, settings),
-            job.info["model_path"],
-            self.device,
-            half=settings["use_fp16"],
-            log=log,
-        )
-        self._cond_fn = self._make_cond_fn(log) if job.is_guided else None
-        self.steps = settings["denoise_steps"] or self.diffusion.num_timesteps
+        self.device_name = name_of(self.device)
+        self.diffusion = diffusion_of(job.run)
+        self._model = load_network(job.run.network, self.device, flag="--model_path", log=log)
+        guidance = job.run.guidance
+        self._cond_fn = self._make_cond_fn(guidance, log) if guidance else None
+        self.steps = len(job.run.sampler.timesteps)
 
     @torch.inference_mode()
-    def sample(self, start: int, stop: int, report: Report = lambda step: None):
+    def sample(
+        self, start: int, stop: int, report: Report = lambda step: None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Samples start … stop-1: images uint8 [n, H, W, 3], labels int64 [n] or None.
 
         `report` is told the number of steps done. Raises UserError, naming index and step, if a
         sample is NaN or infinite.
         """
-        settings = self._job.settings
-        begin = self._job.source.start(start, stop)
-        streams = RandomStreams(settings["seed"], start, stop)
+        sampler, size = self._run.sampler, self._run.image_size
+        begin = self._source.start(start, stop)
+        streams = RandomStreams(self._run.seed, start, stop)
         loop = self.diffusion.p_sample_loop_progressive
-        if settings["use_ddim"]:
+        if sampler.name == "ddim":
             ddim = self.diffusion.ddim_sample_loop_progressive
-            loop = functools.partial(ddim, eta=settings["eta"])
-        size = settings.get("large_size") or settings["image_size"]
+            loop = functools.partial(ddim, eta=sampler.eta)
         finite = []
         for done, out in enumerate(
             loop(
                 self._predict,
                 (stop - start, 3, size, size),
                 noise=self._to_device(begin.images),
-                clip_denoised=settings["clip_denoised"],
+                clip_denoised=sampler.clip_denoised,
                 cond_fn=self._cond_fn,
                 model_kwargs=self._model_kwargs(begin),
                 device=self.device,
-                denoise_steps=settings["denoise_steps"],
+                denoise_steps=sampler.steps,
                 randn=streams.randn,
             ),
             start=1,
@@ -92,15 +77,15 @@ class Sampler:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _predict(self, x: torch.Tensor, t: torch.Tensor, **kwargs) -> torch.Tensor:
+    def _predict(self, x: torch.Tensor, t: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """The model's output; labels that are there for the classifier alone are left out."""
-        if not self._job.settings["class_cond"]:
+        if not self._run.network.flags["class_cond"]:
             kwargs.pop("y", None)
         return self._model(x, t, **kwargs)
 
-    def _model_kwargs(self, begin: Start) -> dict:
-        kwargs = {}
-        if self._job.settings["class_cond"] or self._cond_fn:
+    def _model_kwargs(self, begin: Start) -> dict[str, torch.Tensor | None]:
+        kwargs: dict[str, torch.Tensor | None] = {}
+        if self._run.takes_labels:
             kwargs["y"] = torch.from_numpy(begin.labels).to(self.device)
         if begin.low_res is not None:
             kwargs["low_res"] = self._to_device(begin.low_res)
@@ -119,7 +104,7 @@ class Sampler:
             return
         step, row = np.argwhere(~finite)[0]
         left = len(finite) - 1 - step
-        halved = self._job.settings["use_fp16"]
+        halved = self._run.network.flags["use_fp16"]
         advice = "try --use_fp16 False, and check" if halved else "check"
         raise UserError(
             f"sample {start + row} became NaN or infinite at step {step + 1} of {len(finite)} "
@@ -127,19 +112,11 @@ class Sampler:
             f"{advice} that the checkpoint fits the flags"
         )
 
-    def _make_cond_fn(self, log: Callable[[str], None]) -> Callable:
-        settings = self._job.settings
-        flags = {key: settings[key] for key in classifier_defaults()}
+    def _make_cond_fn(self, guidance: Guidance, log: Callable[[str], None]) -> Callable:
         classifier = load_network(
-            create_classifier,
-            flags,
-            self._job.info["classifier_path"],
-            self.device,
-            half=settings["classifier_use_fp16"],
-            kind="classifier",
-            log=log,
+            guidance.classifier, self.device, flag="--classifier_path", log=log
         )
-        scale = settings["classifier_scale"]
+        scale = guidance.scale
 
         def gradient(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             """scale × the gradient of log p(y | x_t) with respect to x_t (guidance, alg. 1)."""
@@ -153,41 +130,44 @@ class Sampler:
 
 
 def load_network(
-    create: Callable[..., torch.nn.Module],
-    flags: dict,
-    path: str,
+    record: Network,
     device: torch.device,
     *,
-    half: bool,
-    kind: str = "model",
+    flag: str,
     log: Callable[[str], None] = print,
 ) -> torch.nn.Module:
-    """Make a network with `create(**flags)`, load the checkpoint at `path`, put it on the device.
+    """Make the network of a record, load its checkpoint, put it on the device.
 
-    With `half` it computes in float16 on CUDA, and on a CPU in bfloat16 where the processor has it
-    and float32 elsewhere. `kind` is "model" or "classifier", for the flags that errors name.
+    With half precision it computes in float16 on CUDA, and on a CPU in bfloat16 where the processor
+    has it and float32 elsewhere. UserError, naming `flag`, if the checkpoint is not the recorded
+    one any more.
     """
-    try:
-        network = create(**flags)
-    except ValueError as error:
-        raise UserError(f"{kind} flags: {error}") from error
-    load_weights(network, path, flag=f"--{kind}_path")
-    network = network.eval().requires_grad_(False)
-    network = network.to(device, memory_format=torch.channels_last)
-    if half and device.type == "cpu":
-        dtype = torch.bfloat16 if cpu_has_bfloat16() else torch.float32
-        flag = "--use_fp16" if kind == "model" else "--classifier_use_fp16"
-        log(f"{flag} True on a CPU: computing in {str(dtype).removeprefix('torch.')}")
+    network = create_network(record.kind, {**record.flags, **WITHOUT_EFFECT})
+    state_dict = read_checkpoint(record.path, flag=flag)
+    if fingerprint(state_dict) != record.sha256:
+        raise UserError(
+            f"{flag}: {record.path} has changed since the run's settings were written: start it "
+            "anew in another folder"
+        )
+    check_fit(network, state_dict, record.path, flag=flag)
+    network.load_state_dict(state_dict)
+    network = network.eval().requires_grad_(False).to(device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in its stub
+    half_flag = "classifier_use_fp16" if record.kind == "classifier" else "use_fp16"
+    if record.flags[half_flag]:
+        dtype = torch.float16
+        if device.type == "cpu":
+            dtype = torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+            log(f"--{half_flag} True on a CPU: computing in {str(dtype).removeprefix('torch.')}")
         network.convert_to(dtype)
-    elif half:
-        network.convert_to_fp16()
     return network
 
 
-def flags_of(create: Callable, settings: dict) -> dict:
-    """The settings that `create` takes."""
-    known = {**WITHOUT_EFFECT, **settings}
-    return {name: known[name] for name in inspect.signature(create).parameters if name in known}
+def name_of(device: torch.device) -> str:
+    """What the device is: the GPU's name, or "cpu" with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def choose_device(text: str) -> torch.device:
@@ -197,8 +177,9 @@ def choose_device(text: str) -> torch.device:
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not text:
-        local = find_launch().local_rank
-        return torch.device("cuda", local % count) if count else torch.device("cpu")
+        if not count:
+            return torch.device("cpu")
+        text = str(find_launch().local_rank % count)
     if text == "cpu":
         return torch.device("cpu")
     index = text.removeprefix("cuda:")

@@ -1,4 +1,4 @@
-"""Where samples start: a generator's images, or pure noise with drawn labels."""
+"""Where samples start: a generator's images, pure noise, or noise with images to enlarge."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,7 +9,8 @@ import torch
 from esddpm_io.errors import UserError
 from esddpm_io.images import ImageSource, open_images
 from guided_diffusion.pixels import to_float
-from guided_diffusion.sampling.random_streams import random_labels
+from guided_diffusion.rng import random_labels
+from guided_diffusion.settings.record import StartSettings
 
 _LABELS_AT_ONCE = 65536
 
@@ -28,20 +29,44 @@ class Start:
     low_res: torch.Tensor | None = None
 
 
-class GeneratorImages:
-    """Images of a generator, read from their file as they are needed; the first `limit`, or all."""
-
-    def __init__(self, images: ImageSource, limit: int = 0):
-        self._images = images
-        self._count = min(limit or len(images), len(images))
-        self.has_labels = images.has_labels
+class Source:
+    """What `len(source)` samples start from, read by index as it is needed."""
 
     def __len__(self) -> int:
-        return self._count
+        raise NotImplementedError
 
     def start(self, start: int, stop: int) -> Start:
-        """Images and labels start … stop-1."""
-        return Start(to_float(self._images.read(start, stop)), self._images.labels(start, stop))
+        """What samples start … stop-1 start from."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str | None:
+        """A hash of the images' contents, None where there are none."""
+        return None
+
+    def stamp(self) -> str | None:
+        """A hash that changes when the files do; None where `fingerprint` costs no more."""
+        return None
+
+
+class _ImageFile(Source):
+    """Images of an .npz, .npy or folder; `flag` and `path` are for messages."""
+
+    def __init__(self, images: ImageSource, path: str, flag: str):
+        self._images, self._path, self._flag = images, path, flag
+
+    @property
+    def available(self) -> int:
+        """How many images there are."""
+        return len(self._images)
+
+    @property
+    def size(self) -> int:
+        """Their height, pixels."""
+        return self._images.shape[1]
+
+    @property
+    def has_labels(self) -> bool:
+        return self._images.has_labels
 
     def fingerprint(self) -> str:
         return self._images.fingerprint()
@@ -49,42 +74,60 @@ class GeneratorImages:
     def stamp(self) -> str | None:
         return self._images.stamp()
 
+    def check(self, size: int, size_flag: str, num_classes: int | None) -> None:
+        """UserError, naming the flag, unless all images have the network's `size` and, with
+        `num_classes`, a label below it each."""
+        height, width = self._images.shape[1:3]
+        if (height, width) != (size, size):
+            raise UserError(
+                f"{self._flag}: the images of {self._path} are {width}x{height}, the network "
+                f"takes {size}x{size} ({size_flag})"
+            )
+        if num_classes is not None:
+            self._check_labels(num_classes)
 
-class PureNoise:
-    """The plain DDPM: nothing to start from but a label, where the model wants one."""
+    def _check_labels(self, num_classes: int) -> None:
+        if not self.has_labels:
+            raise UserError(
+                f"{self._flag}: {self._path} has no labels, which a class-conditional model needs: "
+                "arr_1 in an .npz, names such as 27987_label_762.png in a folder"
+            )
+        for start in range(0, self.available, _LABELS_AT_ONCE):
+            labels = self._images.labels(start, min(start + _LABELS_AT_ONCE, self.available))
+            assert labels is not None
+            bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
+            if len(bad):
+                raise UserError(
+                    f"{self._flag}: label {labels[bad[0]]} of image {start + bad[0]} in "
+                    f"{self._path} is not one of the classes 0 … {num_classes - 1}"
+                )
 
-    def __init__(self, num_samples: int, seed: int, num_classes: int | None):
-        self._num_samples, self._seed, self._num_classes = num_samples, seed, num_classes
-        self.has_labels = num_classes is not None
+
+class GeneratorImages(_ImageFile):
+    """Images of a generator, the first `limit` of them, or all."""
+
+    def __init__(self, images: ImageSource, path: str, flag: str, limit: int = 0):
+        super().__init__(images, path, flag)
+        self._count = min(limit or len(images), len(images))
 
     def __len__(self) -> int:
-        return self._num_samples
+        return self._count
 
     def start(self, start: int, stop: int) -> Start:
-        """No images; labels start … stop-1, drawn from the samples' own streams."""
-        if self._num_classes is None:
-            return Start(None, None)
-        return Start(None, random_labels(self._seed, start, stop, self._num_classes))
-
-    def fingerprint(self) -> None:
-        return None
-
-    def stamp(self) -> None:
-        return None
+        return Start(to_float(self._images.read(start, stop)), self._images.labels(start, stop))
 
 
-class ImagesToEnlarge:
+class ImagesToEnlarge(_ImageFile):
     """Pure noise with small images beside it; sample i enlarges image i modulo their number."""
 
-    def __init__(self, images: ImageSource, num_samples: int):
-        self._images, self._num_samples = images, num_samples
-        self.has_labels = images.has_labels
+    def __init__(self, images: ImageSource, path: str, flag: str, num_samples: int):
+        super().__init__(images, path, flag)
+        self._num_samples = num_samples
 
     def __len__(self) -> int:
         return self._num_samples
 
     def start(self, start: int, stop: int) -> Start:
-        """No images to start from; small images and labels of samples start … stop-1."""
         pieces = list(self._pieces(start, stop))
         pixels = np.concatenate([self._images.read(*piece) for piece in pieces])
         labels = None
@@ -100,76 +143,45 @@ class ImagesToEnlarge:
             yield start % count, start % count + length
             start += length
 
-    def fingerprint(self) -> str:
-        return self._images.fingerprint()
 
-    def stamp(self) -> str | None:
-        return self._images.stamp()
+class PureNoise(Source):
+    """The plain DDPM: nothing to start from but a label, where the network wants one."""
 
+    def __init__(self, num_samples: int, seed: int, num_classes: int | None):
+        self._num_samples, self._seed, self._num_classes = num_samples, seed, num_classes
 
-Source = GeneratorImages | PureNoise | ImagesToEnlarge
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def start(self, start: int, stop: int) -> Start:
+        if self._num_classes is None:
+            return Start(None, None)
+        return Start(None, random_labels(self._seed, start, stop, self._num_classes))
 
 
 def open_generator_images(
-    path: str,
-    *,
-    image_size: int,
-    num_classes: int | None,
-    limit: int = 0,
-    flag: str = "--dataset_path",
+    path: str, limit: int = 0, *, flag: str = "--dataset_path"
 ) -> GeneratorImages:
-    """Open a generator's images, the first `limit` or all, and hold them against the model.
-
-    num_classes: how many classes the labels are for, None if the model takes no labels. Raises
-    UserError, naming `flag`, for images of another size and for labels missing or out of range.
-    """
+    """Open a generator's images, the first `limit` or all; UserError, naming `flag`, if none."""
     if not path:
         raise UserError(f"{flag}: name the .npz file or folder with the generator's images")
-    images = _open_checked(path, image_size, num_classes, flag, "makes", "image_size")
-    return GeneratorImages(images, limit)
+    return GeneratorImages(open_images(path, flag=flag), path, flag, limit)
 
 
 def open_images_to_enlarge(
-    path: str,
-    *,
-    small_size: int,
-    num_samples: int,
-    num_classes: int | None,
-    flag: str = "--base_samples",
+    path: str, num_samples: int, *, flag: str = "--base_samples"
 ) -> ImagesToEnlarge:
-    """Open the images that a super-resolution model enlarges; errors as `open_generator_images`."""
+    """Open the images that a super-resolution model enlarges; errors likewise."""
     if not path:
         raise UserError(f"{flag}: name the .npz file or folder with the images to enlarge")
-    images = _open_checked(path, small_size, num_classes, flag, "takes", "small_size")
-    return ImagesToEnlarge(images, num_samples)
+    return ImagesToEnlarge(open_images(path, flag=flag), path, flag, num_samples)
 
 
-def _open_checked(
-    path: str, size: int, num_classes: int | None, flag: str, verb: str, size_flag: str
-) -> ImageSource:
-    images = open_images(path, flag=flag)
-    height, width = images.shape[1:3]
-    if (height, width) != (size, size):
-        raise UserError(
-            f"{flag}: the images of {path} are {width}x{height}, the model {verb} "
-            f"{size}x{size} (--{size_flag})"
-        )
-    if num_classes is not None:
-        _check_labels(images, path, num_classes, flag)
-    return images
-
-
-def _check_labels(images: ImageSource, path: str, num_classes: int, flag: str) -> None:
-    if not images.has_labels:
-        raise UserError(
-            f"{flag}: {path} has no labels, which a class-conditional model needs: arr_1 in an "
-            ".npz, names such as 27987_label_762.png in a folder"
-        )
-    for start in range(0, len(images), _LABELS_AT_ONCE):
-        labels = images.labels(start, min(start + _LABELS_AT_ONCE, len(images)))
-        bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
-        if len(bad):
-            raise UserError(
-                f"{flag}: label {labels[bad[0]]} of image {start + bad[0]} in {path} is not one "
-                f"of the classes 0 … {num_classes - 1}"
-            )
+def open_source(start: StartSettings, num_samples: int, seed: int) -> Source:
+    """What the record of a run says that samples start from."""
+    if start.kind == "noise":
+        return PureNoise(num_samples, seed, start.num_classes)
+    assert start.path is not None
+    if start.kind == "enlarge":
+        return open_images_to_enlarge(start.path, num_samples)
+    return open_generator_images(start.path, num_samples)

@@ -1,34 +1,33 @@
-"""The loop of one process: claim a chunk, sample it, store it, until none is missing."""
+"""The loop of one process: find what is missing, sample it, store it, until nothing is missing.
+
+No process asks another what to do. Each samples its own block from the start, then what is missing
+of the others' blocks, from different ends, looking before each chunk what is there. In the end
+several may be at the same chunk: then the first to store it wins, and the rest drop theirs. So
+nobody waits for a process that is slow, stopped or gone.
+"""
 
 import contextlib
 import os
-import shlex
-import signal
+import platform
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from esddpm_io.errors import terminate_cleanly
 from esddpm_io.files import exists
 from esddpm_io.progress import Progress
 from guided_diffusion.sampling import outputs
-from guided_diffusion.sampling.chunks import ChunkFolder
-from guided_diffusion.sampling.claims import LAUNCHER_VARIABLE, Claims, Heart
-from guided_diffusion.sampling.settings import Job, read_job
+from guided_diffusion.sampling.chunks import ChunkFolder, Range
+from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE, Heartbeat
+from guided_diffusion.sampling.job import Job
+from guided_diffusion.settings.record import Run
 
-_POLL_S = 0.5  # between two looks at chunks that other processes are at
+_LOOK_S = 1.0  # between two looks, in the middle of a chunk, whether another process stored it
 
 
-def main(argv: list[str] | None = None, *, guided: bool) -> None:
-    """The command line of a sampling script: parse, sample, export."""
-    terminate_cleanly()
-    _stop_with_launcher()
-    job = read_job(argv, guided=guided)
-    with telling_how_to_continue(job, shlex.join([sys.executable, *sys.argv])):
-        run(job)
+class _Superseded(Exception):
+    """Another process has stored the chunk that this one is at."""
 
 
 @contextlib.contextmanager
@@ -53,89 +52,108 @@ def run(job: Job, log: Callable[[str], None] = print) -> None:
     the job asks for. Raises UserError for a folder of other settings, a checkpoint that does not
     fit, and samples that are not finite.
     """
-    folder = ChunkFolder.open(job.save_dir, job.settings, job.info, job.chunk_size)
+    folder = ChunkFolder.open(job.save_dir, job.run)
     log(f"rank {job.rank} of {job.world_size}: {folder.num_samples} samples in {job.save_dir}")
-    for remark in job.info["flags"]:
+    for remark in job.remarks:
         log(remark)
-    log(_describe_chain(job))
-    with Heart(folder.folder, rank=job.rank, device=job.device or "auto") as heart:
-        Worker(job, folder, heart, log).run()
+    log(describe_chain(job.run))
+    with Heartbeat(folder.folder, rank=job.rank, device=job.device or "auto") as heartbeat:
+        folder.remove_damaged(log, job.block)
+        Worker(job, folder, heartbeat, log).run()
         if job.save_numpy_array or job.save_png_files:
-            Exporter(job, folder, heart, log).run()
+            heartbeat.tell(state="exporting")
+            export(job, folder, log)
+
+
+def next_chunk(job: Job, missing: Sequence[Range]) -> Range | None:
+    """Which of the missing chunks a process does next: of its own block the first.
+
+    Then of the block of the next rank that has any, each helper from another place near its end.
+    """
+    start, stop = job.block
+    own = [chunk for chunk in missing if chunk[0] < stop and chunk[1] > start]
+    if own or not job.any_chunk:
+        return own[0] if own else None
+    for distance in range(1, job.world_size):
+        start, stop = job.block_of((job.rank + distance) % job.world_size)
+        theirs = [chunk for chunk in missing if start <= chunk[0] < stop]
+        if theirs:
+            # Its helpers are at different distances, so they do not begin with the same one.
+            return theirs[-1 - (distance - 1) % len(theirs)]
+    return None
 
 
 class Worker:
     """One process's work on a folder of chunks."""
 
-    def __init__(self, job: Job, folder: ChunkFolder, heart: Heart, log: Callable[[str], None]):
-        self._job, self._folder, self._heart, self._log = job, folder, heart, log
-        self._claims = Claims(folder.folder, heart.worker_id)
+    def __init__(
+        self, job: Job, folder: ChunkFolder, heartbeat: Heartbeat, log: Callable[[str], None]
+    ):
+        self._job, self._folder, self._heartbeat, self._log = job, folder, heartbeat, log
         self._batch_size = job.batch_size
         self._images_done = 0
-        self._sampler = None
-        own = folder.chunks_of(*job.block)
-        wanted = range(len(folder)) if job.any_chunk else own
-        # Own chunks first, then on through the others' from there.
-        self._order = [*wanted[own.start - wanted.start :], *wanted[: own.start - wanted.start]]
 
     def run(self) -> None:
         """Work until no wanted chunk is missing."""
-        missing = self._missing()
-        total = left = self._count(missing)
-        with Progress(total, "images", "sampling") as self._progress:
-            while missing:
-                chunk = next((c for c in missing if self._claims.take(c)), None)
-                if chunk is None:
-                    self._heart.tell(state="waiting", chunk=None)
-                    time.sleep(_POLL_S)
-                else:
-                    self._finish(chunk)
-                missing = self._missing()
-                left, before = self._count(missing), left
-                self._progress.update(before - left)
-
-    def _missing(self) -> list[int]:
-        missing = set(self._folder.missing())
-        return [chunk for chunk in self._order if chunk in missing]
-
-    def _count(self, chunks: list[int]) -> int:
-        return sum(stop - start for start, stop in map(self._folder.bounds, chunks))
-
-    def _finish(self, chunk: int) -> None:
-        """Sample a claimed chunk and store it, unless its last owner got that far."""
-        try:
-            if self._folder.is_done(chunk):
-                return
-            if self._sampler is None:
+        wanted = self._missing()
+        left = _count(wanted)
+        with Progress(left, "images", "sampling") as progress:
+            while (chunk := next_chunk(self._job, wanted)) is not None:
                 self._load()
-            images, labels = self._sample(chunk)
-            self._folder.write(chunk, images, labels)
-            self._images_done += len(images)
-        finally:
-            self._claims.release(chunk)
+                self._finish(chunk)
+                wanted = self._missing()
+                left, before = _count(wanted), left
+                progress.update(before - left)
+
+    def _missing(self) -> list[Range]:
+        missing = self._folder.missing(self._job.chunk_size)
+        if self._job.any_chunk:
+            return missing
+        start, stop = self._job.block
+        return [chunk for chunk in missing if chunk[0] < stop and chunk[1] > start]
 
     def _load(self) -> None:
-        self._heart.tell(state="loading")
+        if hasattr(self, "_sampler"):
+            return
+        self._heartbeat.tell(state="loading")
         # Only now, for a process that finds nothing to do needs no models.
         from guided_diffusion.sampling.sampler import Sampler
 
         self._sampler = Sampler(self._job, self._log)
         self._log(f"sampling on {self._sampler.device}, {self._batch_size} images a step")
-        self._heart.set(device=str(self._sampler.device))
+        self._heartbeat.set(device=str(self._sampler.device))
         self._started = time.monotonic()
 
-    def _sample(self, chunk: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def _finish(self, chunk: Range) -> None:
+        """Sample a chunk and store it, unless another process does so first."""
+        began = time.monotonic()
+        with contextlib.suppress(_Superseded):
+            images, labels = self._sample(chunk)
+            self._folder.write(
+                chunk,
+                images,
+                labels,
+                seconds=time.monotonic() - began,
+                device=self._sampler.device_name,
+                host=platform.node(),
+                worker=self._heartbeat.worker_id,
+                batch_size=self._batch_size,
+            )
+            self._images_done += len(images)
+            self._heartbeat.set(stored=self._images_done)
+
+    def _sample(self, chunk: Range) -> tuple[np.ndarray, np.ndarray | None]:
         """The chunk's images and labels, in batches that fit into the device's memory."""
         from guided_diffusion.sampling.sampler import is_out_of_memory
 
-        start, stop = self._folder.bounds(chunk)
-        self._heart.tell(state="sampling", chunk=chunk, indices=[start, stop])
+        start, stop = chunk
+        self._heartbeat.tell(state="sampling", indices=list(chunk))
         batches = []
         position = start
         while position < stop:
             end = min(position + self._batch_size, stop)
             try:
-                report = self._reporter(position - start, end - position)
+                report = self._reporter(chunk, position - start, end - position)
                 batches.append(self._sampler.sample(position, end, report))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or end - position == 1:
@@ -144,8 +162,8 @@ class Worker:
                 continue
             position = end
         images = np.concatenate([images for images, _ in batches])
-        labels = [labels for _, labels in batches]
-        return images, None if labels[0] is None else np.concatenate(labels)
+        labels = [labels for _, labels in batches if labels is not None]
+        return images, np.concatenate(labels) if labels else None
 
     def _halve(self, size: int, error: BaseException) -> None:
         """Halve the batch for good after one of `size` images did not fit."""
@@ -155,94 +173,52 @@ class Worker:
         error.__traceback__ = None  # its frames hold the tensors that did not fit
         self._sampler.free_memory()
 
-    def _reporter(self, before: int, size: int) -> Callable[[int], None]:
+    def _reporter(self, chunk: Range, before: int, size: int) -> Callable[[int], None]:
         """What the sampler calls after each step of a batch of `size`, `before` into the chunk."""
         steps = self._sampler.steps
+        looked = time.monotonic()
 
         def report(done: int) -> None:
+            nonlocal looked
+            now = time.monotonic()
             images = self._images_done + before + size * done / steps
-            rate = images / (time.monotonic() - self._started)
-            self._heart.set(step=done, steps=steps, images=images, rate=rate, batch_size=size)
+            rate = images / (now - self._started)
+            self._heartbeat.set(step=done, steps=steps, images=images, rate=rate, batch_size=size)
+            if now - looked >= _LOOK_S:
+                looked = now
+                if self._folder.is_done(chunk):
+                    raise _Superseded
 
         return report
 
 
-class Exporter:
-    """The files of finished samples that the job asks for: of its own block, or of all blocks.
+def export(job: Job, folder: ChunkFolder, log: Callable[[str], None]) -> None:
+    """Write the files of finished samples that the job asks for: of its own block, or of all.
 
     A rank that does any chunk sees to the blocks of the others too, which may have ended early.
     """
-
-    def __init__(self, job: Job, folder: ChunkFolder, heart: Heart, log: Callable[[str], None]):
-        self._job, self._folder, self._heart, self._log = job, folder, heart, log
-        self._claims = Claims(folder.folder, heart.worker_id)
-        ranks = range(job.world_size)
-        self._ranks = [job.rank]
-        if job.any_chunk:
-            in_turn = [*ranks[job.rank :], *ranks[: job.rank]]
-            self._ranks = [rank for rank in in_turn if job.block_of(rank)[0] < len(job.source)]
-
-    def run(self) -> None:
-        """Work until the files of no wanted block are missing."""
-        missing = self._ranks
-        first = missing[0]
-        if self._claims.take(self._claim_of(first)):
-            self._finish(first)  # even if it is there: perhaps from a run of other blocks
-        while missing := self._missing(missing):
-            rank = next((r for r in missing if self._claims.take(self._claim_of(r))), None)
-            if rank is None:
-                self._heart.tell(state="waiting", chunk=None)
-                time.sleep(_POLL_S)
-            else:
-                self._finish(rank)
-
-    def _claim_of(self, rank: int) -> int:
-        return len(self._folder) + rank  # the numbers after those of the chunks
-
-    def _missing(self, ranks: list[int]) -> list[int]:
-        pngs = outputs.exported_pngs(self._folder) if self._job.save_png_files else None
-        return [rank for rank in ranks if not self._is_done(rank, pngs)]
-
-    def _is_done(self, rank: int, pngs: set[int] | None) -> bool:
-        block = self._job.block_of(rank)
-        if pngs is not None and not pngs.issuperset(range(*block)):
-            return False
-        if not self._job.save_numpy_array:
-            return True
-        return exists(outputs.rank_file(self._folder, *block, rank))
-
-    def _finish(self, rank: int) -> None:
-        """Write what is missing of a claimed block."""
-        self._heart.tell(state="exporting", chunk=None)
-        block = self._job.block_of(rank)
-        try:
-            if self._job.save_numpy_array:
-                self._log(f"wrote {outputs.export_npz(self._folder, *block, rank)}")
-            if self._job.save_png_files:
-                self._log(f"wrote {outputs.export_pngs(self._folder, *block)}")
-        finally:
-            self._claims.release(self._claim_of(rank))
+    ranks = range(job.world_size)
+    in_turn = [*ranks[job.rank :], *ranks[: job.rank]] if job.any_chunk else [job.rank]
+    for rank in in_turn:
+        block = job.block_of(rank)
+        if rank != job.rank and block[0] == block[1]:
+            continue
+        path = outputs.rank_file(folder, *block, rank)
+        # Its own even if it is there: perhaps from a run of other blocks.
+        if job.save_numpy_array and (rank == job.rank or not exists(path)):
+            log(f"wrote {outputs.export_npz(folder, *block, rank)}")
+        if job.save_png_files:
+            log(f"wrote {outputs.export_pngs(folder, *block)}")
 
 
-def _describe_chain(job: Job) -> str:
-    settings, start = job.settings, job.info["start_timestep"]
-    loop = "DDIM" if settings["use_ddim"] else "DDPM"
-    if settings["start_from_scratch"]:
-        return f"{loop} from pure noise at original timestep {start}"
-    steps = settings["denoise_steps"]
-    return f"{loop}: {steps} reverse steps, starting at original timestep {start}"
+def describe_chain(run: Run) -> str:
+    """One line on the steps of a run and where it starts."""
+    sampler = run.sampler
+    loop, steps = sampler.name.upper(), len(sampler.timesteps)
+    if sampler.steps is None:
+        return f"{loop}: {steps} steps from pure noise at original timestep {sampler.timesteps[0]}"
+    return f"{loop}: {steps} reverse steps, starting at original timestep {sampler.timesteps[0]}"
 
 
-def _stop_with_launcher() -> None:
-    """End this process when the launcher that started it is gone without having ended it."""
-    launcher = os.environ.get(LAUNCHER_VARIABLE)
-    if launcher is None:
-        return
-
-    def watch() -> None:
-        while os.getppid() == int(launcher):
-            time.sleep(1.0)
-        print("the launcher is gone: stopping", file=sys.stderr, flush=True)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _count(chunks: Sequence[Range]) -> int:
+    return sum(stop - start for start, stop in chunks)

@@ -13,7 +13,7 @@ from esddpm_io.errors import UserError, run_main, terminate_cleanly
 from esddpm_io.files import check_output_folder
 from esddpm_io.images import ImageSource, open_images, png_name, save_png
 from esddpm_io.progress import Progress
-from guided_diffusion.presets import load_preset
+from guided_diffusion.settings.presets import load_preset
 
 
 def create_argparser() -> argparse.ArgumentParser:

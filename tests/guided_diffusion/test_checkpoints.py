@@ -11,7 +11,7 @@ import torch
 from esddpm_io.errors import UserError
 from guided_diffusion import script_util
 from guided_diffusion.checkpoints import (
-    explicit_flags,
+    fingerprint,
     identify,
     load_object,
     load_weights,
@@ -19,7 +19,6 @@ from guided_diffusion.checkpoints import (
     read_sidecar,
     recognise,
     save_checkpoint,
-    settle_flags,
     write_sidecar,
 )
 
@@ -257,36 +256,14 @@ def test_sidecars(tiny_path):
             read_sidecar(tiny_path)
 
 
-def test_explicit_flags():
-    parser = argparse.ArgumentParser()
-    script_util.add_dict_to_argparser(parser, DEFAULTS["model"])
-    argv = ["--image_size", "64", "--learn_sigma", "True"]
-    assert explicit_flags(parser, argv) == {"image_size", "learn_sigma"}
-    assert explicit_flags(parser, []) == set()
-
-
-def test_flags_come_from_the_user_then_the_sidecar_then_the_defaults(tiny_path):
-    write_sidecar(tiny_path, {**TINY, "noise_schedule": "cosine"})
-    flags, remarks = settle_flags(
-        tiny_path, "model", {"noise_schedule": "linear", "batch_size": 3}, flag="--model_path"
-    )
-    assert flags == {**DEFAULTS["model"], **TINY, "noise_schedule": "linear"}
-    assert "flags from the sidecar" in remarks[0]
-    with pytest.raises(UserError, match="sidecar of .* says it is a model, not a classifier"):
-        settle_flags(tiny_path, "classifier", {}, flag="--classifier_path")
-
-
-def test_flags_of_a_bare_file_are_recognised_unless_the_user_types_them(tiny_path):
-    flags, remarks = settle_flags(tiny_path, "model", {"image_size": 32}, flag="--model_path")
-    assert flags == {**DEFAULTS["model"], **TINY, "use_scale_shift_norm": False}
-    assert "which do not tell num_heads" in remarks[0]
-    load_weights(script_util.create_model_and_diffusion(**flags)[0], tiny_path, flag="--f")
-
-    flags, _ = settle_flags(tiny_path, "model", {"use_fp16": True}, flag="--model_path")
-    assert flags["image_size"] == 64
-    assert flags["attention_resolutions"] == "32"
-    load_weights(script_util.create_model_and_diffusion(**flags)[0], tiny_path, flag="--f")
-
-    flags, remarks = settle_flags(tiny_path, "model", {"num_channels": 32}, flag="--model_path")
-    assert flags == {**DEFAULTS["model"], "num_channels": 32}
-    assert remarks == []
+def test_the_fingerprint_is_that_of_the_tensors(tiny_path, tmp_path):
+    state_dict = read_checkpoint(tiny_path, flag="--f")
+    legacy = tmp_path / "other_name.pt"
+    reordered = dict(reversed(state_dict.items()))
+    torch.save(reordered, legacy, _use_new_zipfile_serialization=False)
+    first = fingerprint(state_dict)
+    assert fingerprint(read_checkpoint(str(legacy), flag="--f")) == first
+    name = next(iter(reordered))
+    for change in (reordered[name] + 1e-3, reordered[name].double(), reordered[name][None]):
+        assert fingerprint({**reordered, name: change}) != first
+    assert fingerprint({f"{n}x": t for n, t in state_dict.items()}) != first

@@ -7,7 +7,7 @@ import pytest
 
 from esddpm_io.errors import UserError
 from evaluations.features import GRAPH_NAME
-from guided_diffusion.presets import load_preset
+from guided_diffusion.settings.presets import load_preset
 from scripts import download
 
 PRESET = f"""

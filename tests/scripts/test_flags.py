@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from guided_diffusion.sampling import settings
+from guided_diffusion.commands import sample
 
 MODEL = {
     "image_size": 64,
@@ -155,7 +155,7 @@ REQUIRED = {
 
 def parser_of(script):
     if script.endswith("sample_diffusion_and_reverse"):
-        return settings.build_parser(guided=script.startswith("classifier"))
+        return sample.build_parser(guided=script.startswith("classifier"))
     return importlib.import_module(f"scripts.{script}").create_argparser()
 
 

@@ -160,7 +160,7 @@ def test_image_nll_is_the_bound_of_the_library(run, tiny, tmp_path):
 def test_bad_input_is_one_line(run, tiny, tmp_path):
     argv = ["--model_path", tiny.model, *FLAGS]
     for script, more, message in (
-        (image_sample, ["--num_samples", "0"], "--num_samples must be at least 1"),
+        (image_sample, ["--num_samples", "0"], "--num_samples is 0, it must be at least 1"),
         (image_sample, ["--model_path", "none.pt"], "--model_path: there is no file none.pt"),
         (image_sample, ["--timestep_respacing", "2000"], "--timestep_respacing"),
         (image_sample, ["--num_res_blocks", "2"], "does not fit the model flags"),
@@ -192,7 +192,7 @@ def test_a_stopped_sampler_names_the_command_that_goes_on(tiny, tmp_path):
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    wait_until(lambda: list(tmp_path.glob("*/chunks/0*.npz")), process)
+    wait_until(lambda: list(tmp_path.glob("*/chunks/*/0*.npz")), process)
     process.terminate()
     said = process.communicate(timeout=PATIENCE_S)[1]
     folder = next(tmp_path.glob("*/chunks")).parent
@@ -231,4 +231,4 @@ def test_two_processes_share_the_work(run, tiny, tmp_path, launcher):
     with np.load(alone / name) as one, np.load(together / name) as two:
         np.testing.assert_array_equal(one["arr_0"], two["arr_0"])
         np.testing.assert_array_equal(one["arr_1"], two["arr_1"])
-    assert len(os.listdir(together / "workers")) == 2
+    assert os.listdir(together / "workers") == []  # both have ended as they should

@@ -16,9 +16,10 @@ import pytest
 from esddpm_io import files
 from esddpm_io.errors import UserError, run_main
 from esddpm_io.images import open_images
-from guided_diffusion.sampling import outputs, worker
+from guided_diffusion.commands import sample
+from guided_diffusion.sampling import outputs
 from guided_diffusion.sampling.chunks import ChunkFolder
-from guided_diffusion.sampling.progress import Overseer
+from guided_diffusion.sampling.status import Monitor
 from tests.tiny_sampling import chunks
 
 
@@ -65,21 +66,21 @@ def test_inputs_checkpoint_and_chunks_in_a_bucket(tiny, tmp_path, bucket):
     shutil.copytree(tiny.folder, bucket / "images")
     shutil.copy(tiny.model, bucket / "model.pt")
     paths = {"model_path": "gs://bucket/model.pt", "dataset_path": "gs://bucket/images"}
-    worker.main(tiny.worker_flags("gs://bucket/out", **paths), guided=False)
-    worker.main(tiny.worker_flags(tmp_path / "local"), guided=False)
+    sample.main(tiny.worker_flags("gs://bucket/out", **paths), guided=False)
+    sample.main(tiny.worker_flags(tmp_path / "local"), guided=False)
     images, labels = chunks(tmp_path / "local")
     np.testing.assert_array_equal(chunks(bucket / "out")[0], images)
     np.testing.assert_array_equal(chunks(bucket / "out")[1], labels)
 
     folder = ChunkFolder.load("gs://bucket/out")
-    assert Overseer(folder).look().complete
+    assert Monitor(folder).look().complete
     outputs.join_parts(outputs.parts_of(folder, 0, 10), "gs://bucket/out/samples_all.npz")
     outputs.save_grid("gs://bucket/out/samples_all.npz", None, "gs://bucket/out/grid.png")
     with np.load(bucket / "out" / "samples_all.npz") as npz:
         np.testing.assert_array_equal(npz["arr_0"], images)
     assert (bucket / "out" / "grid.png").exists()
     with pytest.raises(UserError, match="denoise_steps is 2 there, 3 now"):
-        worker.main(tiny.worker_flags("gs://bucket/out", **paths, denoise_steps=3), guided=False)
+        sample.main(tiny.worker_flags("gs://bucket/out", **paths, denoise_steps=3), guided=False)
 
 
 def test_a_missing_blob_is_named(bucket):

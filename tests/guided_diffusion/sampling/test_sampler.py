@@ -6,11 +6,11 @@ import torch
 
 from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import load_weights
+from guided_diffusion.commands.sample import read_job
 from guided_diffusion.pixels import to_uint8
+from guided_diffusion.rng import RandomStreams
 from guided_diffusion.sampling import sampler as sampler_module
-from guided_diffusion.sampling.random_streams import RandomStreams
 from guided_diffusion.sampling.sampler import Sampler, choose_device
-from guided_diffusion.sampling.settings import read_job
 from guided_diffusion.script_util import (
     classifier_defaults,
     create_classifier,
@@ -113,13 +113,15 @@ def test_half_precision_on_a_cpu_says_what_it_does(tiny, tmp_path, monkeypatch):
     assert 0 < difference.mean() < 4  # of 255: the same pictures, coarser
 
 
-def test_a_checkpoint_of_other_flags_is_refused(tiny, tmp_path):
-    flags = tiny.worker_flags(tmp_path, num_channels=64)
-    with pytest.raises(UserError, match=r"--model_path: .* does not fit the model flags"):
-        Sampler(read_job(flags, guided=False))
-    flags = tiny.worker_flags(tmp_path, channel_mult="1,x")
-    with pytest.raises(UserError, match="model flags: channel_mult must be"):
-        Sampler(read_job(flags, guided=False))
+def test_a_checkpoint_that_changed_after_the_settings_were_written_is_refused(tiny, tmp_path):
+    model = tmp_path / "model.pt"
+    state = torch.load(tiny.model)
+    torch.save(state, model)
+    job = read_job(tiny.worker_flags(tmp_path, model_path=model), guided=False)
+    state["out.2.bias"][0] += 1
+    torch.save(state, model)
+    with pytest.raises(UserError, match=r"--model_path: .*model\.pt has changed since the run's"):
+        Sampler(job)
 
 
 def test_devices():

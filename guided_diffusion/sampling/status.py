@@ -5,10 +5,9 @@ import sys
 import time
 from typing import TextIO
 
-from esddpm_io.files import join, list_names, read_json
 from esddpm_io.progress import progress_text
 from guided_diffusion.sampling.chunks import ChunkFolder
-from guided_diffusion.sampling.claims import Observer
+from guided_diffusion.sampling.heartbeat import Observer
 
 _SCREEN_EVERY_S = 0.5
 _LOG_EVERY_S = 30.0
@@ -29,12 +28,20 @@ class Overview:
         return self.done == self.total
 
     def headline(self) -> str:
+        if self.complete:
+            return f"{self.total} images, all of them"
         return progress_text(self.done, self.total, "images", self.rate)
 
+    def line(self) -> str:
+        """All in one line, for a log."""
+        live = sum(worker["alive"] for worker in self.workers)
+        workers = "" if self.complete else f"; {live} worker{'' if live == 1 else 's'}"
+        return f"{self.headline()}{workers}"
+
     def table(self) -> list[str]:
-        """One line on all, and one for each worker that lives or died at a chunk."""
+        """One line on all, and one for each worker."""
         missing = self.total - self.done
-        lines = [f"done {self.headline()}, {missing} missing"]
+        lines = [f"done {self.headline()}" + (f", {missing} missing" if missing else "")]
         if self.workers:
             titles = ("rank", "host", "device", "state", "images", "images/s", "at")
             lines.append(_COLUMNS.format(*titles))
@@ -53,7 +60,7 @@ class Overview:
         return lines
 
 
-class Overseer:
+class Monitor:
     """Looks at a folder again and again."""
 
     def __init__(self, folder: ChunkFolder):
@@ -63,22 +70,12 @@ class Overseer:
 
     def look(self) -> Overview:
         """The state of this moment."""
-        owners = self._owners()
-        workers = [
-            worker
-            for worker in self._observer.workers()
-            if worker["alive"] or worker["worker"] in owners
-        ]
+        workers = self._observer.workers()
         done = self._folder.count_done()
         rate = sum(worker.get("rate", 0.0) for worker in workers if worker["alive"])
         if not rate:  # nobody is at work (any more): what we saw ourselves
             rate = (done - self._done_then) / max(time.monotonic() - self._began, 1e-9)
         return Overview(self._folder.num_samples, done, rate, workers)
-
-    def _owners(self) -> set[str]:
-        claims = join(self._folder.folder, "claims")
-        names = (name for name in list_names(claims) if not name.startswith("."))
-        return {read_json(join(claims, name)) for name in names}
 
 
 class Screen:
@@ -100,8 +97,7 @@ class Screen:
         every = _SCREEN_EVERY_S if self._on_terminal else _LOG_EVERY_S
         self._next = time.monotonic() + every
         if not self._on_terminal:
-            live = sum(worker["alive"] for worker in overview.workers)
-            print(f"{overview.headline()}; {live} workers", file=self._stream, flush=True)
+            print(overview.line(), file=self._stream, flush=True)
             return
         lines = overview.table()
         up = f"\x1b[{self._lines_up}A" if self._lines_up else ""

@@ -1,7 +1,8 @@
-"""Which process is at which chunk, and whether it is still alive.
+"""Who works on a folder, and is it alive: a small file of each process, written every second.
 
-A claim only keeps two processes from doing the same work. Nothing depends on it: if two do work
-on one chunk after all, both write the same samples, and either file is right.
+Only people, and the launcher for its own processes, go by it. No work depends on it: samples are
+deterministic and chunks whole or not there, so a process that is silent merely leaves chunks that
+others sample in the end.
 """
 
 import contextlib
@@ -13,28 +14,27 @@ import uuid
 from pathlib import Path
 
 from esddpm_io.atomic import write_json
-from esddpm_io.files import create_exclusively, join, list_names, read_json, remove
+from esddpm_io.files import join, list_names, read_json, remove
 
 # Set by the launcher for its workers: the process without which they have nobody to work for.
 LAUNCHER_VARIABLE = "ESDDPM_LAUNCHER_PID"
+FOLDER = "workers"
 BEAT_S = 1.0
-# A heart that has not beaten for so long has stopped: many beats, for a shared folder lags.
+# A process that has not written for so long has stopped: many beats, for a shared folder lags.
 DEAD_AFTER_S = 60.0
-# One that beats but has not come a step further for so long hangs, on a broken device say.
-STUCK_AFTER_S = 1800.0
 
 
-class Heart:
-    """This process's record in `workers/`: who it is, what it does, and a beat every second.
+class Heartbeat:
+    """This process's record in `workers/`: who it is and what it does.
 
     Use as a context manager; `set` changes what the record says from the next beat on, `tell`
-    at once.
+    at once. A process that ends as it should takes its record away.
     """
 
     def __init__(self, folder: str, **about: object):
         self.worker_id = f"{about['rank']:04}-{uuid.uuid4().hex[:8]}"
-        self._path = join(folder, "workers", f"{self.worker_id}.json")
-        self._record = {
+        self._path = join(folder, FOLDER, f"{self.worker_id}.json")
+        self._record: dict[str, object] = {
             "worker": self.worker_id,
             "host": platform.node(),
             "machine": machine_id(),
@@ -58,19 +58,22 @@ class Heart:
         self.set(**changes)
         self._beat()
 
-    def __enter__(self) -> "Heart":
+    def __enter__(self) -> "Heartbeat":
         self._beat()
         self._thread = threading.Thread(target=self._keep_beating, daemon=True)
         self._thread.start()
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._record = {**self._record, "state": "done" if kind is None else "stopped"}
         # The folder may be full or gone, which is why we stop: that error is already on its way.
         with contextlib.suppress(OSError):
-            self._beat()
+            if kind is None:
+                remove(self._path)
+            else:
+                self._record = {**self._record, "state": "stopped"}
+                self._beat()
 
     def _keep_beating(self) -> None:
         while not self._stop.wait(BEAT_S):
@@ -87,73 +90,37 @@ class Heart:
 
 
 class Observer:
-    """Watches the workers of a folder, and tells slow ones from dead and stuck ones."""
+    """Watches the workers of a folder, and tells slow ones from dead ones."""
 
     def __init__(self, folder: str):
-        self._folder = join(folder, "workers")
-        self._seen: dict[tuple[str, str], tuple[object, float]] = {}
+        self._folder = join(folder, FOLDER)
+        self._seen: dict[str, tuple[object, float]] = {}
 
     def workers(self) -> list[dict]:
         """The records of all workers, in order of rank, with `alive` added."""
         names = sorted(n for n in list_names(self._folder) if not n.startswith("."))
-        records = [self.worker(name.removesuffix(".json")) for name in names]
-        return [record for record in records if record is not None]
+        records = [read_json(join(self._folder, name)) for name in names]
+        there = [record for record in records if isinstance(record, dict)]
+        return [{**record, "alive": self._is_alive(record)} for record in there]
 
-    def worker(self, worker_id: str) -> dict | None:
-        """The record of one worker with `alive` added, or None if there is no such worker."""
-        record = read_json(join(self._folder, f"{worker_id}.json"))
-        if record is not None:
-            record["alive"] = self._is_alive(record)
-        return record
+    def forget_dead(self) -> None:
+        """Remove the records of processes of this machine that are gone."""
+        for worker in self.workers():
+            if worker["machine"] == machine_id() and not process_runs(worker["pid"]):
+                remove(join(self._folder, f"{worker['worker']}.json"))
 
     def _is_alive(self, record: dict) -> bool:
-        if record["state"] in ("done", "stopped"):
+        if record["state"] == "stopped":
             return False
         if record["machine"] == machine_id() and not process_runs(record["pid"]):
             return False
-        silent = self._unchanged_for(record, "beat")
-        idle = self._unchanged_for(record, "state", "chunk", "step")
-        stuck = idle >= STUCK_AFTER_S and record["state"] != "waiting"
-        return silent < DEAD_AFTER_S and not stuck
-
-    def _unchanged_for(self, record: dict, *names: str) -> float:
-        """Seconds since we first saw these entries as they are.
-
-        Clocks of machines differ, so time is counted on ours.
-        """
-        key = (record["worker"], names[0])
+        # Clocks of machines differ, so time is counted on ours, from when we first saw the beat.
         now = time.monotonic()
-        values = [record.get(name) for name in names]
-        before, since = self._seen.get(key, (None, now))
-        if before != values:
+        beat, since = self._seen.get(record["worker"], (None, now))
+        if beat != record["beat"]:
             since = now
-        self._seen[key] = (values, since)
-        return now - since
-
-
-class Claims:
-    """Claims of the chunks of a folder, one file each, holding the name of the worker."""
-
-    def __init__(self, folder: str, worker_id: str):
-        self._folder = join(folder, "claims")
-        self._worker_id = worker_id
-        self._observer = Observer(folder)
-
-    def take(self, chunk: int) -> bool:
-        """Claim a chunk; False if a live worker has it. A dead worker's claim is taken over."""
-        path = join(self._folder, f"{chunk:07}.json")
-        if create_exclusively(path, f'"{self._worker_id}"'):
-            return True
-        owner = read_json(path)
-        if owner is not None:
-            record = self._observer.worker(owner)
-            if record is not None and record["alive"]:
-                return False
-            remove(path)
-        return create_exclusively(path, f'"{self._worker_id}"')
-
-    def release(self, chunk: int) -> None:
-        remove(join(self._folder, f"{chunk:07}.json"))
+        self._seen[record["worker"]] = (record["beat"], since)
+        return now - since < DEAD_AFTER_S
 
 
 def machine_id() -> str:

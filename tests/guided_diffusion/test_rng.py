@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from guided_diffusion.sampling.random_streams import RandomStreams, random_labels
+from guided_diffusion.rng import RandomStreams, random_labels
 
 
 def draws(seed: int, start: int, stop: int, times: int = 3) -> np.ndarray:

@@ -1,6 +1,6 @@
 import io
 
-from guided_diffusion.sampling.progress import Overview, Screen
+from guided_diffusion.sampling.status import Overview, Screen
 
 
 class Terminal(io.StringIO):
@@ -44,3 +44,9 @@ def test_a_log_gets_a_line_now_and_then():
     screen.show(overview(2))
     assert stream.getvalue() == "2/10 images (20%), 2 images/s, 0:04 left; 2 workers\n"
     assert not screen.is_due()
+
+
+def test_a_finished_folder_shows_no_rate():
+    assert overview(10).table()[0] == "done 10 images, all of them"
+    assert overview(10).line() == "10 images, all of them"
+    assert overview(9, workers=1).line().endswith("; 1 worker")

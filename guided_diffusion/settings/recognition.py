@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
+import inspect
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from . import script_util
+from guided_diffusion import script_util
+from guided_diffusion.unet import EncoderUNetModel, UNetModel
 
 _PUBLISHED = Path(__file__).parent / "published_models.toml"
 
@@ -16,24 +20,25 @@ Shapes = dict[str, tuple[int, ...]]
 
 # Flags that leave no trace in names and shapes, by kind of network: only a published checkpoint
 # of the same shapes or a sidecar can tell them.
-_TRACELESS = {
-    "model": ("num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule"),
-    "sr": ("small_size", "num_heads", "num_head_channels", "noise_schedule"),
-    "classifier": (),
+_TRACELESS_PROCESS = ("noise_schedule", "diffusion_steps", "rescale_timesteps", "predict_xstart")
+TRACELESS = {
+    "model": ("num_heads", "num_head_channels", "use_new_attention_order", *_TRACELESS_PROCESS),
+    "sr": ("small_size", "num_heads", "num_head_channels", *_TRACELESS_PROCESS),
+    "classifier": _TRACELESS_PROCESS,
 }
-_TRACELESS_MORE = ("diffusion_steps", "rescale_timesteps", "predict_xstart")
 
 
 @dataclasses.dataclass(frozen=True)
 class Recognised:
     """What a state dict is.
 
-    `kind` is "model", "classifier" or "sr"; `flags` are the flags that build these very names and
-    shapes, with all flags of the published checkpoint if there is one of the same shapes;
+    `kind` is "model", "classifier" or "sr"; `shown` are flags that build these very names and
+    shapes; `flags` are the same with, if a published checkpoint has these shapes, all flags of it;
     `published` names such checkpoints; `open_flags` are flags that matter and cannot be told.
     """
 
     kind: str
+    shown: Mapping[str, object]
     flags: Mapping[str, object]
     published: tuple[str, ...] = ()
     open_flags: tuple[str, ...] = ()
@@ -75,16 +80,13 @@ def identify(
     for kind, flags in fitting:
         names = _published_like(kind, flags)
         if names:
-            return Recognised(kind, _published()[names[0]]["flags"], names)
+            return Recognised(kind, flags, _published()[names[0]]["flags"], names)
     kind, flags = fitting[0]
-    sized = ("large_size",) if kind == "sr" else ("image_size",)
-    sized += tuple(name for name in flags if name.endswith("attention_resolutions"))
-    undecided = sized if len({f[sized[0]] for _, f in fitting}) > 1 else ()
-    return Recognised(
-        kind,
-        {name: value for name, value in flags.items() if name not in undecided},
-        open_flags=(*undecided, *_TRACELESS[kind], *_TRACELESS_MORE),
-    )
+    sized = ["large_size" if kind == "sr" else "image_size"]
+    sized += [name for name in flags if name.endswith("attention_resolutions")]
+    undecided = sized if len({f[sized[0]] for _, f in fitting}) > 1 else []
+    shown = {name: value for name, value in flags.items() if name not in undecided}
+    return Recognised(kind, shown, shown, open_flags=(*undecided, *TRACELESS[kind]))
 
 
 def recognise(state_dict: Mapping[str, torch.Tensor]) -> dict | None:
@@ -94,12 +96,18 @@ def recognise(state_dict: Mapping[str, torch.Tensor]) -> dict | None:
 
 
 @functools.cache
+def published_flags() -> dict[str, dict]:
+    """By file name: `kind`, and the `flags` that its documentation gives it."""
+    return tomllib.loads(_PUBLISHED.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def _published() -> dict[str, dict]:
-    """By file name: `kind`, and `flags` with the defaults filled in."""
-    table = tomllib.loads(_PUBLISHED.read_text(encoding="utf-8"))
-    for entry in table.values():
-        entry["flags"] = {**flag_defaults(entry["kind"]), **entry["flags"]}
-    return table
+    """The same with the defaults filled in."""
+    return {
+        name: {**entry, "flags": {**flag_defaults(entry["kind"]), **entry["flags"]}}
+        for name, entry in published_flags().items()
+    }
 
 
 def _published_like(kind: str, flags: Mapping[str, object]) -> tuple[str, ...]:
@@ -113,17 +121,52 @@ def _published_like(kind: str, flags: Mapping[str, object]) -> tuple[str, ...]:
 
 def _builds(kind: str, flags: Mapping[str, object], shapes: Shapes) -> bool:
     """Whether a network made with `flags` has exactly these names and shapes."""
-    create = {
-        "model": script_util.create_model_and_diffusion,
-        "classifier": script_util.create_classifier_and_diffusion,
-        "sr": script_util.sr_create_model_and_diffusion,
-    }[kind]
     try:
-        with torch.device("meta"):
-            network, _ = create(**{**flag_defaults(kind), **flags})
+        network = outline_of(kind, {**flag_defaults(kind), **flags})
     except ValueError:
         return False
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == shapes
+
+
+_DRAWING = (
+    *(torch.Tensor.uniform_, torch.Tensor.normal_),
+    *(torch.nn.init.uniform_, torch.nn.init.normal_, torch.nn.init.kaiming_uniform_),
+)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out drawing weights: on tensors without memory that would load torch's compiler."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _DRAWING:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def outline_of(kind: str, flags: Mapping[str, object]) -> UNetModel | EncoderUNetModel:
+    """The network of `create_network` without memory for its weights: names and shapes alone."""
+    with torch.device("meta"), _Uninitialised():
+        return create_network(kind, flags)
+
+
+def create_network(kind: str, flags: Mapping[str, object]) -> UNetModel | EncoderUNetModel:
+    """A new network of a `kind`; of the `flags` those that its constructor takes are used.
+
+    ValueError, beginning with the flag's name, for values that no network can have.
+    """
+    constructors: dict[str, Callable[..., UNetModel | EncoderUNetModel]] = {
+        "model": script_util.create_model,
+        "classifier": script_util.create_classifier,
+        "sr": script_util.sr_create_model,
+    }
+    create, known = constructors[kind], {**flag_defaults(kind), **flags}
+    return create(**{name: known[name] for name in inspect.signature(create).parameters})
 
 
 def _candidates(shapes: Shapes, image_size: int | None) -> Iterator[tuple[str, dict[str, object]]]:

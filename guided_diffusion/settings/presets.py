@@ -15,7 +15,7 @@ from esddpm_io.files import is_blob
 
 PRESET_FOLDER = Path(__file__).parent / "preset_data"
 # The published commands are typed in scripts/, so the paths of shipped presets start there.
-SCRIPTS_FOLDER = Path(__file__).parent.parent / "scripts"
+SCRIPTS_FOLDER = Path(__file__).parents[2] / "scripts"
 
 GUIDED_SAMPLER = "classifier_sample_diffusion_and_reverse.py"
 PLAIN_SAMPLER = "image_sample_diffusion_and_reverse.py"
@@ -28,6 +28,8 @@ _PATH_KEYS = (
     "feature_graph",
 )
 _FLAG_TABLES = ("model_flags", "diffusion_flags", "classifier_flags")
+# Keys that name a published network in place of its flags, and its kind.
+_NETWORK_KEYS = {"network": "model", "classifier_network": "classifier"}
 _DOWNLOAD_KEYS = ("url", "path", "bytes")
 
 
@@ -60,6 +62,12 @@ class Preset:
     diffusion_flags: Mapping[str, object] = dataclasses.field(default_factory=dict)
     classifier_flags: Mapping[str, object] = dataclasses.field(default_factory=dict)
     download: tuple[Download, ...] = ()
+    source: str = ""  # as --dataset names it from anywhere: the shipped name or an absolute path
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the user wrote it."""
+        return self.source.endswith(".toml")
 
     @property
     def is_guided(self) -> bool:
@@ -81,20 +89,20 @@ def load_preset(name_or_path: str | os.PathLike, *, flag: str = "--dataset") -> 
     """
     text = str(name_or_path)
     if text in preset_names():
-        return _read_preset(PRESET_FOLDER / f"{text}.toml", SCRIPTS_FOLDER)
+        return _read_preset(PRESET_FOLDER / f"{text}.toml", SCRIPTS_FOLDER, text)
     path = Path(text).expanduser()
     if path.suffix != ".toml":
         raise UserError(
             f"{flag}: unknown data set '{text}'; valid are {', '.join(preset_names())}, "
             "or the path of a preset file ending in .toml"
         )
-    return _read_preset(path, path.parent)
+    return _read_preset(path, path.parent, os.path.abspath(path))
 
 
-def _read_preset(path: Path, base: Path) -> Preset:
+def _read_preset(path: Path, base: Path, source: str) -> Preset:
     content = _parse(path)
-    known = [f.name for f in dataclasses.fields(Preset)]
-    _require_known(path, "key", content, known)
+    known = [f.name for f in dataclasses.fields(Preset) if f.name != "source"]
+    _require_known(path, "key", content, [*known, *_NETWORK_KEYS])
     if "checkpoint" not in content:
         raise UserError(f"preset {path}: the key 'checkpoint' is missing")
     fields = {"name": path.stem, "sampler_script": PLAIN_SAMPLER, **content}
@@ -112,8 +120,11 @@ def _read_preset(path: Path, base: Path) -> Preset:
     for table in _FLAG_TABLES:
         if table in fields:
             _check_flags(path, table, fields[table])
+    for key, kind in _NETWORK_KEYS.items():
+        if key in fields:
+            _add_published(path, key, kind, fields)
     fields["download"] = _read_downloads(path, content.get("download", []), base)
-    return Preset(**fields)
+    return Preset(**fields, source=source)
 
 
 def _parse(path: Path) -> dict:
@@ -143,19 +154,7 @@ def _require_known(path: Path, what: str, given: Mapping, known: list[str]) -> N
 
 def _check_flags(path: Path, table: str, flags: object) -> None:
     """Hold a table of flags against the defaults: same names, same types."""
-    # script_util brings torch with it, which `presets.preset_names` can do without.
-    from guided_diffusion import script_util
-
-    diffusion = script_util.diffusion_defaults()
-    defaults = {
-        "model_flags": {
-            key: value
-            for key, value in script_util.model_and_diffusion_defaults().items()
-            if key not in diffusion
-        },
-        "diffusion_flags": diffusion,
-        "classifier_flags": script_util.classifier_defaults(),
-    }[table]
+    defaults = _flag_groups()[table]
     if not isinstance(flags, dict):
         raise UserError(f"preset {path}: {table} must be a table of flags")
     _require_known(path, f"flag in {table}:", flags, list(defaults))
@@ -167,6 +166,38 @@ def _check_flags(path: Path, table: str, flags: object) -> None:
             raise UserError(
                 f"preset {path}: {name} must be of type {wanted.__name__}, not {value!r}"
             )
+
+
+def _flag_groups() -> dict[str, dict]:
+    """The flags of each table, with their defaults."""
+    # script_util brings torch with it, which `presets.preset_names` can do without.
+    from guided_diffusion import script_util
+
+    diffusion = script_util.diffusion_defaults()
+    model = script_util.model_and_diffusion_defaults()
+    return {
+        "model_flags": {key: value for key, value in model.items() if key not in diffusion},
+        "diffusion_flags": diffusion,
+        "classifier_flags": script_util.classifier_defaults(),
+    }
+
+
+def _add_published(path: Path, key: str, kind: str, fields: dict) -> None:
+    """Put the flags of the published network that `key` names under those that the preset sets."""
+    from guided_diffusion.settings.recognition import published_flags
+
+    table = {name: entry for name, entry in published_flags().items() if entry["kind"] == kind}
+    name = fields.pop(key)
+    if not isinstance(name, str) or name not in table:
+        raise UserError(
+            f"preset {path}: {key} must be a published network, not {name!r}; valid are "
+            f"{', '.join(table)}"
+        )
+    for flag, value in table[name]["flags"].items():
+        for group, defaults in _flag_groups().items():
+            if flag in defaults and not (kind == "classifier" and group == "model_flags"):
+                fields[group] = {flag: value, **fields.get(group, {})}
+                break
 
 
 def _read_downloads(path: Path, entries: object, base: Path) -> tuple[Download, ...]:

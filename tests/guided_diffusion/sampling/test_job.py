@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import numpy as np
@@ -6,12 +7,10 @@ import pytest
 from esddpm_io import images
 from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import write_sidecar
-from guided_diffusion.sampling.settings import (
-    build_parser,
-    rank_from_environment,
-    read_job,
-)
+from guided_diffusion.commands.sample import build_parser, read_job
+from guided_diffusion.sampling.job import rank_from_environment
 from guided_diffusion.script_util import classifier_defaults, model_and_diffusion_defaults
+from guided_diffusion.settings.record import Run
 from tests.tiny_sampling import CLASSIFIER, IMAGE_SIZE, MODEL
 
 
@@ -24,20 +23,23 @@ def test_switches_work_with_and_without_a_truth_value():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"denoise_steps": 0}, r"--denoise_steps must be in 1 … 5, the chain's length, not 0"),
+        (
+            {"denoise_steps": 0},
+            r"--denoise_steps must be in 1 … 5, the length of the chain \(--timestep_respacing 5\)",
+        ),
         ({"denoise_steps": 6}, r"--denoise_steps must be in 1 … 5"),
-        ({"timestep_respacing": "ddim600"}, r"--timestep_respacing.*ddim"),
+        ({"timestep_respacing": "ddim600"}, r"^--timestep_respacing ddim600: .*ddim"),
         ({"timestep_respacing": "2000"}, r"--timestep_respacing"),
         ({"noise_schedule": "square"}, r"--noise_schedule"),
         ({"diffusion_steps": 10}, r"^--diffusion_steps is 10, it must be at least 21"),
-        ({"batch_size": 0}, r"--batch_size must be at least 1"),
+        ({"batch_size": 0}, r"--batch_size is 0, it must be at least 1"),
+        ({"limit": -1}, r"--limit must be at least 1, or 0"),
         ({"seed": -1}, r"--seed must be in 0 …"),
         ({"eta": 1.5}, r"--eta must be in 0 … 1, not 1\.5"),
         ({"save_dir": ""}, r"--save_dir: name the folder"),
         ({"model_path": "none.pt"}, r"--model_path: there is no file none\.pt"),
         ({"classifier_path": "none.pt"}, r"--classifier_path: there is no file none\.pt"),
         ({"dataset_path": "none.npz"}, r"--dataset_path: there is no file.* none\.npz"),
-        ({"image_size": 16}, r"--dataset_path: the images of .* are 8x8, the model makes 16x16"),
         ({"global_rank": 2, "world_size": 2}, r"--global_rank must be in 0 … 1, not 2"),
     ],
 )
@@ -51,8 +53,8 @@ def test_guidance_scale_0_needs_no_classifier_and_gives_the_settings_of_the_plai
 ):
     flags = tiny.guided_flags(tmp_path, classifier_scale=0, classifier_path="")
     job = read_job(flags, guided=True)
-    assert not job.is_guided
-    assert job.settings == read_job(tiny.worker_flags(tmp_path), guided=False).settings
+    assert job.run.guidance is None
+    assert job.run == read_job(tiny.worker_flags(tmp_path), guided=False).run
 
 
 def test_settings_follow_contents_and_not_places(tiny, tmp_path):
@@ -64,16 +66,20 @@ def test_settings_follow_contents_and_not_places(tiny, tmp_path):
     model.write_bytes(tiny.model.read_bytes())
     moved = {"dataset_path": tmp_path / "copy.npz", "model_path": model, "batch_size": 7}
     same = read_job(tiny.worker_flags(tmp_path / "b", **moved), guided=False)
-    assert same.settings == first.settings
+    assert same.run.identity == first.run.identity
+    assert same.run.differences(first.run) == []
     for change in (
         {"dataset_path": tmp_path / "other.npz"},
-        {"model_path": tiny.classifier},
+        {"noise_schedule": "cosine"},
+        {"denoise_steps": 1},
+        {"timestep_respacing": "ddim5"},
         {"seed": 1},
         {"use_ddim": True},
         {"clip_denoised": False},
     ):
         other = read_job(tiny.worker_flags(tmp_path, **change), guided=False)
-        assert other.settings != first.settings, change
+        assert other.run.identity != first.run.identity, change
+        assert len(other.run.differences(first.run)) >= 1
 
 
 def test_contents_of_a_folder_are_read_once_for_all_processes(tiny, tmp_path, monkeypatch):
@@ -81,11 +87,11 @@ def test_contents_of_a_folder_are_read_once_for_all_processes(tiny, tmp_path, mo
     flags = tiny.worker_flags(tmp_path / "out", dataset_path=tmp_path / "images")
     first = read_job(flags, guided=False)
     monkeypatch.setattr(images, "fingerprint_file", None)  # nobody calls it
-    assert read_job(flags, guided=False).settings == first.settings
+    assert read_job(flags, guided=False).run == first.run
     monkeypatch.undo()
     one, other = sorted((tmp_path / "images").iterdir())[:2]
     one.write_bytes(other.read_bytes())
-    assert read_job(flags, guided=False).settings != first.settings
+    assert read_job(flags, guided=False).run != first.run
 
 
 def test_blocks_are_contiguous_and_cover_everything(tiny, tmp_path):
@@ -137,7 +143,7 @@ def test_sampling_beyond_what_an_early_stopped_network_learned_is_refused(
     flags = {**model_and_diffusion_defaults(), **MODEL}
     write_sidecar(str(model), flags, early_stop_steps=100)
     base = {"save_dir": tmp_path / "out", "model_path": model, "timestep_respacing": "10"}
-    assert read_job(tiny.worker_flags(**base, denoise_steps=1), guided=False).info
+    assert read_job(tiny.worker_flags(**base, denoise_steps=1), guided=False).run
     with pytest.raises(UserError, match=rf"{flag}: .*below 100 only; .* can be 1 … 1 here"):
         read_job(tiny.worker_flags(**base, **changes), guided=False)
 
@@ -177,19 +183,66 @@ def test_a_classifier_of_other_noise_is_refused(tiny, tmp_path):
 
 def test_flags_typed_in_vain_are_remarked(tiny, tmp_path):
     def remarks(**changes: object) -> list[str]:
-        return read_job(tiny.worker_flags(tmp_path, **changes), guided=False).info["flags"]
+        return read_job(tiny.worker_flags(tmp_path, **changes), guided=False).remarks[1:]
 
-    assert remarks(num_samples=7, eta=0.5) == [
+    assert remarks(num_samples=7, eta=0.5) == (
         "--num_samples has no effect without --start_from_scratch",
         "--eta has no effect without --use_ddim True",
-    ]
-    assert remarks(start_from_scratch=True, num_samples=7, limit=3) == [
+    )
+    assert remarks(start_from_scratch=True, num_samples=7, limit=3) == tuple(
         f"--{name} has no effect with --start_from_scratch"
         for name in ("denoise_steps", "dataset_path", "limit")
-    ]
-    assert remarks(use_ddim=True, eta=0.5) == []
+    )
+    assert remarks(use_ddim=True, eta=0.5) == ()
 
 
 def test_flags_may_be_abbreviated_as_argparse_lets_them(tiny, tmp_path):
     argv = [word.replace("--denoise_steps", "--denoise") for word in tiny.worker_flags(tmp_path)]
-    assert read_job(argv, guided=False).settings["denoise_steps"] == 2
+    assert read_job(argv, guided=False).run.sampler.steps == 2
+
+
+def test_a_record_says_all_of_the_run(tiny, tmp_path):
+    """A worker that is told the record does what one with the flags does, and takes no other."""
+    job = read_job(tiny.guided_flags(tmp_path), guided=True)
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(job.run.to_json()))
+    argv = ["--settings", str(path), "--batch_size", "4", "--device", "cpu"]
+    again = read_job(argv, guided=True)
+    assert again.run == job.run and again.save_dir == str(tmp_path) and len(again.source) == 10
+    with pytest.raises(UserError, match="--settings says all of the run: leave out --seed"):
+        read_job([*argv, "--seed", "1"], guided=True)
+    with pytest.raises(UserError, match=r"--settings: there is no file .*none\.json"):
+        read_job(["--settings", str(tmp_path / "none.json")], guided=True)
+    images = tmp_path / "images.npz"
+    record = json.loads(path.read_text())
+    with np.load(tiny.images) as npz:
+        np.savez(images, npz["arr_0"] // 2, npz["arr_1"])
+    record["start"]["path"] = str(images)
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"images\.npz has changed since the run's settings were"):
+        read_job(argv, guided=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seed", "0"), ("seed", True), ("network", {}), ("sampler", None), ("num_samples", 1.5)],
+)
+def test_a_record_with_something_else_in_it_is_damaged(tiny, tmp_path, key, value):
+    run = read_job(tiny.worker_flags(tmp_path), guided=False).run
+    assert Run.from_json(json.loads(json.dumps(run.to_json())), where="x") == run
+    with pytest.raises(UserError, match=r"^x\.json is damaged or of another version: ") as error:
+        Run.from_json({**run.to_json(), key: value}, where="x.json")
+    assert "\n" not in str(error.value)
+
+
+def test_what_no_flag_says_is_told(tiny, tmp_path):
+    argv = tiny.worker_flags(tmp_path)
+    assert (
+        read_job(argv, guided=False)
+        .remarks[0]
+        .endswith(
+            "assumed by default: num_heads 4, num_head_channels -1, use_new_attention_order False, "
+            "noise_schedule linear, diffusion_steps 1000, rescale_timesteps False, "
+            "predict_xstart False"
+        )
+    )

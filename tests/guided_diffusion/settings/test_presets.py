@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from esddpm_io.errors import UserError
-from guided_diffusion.presets import load_preset, preset_names
+from guided_diffusion.settings.presets import load_preset, preset_names
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BASE_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
 
 
@@ -41,7 +41,6 @@ def test_flags_are_those_of_the_published_checkpoints(name, checkpoint):
 def test_classifier_flags_of_imagenet64():
     preset = load_preset("imagenet64")
     published = published_flags("64x64_classifier.pt")
-    assert published.pop("image_size") == str(preset.model_flags["image_size"])
     assert {key: str(value) for key, value in preset.classifier_flags.items()} == published
     assert preset.is_guided
     assert preset.classifier == str(ROOT / "scripts/models/64x64_classifier.pt")
@@ -143,6 +142,9 @@ def test_a_users_own_preset_starts_paths_at_its_folder(tmp_path, monkeypatch):
         ("checkpoint = 'a'\n[[download]]\nurl = 'u'\npath = 'p'\nbytes = 0", "bytes must be a pos"),
         ("checkpoint = 'a'\n[[download]]\nuri = 'u'", "unknown .* uri; valid are url, path, bytes"),
         ("checkpoint = 'a'\ndownload = 'u'", "must be a list of tables"),
+        ("checkpoint = 'a'\nnetwork = 'x.pt'", "network must be a published network, not 'x.pt'; "),
+        ("checkpoint = 'a'\nnetwork = '64x64_classifier.pt'", "valid are 64x64_diffusion.pt, "),
+        ("checkpoint = 'a'\nclassifier_network = 3", "classifier_network must be a published"),
     ],
 )
 def test_faults_of_a_preset_file_are_named(tmp_path, text, message):
@@ -151,6 +153,15 @@ def test_faults_of_a_preset_file_are_named(tmp_path, text, message):
         load_preset(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_preset_names_a_published_network_and_may_differ_from_it(tmp_path):
+    lines = ["checkpoint = 'a'", "network = '64x64_diffusion.pt'"]
+    lines += ["diffusion_flags = {noise_schedule = 'linear'}"]
+    mine, published = load_preset(write(tmp_path, "\n".join(lines))), load_preset("imagenet64")
+    assert mine.model_flags == published.model_flags
+    assert mine.diffusion_flags == {**published.diffusion_flags, "noise_schedule": "linear"}
+    assert mine.is_own and not published.is_own
 
 
 def test_unknown_data_set_lists_the_valid_ones(tmp_path):

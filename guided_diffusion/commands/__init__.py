@@ -1,0 +1,1 @@
+"""Command lines, one file each; `scripts/*.py` are their published names."""

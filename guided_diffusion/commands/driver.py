@@ -1,0 +1,513 @@
+"""Carry a generator's images to T' and back on all devices, gather the samples, evaluate them.
+
+Prints the command of each sampling process; with --execute runs them. Run on several machines
+with one shared folder by giving each --num_machines and its --machine_idx.
+"""
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esddpm_io.errors import EXIT_USER_ERROR, UserError, check_at_least, terminate_cleanly
+from esddpm_io.files import absolute, check_output_folder, is_blob, join, read_json, sha256
+from guided_diffusion.commands import scoring
+from guided_diffusion.settings.layers import parse, require, without_effect
+from guided_diffusion.settings.presets import (
+    GUIDED_SAMPLER,
+    PLAIN_SAMPLER,
+    SCRIPTS_FOLDER,
+    Preset,
+    load_preset,
+)
+
+if TYPE_CHECKING:
+    from guided_diffusion.commands.request import Request, Settled
+    from guided_diffusion.sampling.launcher import WorkerCommand
+    from guided_diffusion.settings.record import Run
+
+DRIVER = SCRIPTS_FOLDER / "generate_processes_diffusion_and_reverse.py"
+GATHER = SCRIPTS_FOLDER / "gather_numpyz_and_compute_fid.py"
+
+# Published defaults. Untyped, they stand for "what is there" and "what the preset says"; the same
+# text typed by the user is taken at its word.
+DEFAULT_DEVICES = "0,1,2,3,4,5,6,7"
+DEFAULT_DATASET_PATH = "../evaluations/precomputed/biggan_deep_imagenet64.npz"
+# What a run's settings are called among the driver's flags.
+_NAMES = {
+    "timestep_respacing": "chain_length",
+    "denoise_steps": "reverse_steps",
+    "classifier_scale": "classifier_guidance_scale",
+}
+# What may be typed beside --again: where it runs, not what it is.
+_BESIDE_AGAIN = {
+    *("again", "execute", "output_dir", "devices", "machine_idx", "num_machines"),
+    *("not_eval_metrics", "save_png_files", "eval_backend", "eval_device", "eval_cache_dir"),
+}
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    """The driver's command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--execute", action="store_true", help="run the commands, not only print them")
+    add("--machine_idx", type=int, default=0, help="this machine's place; machine 0 gathers")
+    add("--num_machines", type=int, default=1, help="how many machines share the folder")
+    add("--batch_size", type=int, default=32, help="images a step")
+    add("--reverse_steps", type=int, default=25, help="K, steps denoised of the respaced chain")
+    add("--chain_length", default="250", help="steps of the chain; ddim25 and the like: DDIM")
+    add("--start_from_scratch", action="store_true", help="plain DDPM: all steps from pure noise")
+    add("--num_samples", type=int, default=50000, help="with --start_from_scratch")
+    add("--dataset", default="imagenet64", help="name of a preset, or path of a preset file")
+    add("--dataset_path", default=DEFAULT_DATASET_PATH, help="generator images: npz or folder")
+    add("--limit", type=int, default=0, help="only the first N generator images (0: all)")
+    add("--save_dir_suffix", default="", help="appended to the output folder with _")
+    add(
+        "--classifier_guidance_scale",
+        type=float,
+        default=1.0,
+        help="factor of the classifier's gradient; 0 needs no classifier",
+    )
+    add("--not_eval_metrics", action="store_true", help="skip the evaluation")
+    devices = "GPU indices, none (as CUDA says), cpu, cpu,cpu"
+    add("--devices", default=DEFAULT_DEVICES, help=devices)
+    add("--eta", type=float, default=0.0, help="with DDIM: 0 adds no noise, 1 as much as DDPM")
+    add("--use_fp16", type=_truth_value, help="True or False instead of what the preset says")
+    add("--seed", type=int, default=0, help="the same seed gives the same samples")
+    add("--model_path", help="checkpoint instead of the preset's")
+    add("--classifier_path", help="classifier instead of the preset's")
+    add("--output_dir", help="folder for samples, logs and metrics instead of exps/…")
+    add("--save_png_files", action="store_true", help="also one PNG a sample")
+    override = "a preset's flags win over those of the checkpoint's sidecar"
+    add("--override_checkpoint_flags", action="store_true", help=override)
+    add("--print_settings", action="store_true", help="show the run with origins, do nothing")
+    add("--again", metavar="METRICS", help="repeat the run of a metrics.json in --output_dir")
+    scoring.add_flags(add)
+    return parser
+
+
+def _truth_value(text: str) -> bool:
+    # Brings torch with it, which --help can do without.
+    from guided_diffusion.script_util import str2bool
+
+    return str2bool(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What this machine is to do: the run, where, by which processes, and how it is scored."""
+
+    run: "Run"
+    output: str
+    commands: "list[WorkerCommand]"
+    evaluation: scoring.Evaluation | None
+    dataset: str | None
+    save_png_files: bool
+    machine_idx: int
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, typed = parse(create_argparser(), argv)
+    lowest = {"num_machines": 1, "batch_size": 1, "num_samples": 1}
+    check_at_least(args, lowest)
+    require(
+        0 <= args.machine_idx < args.num_machines,
+        f"--machine_idx must be in 0 … {args.num_machines - 1} (--num_machines "
+        f"{args.num_machines}), not {args.machine_idx}",
+    )
+    plan = _plan_again(args, typed) if args.again else _plan(args, typed)
+    if plan is not None and args.execute:
+        _execute(plan, sys.argv[1:] if argv is None else argv)
+
+
+def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
+    """Check the flags and their files; None where commands can only be printed."""
+    preset = load_preset(args.dataset)
+    for remark in _ignored_flags(args, typed, preset):
+        print(f"warning: {remark}", file=sys.stderr)
+    print(_describe_steps(args, _chain(args, preset)))
+    output = absolute(args.output_dir) if args.output_dir else str(_default_output(args, preset))
+    print(f"output folder: {output}")
+    evaluation = None
+    only_print = not (args.execute or args.print_settings)
+    try:
+        _check_files(args, typed, preset, output)
+        settled = _settle(_request(args, typed, preset), output)
+    except UserError as error:
+        if not only_print:
+            raise
+        settled = None
+        print(f"note: these commands cannot run yet: {error}", file=sys.stderr)
+    for remark in settled.remarks if settled else []:
+        print(f"note: {remark}", file=sys.stderr)
+    if args.print_settings:
+        from guided_diffusion.sampling.job import describe
+
+        print(describe(settled.run))
+        return None
+    if args.execute and _evaluates(args):
+        evaluation = scoring.read_flags(args, preset)
+        evaluation.check(settled.run.num_samples)
+    guided = preset.is_guided or bool(args.classifier_path)
+    commands = _worker_commands(args, typed, guided, output, _log_name(args))
+    for command in commands:
+        print(command, flush=True)
+    if settled is None:
+        return None
+    if only_print:
+        _write_settings(output, settled.run)
+    return Plan(
+        settled.run,
+        output,
+        commands,
+        evaluation,
+        preset.name,
+        args.save_png_files,
+        args.machine_idx,
+    )
+
+
+def _settle(request: "Request", output: str) -> "Settled":
+    from guided_diffusion.commands.request import settle
+
+    return settle(request, output)
+
+
+def _write_settings(output: str, run: "Run") -> None:
+    """What the printed commands read."""
+    from guided_diffusion.sampling.chunks import ChunkFolder
+
+    ChunkFolder.open(output, run)
+
+
+def _execute(plan: Plan, argv: list[str]) -> None:
+    """Run the workers, and on machine 0 gather and evaluate."""
+    from guided_diffusion.sampling import outputs
+    from guided_diffusion.sampling.chunks import ChunkFolder
+    from guided_diffusion.sampling.gathering import gather
+    from guided_diffusion.sampling.launcher import Launcher, WorkersFailed
+
+    terminate_cleanly()
+    again = shlex.join([sys.executable, str(DRIVER), *argv])
+    folder = ChunkFolder.open(plan.output, plan.run)
+    try:
+        while True:
+            folder.remove_damaged(print)
+            if folder.is_complete():
+                print(f"all {folder.num_samples} samples are there already")
+            else:
+                Launcher(plan.commands, folder).run()
+            # Only machine 0 joins the samples; what it finds damaged is sampled again.
+            if plan.machine_idx or gather(folder):
+                break
+        if plan.save_png_files:
+            outputs.export_pngs(folder, 0, folder.num_samples)
+        if plan.machine_idx:
+            print(
+                f"all samples are there; machine 0 gathers them, or, if it is gone\n  "
+                f"{_gather_command(plan)}"
+            )
+        elif plan.evaluation:
+            scoring.evaluate(plan.output, plan.evaluation, plan.dataset)
+    except WorkersFailed as error:
+        if error.exit_code == EXIT_USER_ERROR:
+            raise UserError(str(error)) from error
+        print(f"error: {error}\nwhat is finished stays; continue with\n  {again}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"\nstopped; what is finished stays; continue with\n  {again}", file=sys.stderr)
+        raise
+
+
+def _gather_command(plan: Plan) -> str:
+    return shlex.join([sys.executable, str(GATHER), "--dir", plan.output])
+
+
+# --- a run again ---
+
+
+def _plan_again(args: argparse.Namespace, typed: set[str]) -> Plan:
+    """The run that a metrics.json tells of, its inputs compared with those of then."""
+    from guided_diffusion.settings.record import Run
+
+    surplus = sorted(typed - _BESIDE_AGAIN)
+    require(
+        not surplus,
+        f"--again repeats a run as it was: leave out {', '.join(f'--{name}' for name in surplus)}",
+    )
+    require(bool(args.output_dir), "--again: name a new folder with --output_dir")
+    record = read_json(args.again)
+    require(record is not None, f"--again: there is no file {args.again}")
+    if not isinstance(record, dict) or not isinstance(record.get("run"), dict):
+        raise UserError(f"--again: {args.again} has no record of a run that could be repeated")
+    run = Run.from_json(record["run"], where=args.again)
+    evaluation = _evaluation_again(args, record)
+    run = _compare_inputs(run, record)
+    output = absolute(args.output_dir)
+    check_output_folder(output, flag="--output_dir")
+    if args.execute and evaluation:
+        evaluation.check(run.num_samples)
+    args.batch_size = record["sampling"]["batch_size"]
+    name = "again_global_rank_{rank}.log"
+    commands = _worker_commands(args, typed, run.guidance is not None, output, name)
+    for command in commands:
+        command.argv.extend(["--chunk_size", str(record["sampling"]["chunk_size"])])
+        print(command, flush=True)
+    if not args.execute:
+        _write_settings(output, run)
+    return Plan(
+        run,
+        output,
+        commands,
+        evaluation,
+        record.get("dataset"),
+        args.save_png_files,
+        args.machine_idx,
+    )
+
+
+def _evaluation_again(
+    args: argparse.Namespace, record: Mapping[str, Any]
+) -> scoring.Evaluation | None:
+    if not _evaluates(args):
+        return None
+    evaluation = scoring.Evaluation(**record["scoring"])
+    typed = {"backend": args.eval_backend, "device": args.eval_device}
+    typed["cache_dir"] = absolute(args.eval_cache_dir) if args.eval_cache_dir else None
+    engine = {**evaluation.engine, **{name: value for name, value in typed.items() if value}}
+    return dataclasses.replace(evaluation, engine=engine)
+
+
+def _compare_inputs(run: "Run", record: Mapping[str, Any]) -> "Run":
+    """Tell which inputs have changed; the run with the hashes of today."""
+    from guided_diffusion.checkpoints import fingerprint, read_checkpoint
+    from guided_diffusion.commands.request import contents_of
+
+    changed = False
+    for name, then in record["inputs"].items():
+        path = then["path"]
+        if name in ("checkpoint", "classifier"):
+            now = fingerprint(read_checkpoint(path, flag="--again"))
+        else:
+            now = sha256(path, flag="--again")
+        if now != then["sha256"]:
+            changed = True
+            print(
+                f"warning: --again: the {name.replace('_', ' ')} {path} is not what it was "
+                f"(SHA-256 {then['sha256'][:12]}…, now {now[:12]}…)",
+                file=sys.stderr,
+            )
+        if name == "checkpoint":
+            run = dataclasses.replace(run, network=dataclasses.replace(run.network, sha256=now))
+        elif name == "classifier" and run.guidance:
+            classifier = dataclasses.replace(run.guidance.classifier, sha256=now)
+            guidance = dataclasses.replace(run.guidance, classifier=classifier)
+            run = dataclasses.replace(run, guidance=guidance)
+        elif name == "start_images":
+            start = dataclasses.replace(run.start, contents=contents_of(run.start))
+            run = dataclasses.replace(run, start=start)
+    if not changed:
+        print("--again: all inputs are what they were")
+    return run
+
+
+# --- flags into what they mean ---
+
+
+def _chain(args: argparse.Namespace, preset: Preset) -> list[int]:
+    """The original timesteps of the chain, as far as flags and preset tell."""
+    from guided_diffusion.respace import space_timesteps
+
+    total = preset.diffusion_flags.get("diffusion_steps", 1000)
+    try:
+        steps = sorted(space_timesteps(total, args.chain_length))
+    except ValueError as error:
+        raise UserError(f"--chain_length {args.chain_length}: {error}") from error
+    require(
+        args.start_from_scratch or 1 <= args.reverse_steps <= len(steps),
+        f"--reverse_steps must be in 1 … {len(steps)}, the length of the chain "
+        f"(--chain_length {args.chain_length}), not {args.reverse_steps}",
+    )
+    return steps
+
+
+def _describe_steps(args: argparse.Namespace, steps: list[int]) -> str:
+    """One line on the chain, whose original timesteps are `steps`, and where sampling starts."""
+    if args.start_from_scratch:
+        return f"{len(steps)} steps from pure noise at original timestep {steps[-1]}"
+    start = steps[args.reverse_steps - 1]
+    return f"{args.reverse_steps} of {len(steps)} steps, starting at original timestep {start}"
+
+
+def _default_output(args: argparse.Namespace, preset: Preset) -> Path:
+    """The output folder that stands for what is sampled and how."""
+    kind = f"diffusion_and_reverse_{args.reverse_steps}_steps"
+    if args.start_from_scratch:
+        kind = "generate_from_scratch"
+    suffix = f"_{args.save_dir_suffix}" if args.save_dir_suffix else ""
+    chain = f"ddpm_{args.chain_length}_steps"
+    return SCRIPTS_FOLDER / "exps" / preset.name / chain / f"{kind}{suffix}"
+
+
+def _log_name(args: argparse.Namespace) -> str:
+    part = "" if args.start_from_scratch else f"_reverse_{args.reverse_steps}_steps"
+    return f"ddpm_{args.chain_length}_length{part}_global_rank_{{rank}}.log"
+
+
+def _ignored_flags(args: argparse.Namespace, typed: set[str], preset: Preset) -> list[str]:
+    """A remark for each flag that the user typed in vain."""
+    scratch = args.start_from_scratch
+    unguided = not (preset.is_guided or args.classifier_path)
+    unevaluated = "with --not_eval_metrics" if args.not_eval_metrics else "but on machine 0"
+    return without_effect(
+        typed,
+        {
+            "num_samples": (not scratch, "without --start_from_scratch"),
+            "reverse_steps": (scratch, "with --start_from_scratch"),
+            "dataset_path": (scratch, "with --start_from_scratch"),
+            "limit": (scratch, "with --start_from_scratch"),
+            "eta": (not _uses_ddim(args), "without DDIM (--chain_length ddim250, say)"),
+            "classifier_guidance_scale": (
+                unguided,
+                f"with the data set {preset.name}: it has no classifier (see --classifier_path)",
+            ),
+            "classifier_path": (
+                args.classifier_guidance_scale == 0,
+                "with --classifier_guidance_scale 0",
+            ),
+            "save_dir_suffix": (bool(args.output_dir), "with --output_dir"),
+            **dict.fromkeys(scoring.FLAGS, (not _evaluates(args), unevaluated)),
+        },
+    )
+
+
+def _uses_ddim(args: argparse.Namespace) -> bool:
+    return args.chain_length.startswith("ddim")
+
+
+def _evaluates(args: argparse.Namespace) -> bool:
+    """Whether this machine evaluates the samples."""
+    return not args.not_eval_metrics and args.machine_idx == 0
+
+
+def _files(args: argparse.Namespace, typed: set[str], preset: Preset) -> dict[str, str]:
+    """Every file that the run reads, by the flag that can name another, "" where none is known."""
+    found = {
+        "model_path": args.model_path or preset.checkpoint,
+        "classifier_path": args.classifier_path or preset.classifier,
+        "dataset_path": args.dataset_path if "dataset_path" in typed else preset.generator_images,
+        "ref_batch": args.ref_batch or preset.reference_batch,
+        "inception_path": args.inception_path or preset.feature_graph,
+    }
+    return {flag: absolute(path) if path else "" for flag, path in found.items()}
+
+
+def _request(args: argparse.Namespace, typed: set[str], preset: Preset) -> "Request":
+    from guided_diffusion.commands.request import Request
+
+    files = _files(args, typed, preset)
+    guided = preset.is_guided or bool(args.classifier_path)
+    return Request(
+        kind="model",
+        model_path=files["model_path"],
+        typed={} if args.use_fp16 is None else {"use_fp16": args.use_fp16},
+        respacing=args.chain_length,
+        steps=None if args.start_from_scratch else args.reverse_steps,
+        use_ddim=_uses_ddim(args),
+        eta=args.eta,
+        seed=args.seed,
+        images=files["dataset_path"],
+        num_samples=args.num_samples,
+        limit=args.limit,
+        classifier_path=files["classifier_path"],
+        classifier_scale=args.classifier_guidance_scale if guided else 0.0,
+        preset=preset,
+        override=args.override_checkpoint_flags,
+        names=_NAMES,
+    )
+
+
+def _check_files(args: argparse.Namespace, typed: set[str], preset: Preset, output: str) -> None:
+    """UserError for files that are missing, all of them, with the command that fetches them.
+
+    And for an output folder that cannot be written.
+    """
+    check_output_folder(output, flag="--output_dir")
+    files = _files(args, typed, preset)
+    unneeded = {"inception_path"} if not files["inception_path"] else set()
+    if args.start_from_scratch:
+        unneeded.add("dataset_path")
+    guided = preset.is_guided or bool(args.classifier_path)
+    if not (guided and args.classifier_guidance_scale):
+        unneeded.add("classifier_path")
+    if not _evaluates(args):
+        unneeded |= {"ref_batch", "inception_path"}
+    needed = {f"--{flag}": path for flag, path in files.items() if flag not in unneeded}
+    for flag, path in needed.items():
+        require(bool(path), f"{flag}: the preset {preset.name} names no such file: give one")
+    missing = {f: p for f, p in needed.items() if not (is_blob(p) or os.path.exists(p))}
+    if missing:
+        what = "; ".join(f"{flag}: there is no file or folder {p}" for flag, p in missing.items())
+        fetch = shlex.join(["python", str(SCRIPTS_FOLDER / "download.py"), args.dataset])
+        shipped = {file.path for file in preset.download} & set(missing.values())
+        raise UserError(f"{what}; fetch with: {fetch}" if shipped else what)
+
+
+def _choose_devices(args: argparse.Namespace, typed: set[str]) -> list[str]:
+    """The devices to use, one a process; UserError, naming the valid ones, if one is not there.
+
+    Commands that are only printed may be for another machine: there, typed devices need not exist.
+    """
+    import torch
+
+    there = [str(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    text = args.devices
+    if "devices" not in typed or text == "none":
+        if not there:
+            print("no CUDA device is there: using the CPU")
+            return ["cpu"]
+        return there if text == "none" else [d for d in text.split(",") if d in there]
+    devices = [device.strip() for device in text.split(",")]
+    absent = [device for device in devices if device not in (*there, "cpu")]
+    if absent and (args.execute or "" in absent):
+        raise UserError(
+            f"--devices {text}: there is no device {absent[0] or '(empty)'}; valid on this "
+            f"machine: {', '.join([*there, 'cpu', 'none'])}"
+        )
+    return devices
+
+
+def _worker_commands(
+    args: argparse.Namespace, typed: set[str], guided: bool, output: str, log_name: str
+) -> "list[WorkerCommand]":
+    """The command of every process of this machine: where the run's settings are, and its place."""
+    from guided_diffusion.sampling.chunks import SETTINGS_FILE
+    from guided_diffusion.sampling.launcher import WorkerCommand
+
+    devices = _choose_devices(args, typed)
+    script = SCRIPTS_FOLDER / (GUIDED_SAMPLER if guided else PLAIN_SAMPLER)
+    beside_samples = args.output_dir and not is_blob(output)
+    logs = Path(output if beside_samples else SCRIPTS_FOLDER) / "logs"
+    commands = []
+    for local, device in enumerate(devices):
+        rank = local + len(devices) * args.machine_idx
+        flags = {
+            "settings": join(output, SETTINGS_FILE),
+            "device": device,
+            "global_rank": rank,
+            "world_size": len(devices) * args.num_machines,
+            "any_chunk": True,
+            "batch_size": args.batch_size,
+        }
+        if args.save_png_files:
+            flags["save_png_files"] = True
+        argv = [sys.executable, str(script)]
+        argv += [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+        commands.append(WorkerCommand(argv, device, logs / log_name.format(rank=rank)))
+    return commands

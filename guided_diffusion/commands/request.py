@@ -1,0 +1,256 @@
+"""What a command asks for, held against its files: a `Request` in, the record of the run out."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from esddpm_io.atomic import write_json
+from esddpm_io.errors import UserError
+from esddpm_io.files import absolute, join, read_json
+from guided_diffusion.checkpoints import fingerprint, read_checkpoint
+from guided_diffusion.sampling.sources import (
+    Source,
+    open_generator_images,
+    open_images_to_enlarge,
+    open_source,
+)
+from guided_diffusion.script_util import (
+    NUM_CLASSES,
+    classifier_defaults,
+)
+from guided_diffusion.settings.layers import require
+from guided_diffusion.settings.presets import Preset
+from guided_diffusion.settings.record import (
+    Guidance,
+    Network,
+    Run,
+    SamplerSettings,
+    StartSettings,
+    Value,
+    diffusion_from,
+)
+from guided_diffusion.settings.resolver import Resolved, check_same_noise, resolve_network
+
+IMAGES_FILE = "generator_images.json"
+_LARGEST_SEED = 2**64 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A run as flags say it; `names` are what the user calls the flags where that differs.
+
+    kind: "model", or "sr" for super-resolution. typed: flags of networks and process that were
+    typed. steps: how many steps of the chain are taken, None for all of them from noise. images:
+    the start images' path, or the images to enlarge. num_samples: how many from noise. limit: only
+    the first of the start images (0: all).
+    """
+
+    kind: str
+    model_path: str
+    typed: Mapping[str, Value]
+    respacing: str
+    steps: int | None
+    use_ddim: bool = False
+    eta: float = 0.0
+    clip_denoised: bool = True
+    seed: int = 0
+    images: str = ""
+    num_samples: int = 0
+    limit: int = 0
+    classifier_path: str = ""
+    classifier_scale: float = 0.0
+    preset: Preset | None = None
+    override: bool = False
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def flag(self, name: str) -> str:
+        """The flag of this name, as the user types it."""
+        return f"--{self.names.get(name, name)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settled:
+    """The record of a run, the images that it starts from, and remarks for the user."""
+
+    run: Run
+    source: Source
+    remarks: list[str]
+
+
+def settle(request: Request, save_dir: str) -> Settled:
+    """Check a request against its files; of the start images headers and labels are read.
+
+    What costs reading all start images is noted in `save_dir` for the next process. Raises
+    UserError, naming the flag and the valid values, for all that could only fail later.
+    """
+    require(
+        0 <= request.seed <= _LARGEST_SEED,
+        f"{request.flag('seed')} must be in 0 … {_LARGEST_SEED}, not {request.seed}",
+    )
+    require(0 <= request.eta <= 1, f"{request.flag('eta')} must be in 0 … 1, not {request.eta:g}")
+    require(
+        request.limit >= 0,
+        f"{request.flag('limit')} must be at least 1, or 0 for all generator images",
+    )
+    size = _size_of_images(request)
+    model = resolve_network(
+        request.kind,
+        request.model_path,
+        flag=request.flag("model_path"),
+        typed=request.typed,
+        preset=request.preset,
+        override=request.override,
+        images_size=size,
+    )
+    classifier = _resolve_classifier(request, model) if request.classifier_scale else None
+    networks = [network for network in (model, classifier) if network]
+    sampler = _sampler(request, networks)
+    needs_labels = bool(model.flags["class_cond"]) or classifier is not None
+    start, source = _start(request, model, NUM_CLASSES if needs_labels else None, save_dir)
+    run = Run(
+        network=network_of(model, request.flag("model_path")),
+        process=model.process,
+        guidance=_guidance(request, classifier),
+        start=start,
+        sampler=sampler,
+        seed=request.seed,
+        num_samples=len(source),
+        origins=_origins(model, classifier),
+        preset=request.preset.source if request.preset else None,
+    )
+    return Settled(run, source, [remark for network in networks for remark in network.remarks])
+
+
+def _origins(model: Resolved, classifier: Resolved | None) -> dict[str, str]:
+    """Of all flags; the chain is said beside those of the networks."""
+    origins = {**(classifier.origins if classifier else {}), **model.origins}
+    return {name: origin for name, origin in origins.items() if name != "timestep_respacing"}
+
+
+def _resolve_classifier(request: Request, model: Resolved) -> Resolved:
+    known = classifier_defaults()
+    typed = {name: value for name, value in request.typed.items() if name in known}
+    classifier = resolve_network(
+        "classifier",
+        request.classifier_path,
+        flag=request.flag("classifier_path"),
+        typed={"image_size": model.flags["image_size"], **typed},
+        preset=request.preset,
+        override=request.override,
+    )
+    check_same_noise(model, classifier)
+    return classifier
+
+
+def network_of(network: Resolved, flag: str) -> Network:
+    """The record of a network, with the hash of its tensors."""
+    flags = network.network_flags
+    sha256 = fingerprint(read_checkpoint(network.path, flag=flag))
+    return Network(network.kind, flags, absolute(network.path), sha256)
+
+
+def _guidance(request: Request, classifier: Resolved | None) -> Guidance | None:
+    if classifier is None:
+        return None
+    record = network_of(classifier, request.flag("classifier_path"))
+    return Guidance(record, request.classifier_scale)
+
+
+def _sampler(request: Request, networks: list[Resolved]) -> SamplerSettings:
+    """The chain, checked, with the original timesteps of its steps."""
+    try:
+        chain = diffusion_from(networks[0].process, request.respacing).timestep_map
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise UserError(f"{request.flag(name)} {rest}") from error
+    steps_flag = request.flag("denoise_steps")
+    steps = len(chain) if request.steps is None else request.steps
+    require(
+        1 <= steps <= len(chain),
+        f"{steps_flag} must be in 1 … {len(chain)}, the length of the chain "
+        f"({request.flag('timestep_respacing')} {request.respacing}), not {steps}",
+    )
+    timesteps = tuple(reversed(chain[:steps]))
+    for network in networks:
+        trained = network.early_stop_steps
+        if trained is not None and timesteps[0] >= trained:
+            most = sum(timestep < trained for timestep in chain)
+            flag = "--start_from_scratch" if request.steps is None else steps_flag
+            raise UserError(
+                f"{flag}: sampling would start at original timestep {timesteps[0]}, but "
+                f"{network.path} was trained on timesteps below {trained} only; "
+                f"{steps_flag} can be 1 … {most} here"
+            )
+    return SamplerSettings(
+        name="ddim" if request.use_ddim else "ddpm",
+        respacing=request.respacing,
+        steps=request.steps,
+        timesteps=timesteps,
+        eta=request.eta if request.use_ddim else 1.0,
+        clip_denoised=request.clip_denoised,
+    )
+
+
+def _size_of_images(request: Request) -> int | None:
+    """Height of the start images, a guess for the network's where nothing says it."""
+    if request.kind == "sr" or request.steps is None:
+        return None
+    source = open_generator_images(request.images, flag=request.flag("dataset_path"))
+    return source.size
+
+
+def _start(
+    request: Request, model: Resolved, num_classes: int | None, save_dir: str
+) -> tuple[StartSettings, Source]:
+    if request.kind == "sr":
+        flag = request.flag("base_samples")
+        enlarged = open_images_to_enlarge(request.images, request.num_samples, flag=flag)
+        enlarged.check(int(model.flags["small_size"]), "small_size", num_classes)
+        start = StartSettings(
+            "enlarge",
+            absolute(request.images),
+            _contents(enlarged, save_dir),
+            enlarged.available,
+            num_classes,
+        )
+        return start, enlarged
+    if request.steps is None:
+        start = StartSettings("noise", num_classes=num_classes)
+        return start, open_source(start, request.num_samples, request.seed)
+    flag = request.flag("dataset_path")
+    images = open_generator_images(request.images, request.limit, flag=flag)
+    images.check(int(model.flags["image_size"]), "image_size", num_classes)
+    start = StartSettings(
+        "images",
+        absolute(request.images),
+        _contents(images, save_dir),
+        images.available,
+        num_classes,
+    )
+    return start, images
+
+
+def _contents(source: Source, save_dir: str) -> str | None:
+    """The hash of the images' contents, noted in `save_dir` where it costs reading all files."""
+    stamp = source.stamp()
+    if stamp is None:
+        return source.fingerprint()
+    path = join(save_dir, IMAGES_FILE)
+    known = read_json(path)
+    if not (isinstance(known, dict) and known.get("stamp") == stamp):
+        known = {"stamp": stamp, "fingerprint": source.fingerprint()}
+        write_json(path, known)
+    return str(known["fingerprint"])
+
+
+def contents_of(start: StartSettings) -> str | None:
+    """The hash of the start images as they are now."""
+    return open_source(start, 1, 0).fingerprint()
+
+
+def check_source(source: Source, start: StartSettings, save_dir: str) -> None:
+    """UserError if the images are not those of the record any more."""
+    require(
+        _contents(source, save_dir) == start.contents,
+        f"{start.path} has changed since the run's settings were written: start it anew in "
+        "another folder",
+    )

@@ -1,0 +1,215 @@
+"""One sampling process: the published flags of the engine's workers.
+
+A worker is told a record (--settings) and its place; or all the published flags, of which the same
+record is made.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+from esddpm_io.errors import check_at_least, terminate_cleanly
+from esddpm_io.files import read_json
+from guided_diffusion.commands.request import Request, check_source, settle
+from guided_diffusion.sampling.chunks import default_chunk_size
+from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE
+from guided_diffusion.sampling.job import Job, describe, rank_from_environment
+from guided_diffusion.sampling.sources import Source, open_source
+from guided_diffusion.sampling.worker import run, telling_how_to_continue
+from guided_diffusion.script_util import (
+    add_dict_to_argparser,
+    classifier_defaults,
+    model_and_diffusion_defaults,
+    sr_model_and_diffusion_defaults,
+    str2bool,
+)
+from guided_diffusion.settings.layers import parse, require, without_effect
+from guided_diffusion.settings.record import Run
+from guided_diffusion.settings.resolver import OVERRIDE_FLAG
+
+# Flags of every sampling command, and their defaults.
+COMMON_DEFAULTS = {
+    "clip_denoised": True,
+    "num_samples": 10000,
+    "batch_size": 16,
+    "use_ddim": False,
+    "eta": 0.0,
+    "model_path": "",
+    "device": "",
+    "seed": 0,
+    OVERRIDE_FLAG: False,
+}
+# Flags of a process, which the record of the run says nothing of.
+_PLACE_DEFAULTS = {
+    "settings": "",
+    "save_dir": "",
+    "global_rank": None,
+    "world_size": None,
+    "any_chunk": None,
+    "chunk_size": 0,
+}
+_TYPES_OF_UNSET = {"global_rank": int, "world_size": int, "any_chunk": str2bool}
+_SWITCHES = ("start_from_scratch", "save_numpy_array", "save_png_files", "print_settings")
+_OF_THE_PROCESS = {*_PLACE_DEFAULTS, *_SWITCHES[1:], "batch_size", "device"}
+
+
+def sampling_defaults(guided: bool) -> dict:
+    """All flags of a sampling script that take a value, and their defaults."""
+    defaults = {
+        **COMMON_DEFAULTS,
+        **_PLACE_DEFAULTS,
+        "dataset_path": "",
+        "limit": 0,
+        "denoise_steps": 25,
+        **model_and_diffusion_defaults(),
+    }
+    if guided:
+        defaults |= {"classifier_path": "", "classifier_scale": 1.0, **classifier_defaults()}
+    return defaults
+
+
+def build_parser(guided: bool, prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line of a sampling script; switches may be given a truth value too."""
+    parser = argparse.ArgumentParser(prog=prog)
+    defaults = sampling_defaults(guided)
+    add_dict_to_argparser(parser, {k: v for k, v in defaults.items() if k not in _TYPES_OF_UNSET})
+    for name, kind in _TYPES_OF_UNSET.items():
+        parser.add_argument(f"--{name}", type=kind, default=None)
+    for name in _SWITCHES:
+        parser.add_argument(f"--{name}", nargs="?", const=True, default=False, type=str2bool)
+    return parser
+
+
+def read_job(argv: Sequence[str] | None, *, guided: bool) -> Job:
+    """Parse and check a sampling script's command line: a record, or the published flags.
+
+    Raises UserError, naming the flag and the valid values, for anything that could only fail
+    later; of the input files it reads headers, labels and what tells them from others.
+    """
+    args, typed = parse(build_parser(guided), argv)
+    return job_from(args, typed, "model")
+
+
+def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
+    """The job of parsed flags of a network of a `kind`; `typed` names those that were typed."""
+    check_at_least(args, {"num_samples": 1, "batch_size": 1, "chunk_size": 0})
+    place = _place(args, os.environ)
+    if args.settings:
+        run, source, remarks = _recorded(args, typed)
+    else:
+        named = bool(args.save_dir) or args.print_settings
+        require(named, "--save_dir: name the folder for the samples")
+        settled = settle(_request(args, typed, kind), args.save_dir)
+        run, source = settled.run, settled.source
+        remarks = [*settled.remarks, *_in_vain(args, typed)]
+    rank, world_size, launched = place
+    return Job(
+        run=run,
+        source=source,
+        save_dir=args.save_dir,
+        device=args.device,
+        rank=rank,
+        world_size=world_size,
+        any_chunk=launched if args.any_chunk is None else args.any_chunk,
+        batch_size=args.batch_size,
+        chunk_size=args.chunk_size or default_chunk_size(run.num_samples, args.batch_size),
+        save_numpy_array=args.save_numpy_array,
+        save_png_files=args.save_png_files,
+        print_settings=args.print_settings,
+        remarks=tuple(remarks),
+    )
+
+
+def _recorded(args: argparse.Namespace, typed: set[str]) -> tuple[Run, Source, list[str]]:
+    """The run that --settings FILE says, its start images found unchanged."""
+    surplus = sorted(typed - _OF_THE_PROCESS)
+    require(
+        not surplus,
+        f"--settings says all of the run: leave out {', '.join(f'--{name}' for name in surplus)}",
+    )
+    content = read_json(args.settings)
+    require(content is not None, f"--settings: there is no file {args.settings}")
+    run = Run.from_json(content, where=args.settings)
+    args.save_dir = args.save_dir or os.path.dirname(args.settings)
+    source = open_source(run.start, run.num_samples, run.seed)
+    check_source(source, run.start, args.save_dir)
+    return run, source, []
+
+
+def _request(args: argparse.Namespace, typed: set[str], kind: str) -> Request:
+    networks = model_and_diffusion_defaults() | classifier_defaults()
+    networks |= sr_model_and_diffusion_defaults()
+    return Request(
+        kind=kind,
+        model_path=args.model_path,
+        typed={name: getattr(args, name) for name in typed if name in networks},
+        respacing=args.timestep_respacing,
+        steps=None if args.start_from_scratch else args.denoise_steps,
+        use_ddim=args.use_ddim,
+        eta=args.eta,
+        clip_denoised=args.clip_denoised,
+        seed=args.seed,
+        images=args.base_samples if kind == "sr" else args.dataset_path,
+        num_samples=args.num_samples,
+        limit=0 if kind == "sr" else args.limit,
+        classifier_path=getattr(args, "classifier_path", ""),
+        classifier_scale=getattr(args, "classifier_scale", 0.0),
+        override=args.override_checkpoint_flags,
+    )
+
+
+def _in_vain(args: argparse.Namespace, typed: set[str]) -> list[str]:
+    scratch = args.start_from_scratch
+    return without_effect(
+        typed,
+        {
+            "num_samples": (not scratch, "without --start_from_scratch"),
+            "denoise_steps": (scratch, "with --start_from_scratch"),
+            "dataset_path": (scratch, "with --start_from_scratch"),
+            "limit": (scratch, "with --start_from_scratch"),
+            "eta": (not args.use_ddim, "without --use_ddim True"),
+        },
+    )
+
+
+def _place(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[int, int, bool]:
+    """Rank, world size, and whether a launcher set them: flags first, then the environment."""
+    if args.global_rank is not None or args.world_size is not None:
+        rank, size, launched = args.global_rank or 0, args.world_size or 1, False
+    else:
+        rank, size, launched = rank_from_environment(environ)
+    require(size >= 1, f"--world_size must be at least 1, not {size}")
+    require(0 <= rank < size, f"--global_rank must be in 0 … {size - 1}, not {rank}")
+    return rank, size, launched
+
+
+def main(argv: list[str] | None = None, *, guided: bool) -> None:
+    """The command line of a sampling script: parse, sample, export."""
+    terminate_cleanly()
+    _stop_with_launcher()
+    job = read_job(argv, guided=guided)
+    if job.print_settings:
+        print(describe(job.run))
+        return
+    with telling_how_to_continue(job, shlex.join([sys.executable, *sys.argv])):
+        run(job)
+
+
+def _stop_with_launcher() -> None:
+    """End this process when the launcher that started it is gone without having ended it."""
+    launcher = os.environ.get(LAUNCHER_VARIABLE)
+    if launcher is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(launcher):
+            time.sleep(1.0)
+        print("the launcher is gone: stopping", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

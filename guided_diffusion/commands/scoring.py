@@ -1,0 +1,137 @@
+"""What finished samples are scored with, and metrics beside all that produced them."""
+
+import argparse
+import dataclasses
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esddpm_io.atomic import write_json
+from esddpm_io.errors import UserError
+from esddpm_io.files import absolute, exists, join, read_json, sha256
+from esddpm_io.processes import run_to_end
+from guided_diffusion.settings.presets import Preset
+from guided_diffusion.settings.provenance import provenance
+
+if TYPE_CHECKING:
+    from guided_diffusion.settings.record import Run
+
+METRICS_FILE = "metrics.json"
+EVALUATOR = Path(__file__).resolve().parents[2] / "evaluations" / "evaluator.py"
+BACKENDS = ("auto", "tensorflow", "torch")  # the evaluator's, which is not imported
+FLAGS = ("ref_batch", "inception_path", "eval_backend", "eval_device", "eval_cache_dir")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What samples are scored with. graph None: the 2015 Inception graph.
+
+    engine: the evaluator's flags backend, device and cache_dir, as far as they were given.
+    """
+
+    reference: str
+    graph: str | None
+    metric_name: str | None
+    engine: dict[str, str]
+
+    def check(self, count: int | None = None) -> None:
+        """Fetch the graph if need be; UserError, with our flags, for what could only fail later.
+
+        count: how many samples there will be, where that is known.
+        """
+        from evaluations.evaluation import check_inputs
+
+        try:
+            check_inputs(self.reference, count, inception_path=self.graph, **self.engine)
+        except UserError as error:
+            # What the evaluator says of its flags, under the names that they have here.
+            text = re.sub(r"--(backend|device|cache_dir)\b", r"--eval_\1", str(error))
+            raise UserError(f"{text}; --not_eval_metrics leaves the evaluation out") from error
+
+    def score(self, samples: str) -> dict[str, Any]:
+        """Run the evaluator, whose results go to stdout; what it writes with --json.
+
+        SystemExit with its exit code if it fails.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            result = join(scratch, "metrics.json")
+            argv = [sys.executable, str(EVALUATOR), self.reference, samples, "--json", result]
+            flags = {"inception_path": self.graph, "metric_name": self.metric_name, **self.engine}
+            for flag, value in flags.items():
+                argv += [f"--{flag}", value] if value else []
+            code = run_to_end(argv)
+            if code:
+                print(
+                    f"error: the evaluation failed; the samples are in {samples}", file=sys.stderr
+                )
+                sys.exit(code)
+            found = read_json(result)
+        assert isinstance(found, dict)
+        return found
+
+
+def add_flags(add: Callable[..., object]) -> None:
+    """The flags that `read_flags` takes, for the driver and for the gathering script."""
+    add("--ref_batch", help="reference batch instead of the preset's")
+    add("--inception_path", help="feature graph for the evaluator instead of the preset's")
+    add("--eval_backend", choices=BACKENDS, help="engine of the evaluator")
+    add("--eval_device", help="the evaluator's device, for torch: cpu, cuda, cuda:1 …")
+    add("--eval_cache_dir", help="folder where the evaluator keeps features")
+
+
+def read_flags(args: argparse.Namespace, preset: Preset | None) -> Evaluation:
+    """What the flags and the preset say; UserError if there is no reference."""
+    given = absolute(args.ref_batch) if args.ref_batch else None
+    reference = given or (preset.reference_batch if preset else None)
+    if not reference:
+        why = f"the preset {preset.name} names no" if preset else "no --dataset names a"
+        raise UserError(f"--ref_batch: {why} reference batch: give one")
+    own = preset.feature_graph if preset else None
+    graph = absolute(args.inception_path) if args.inception_path else own
+    # The preset's name is for the features of its own graph.
+    name = preset.metric_name if preset and graph and graph == own else None
+    engine = {"backend": args.eval_backend, "device": args.eval_device}
+    engine["cache_dir"] = absolute(args.eval_cache_dir) if args.eval_cache_dir else None
+    return Evaluation(reference, graph, name, {k: v for k, v in engine.items() if v})
+
+
+def evaluate(folder: str, evaluation: Evaluation, dataset: str | None) -> None:
+    """Score the gathered samples of a folder; write `metrics.json` with all that produced them."""
+    from guided_diffusion.sampling.chunks import SETTINGS_FILE, ChunkFolder
+    from guided_diffusion.sampling.gathering import SAMPLES_FILE, how_sampled
+
+    sampled = ChunkFolder.load(folder) if exists(join(folder, SETTINGS_FILE)) else None
+    scores = evaluation.score(join(folder, SAMPLES_FILE))
+    record = {
+        "dataset": dataset,
+        "provenance": provenance(),
+        "run": sampled.run.to_json() if sampled else None,
+        "sampling": how_sampled(sampled) if sampled else None,
+        "inputs": hash_inputs(sampled.run if sampled else None, evaluation),
+        "scoring": dataclasses.asdict(evaluation),
+        "evaluation": scores,
+    }
+    metrics = join(folder, METRICS_FILE)
+    write_json(metrics, record)
+    print(f"metrics and settings: {absolute(metrics)}")
+
+
+def hash_inputs(run: "Run | None", evaluation: Evaluation) -> dict[str, dict[str, str]]:
+    """Path and SHA-256 of all inputs; of a checkpoint, that of its tensors, as recorded."""
+    from evaluations.features import cached_graph_path
+
+    hashes = {}
+    if run is not None:
+        hashes["checkpoint"] = {"path": run.network.path, "sha256": run.network.sha256}
+        if run.guidance:
+            classifier = run.guidance.classifier
+            hashes["classifier"] = {"path": classifier.path, "sha256": classifier.sha256}
+        if run.start.path:
+            hashes["start_images"] = {"path": run.start.path, "sha256": sha256(run.start.path)}
+    graph = evaluation.graph or str(cached_graph_path())
+    for name, path in (("reference", evaluation.reference), ("graph", graph)):
+        hashes[name] = {"path": path, "sha256": sha256(path)}
+    return hashes

@@ -1,0 +1,66 @@
+"""Finished samples into one file and a grid to look at."""
+
+import statistics
+from collections import Counter
+from collections.abc import Callable
+
+from esddpm_io.files import absolute, join
+from guided_diffusion.sampling import outputs
+from guided_diffusion.sampling.chunks import ChunkFolder
+from guided_diffusion.sampling.heartbeat import Observer
+from guided_diffusion.settings.record import Run, diffusion_of
+
+SAMPLES_FILE, GRID_FILE = "samples_all.npz", "samples_grid.png"
+
+
+def gather(folder: ChunkFolder, log: Callable[[str], None] = print) -> bool:
+    """Join all samples into `samples_all.npz` and draw `samples_grid.png`.
+
+    False, and a line for each, if chunks were found damaged: they are missing now.
+    """
+    if folder.remove_damaged(log, all_bytes=True):
+        return False
+    samples = join(folder.folder, SAMPLES_FILE)
+    outputs.join_parts(outputs.parts_of(folder, 0, folder.num_samples), samples)
+    start = folder.run.start
+    draw_grid(folder.folder, start.path if start.kind == "images" else None)
+    Observer(folder.folder).forget_dead()
+    folder.clean()
+    return True
+
+
+def draw_grid(folder: str, starts: str | None) -> None:
+    """Draw the samples of a folder that are gathered, and say where both are."""
+    samples, grid = join(folder, SAMPLES_FILE), join(folder, GRID_FILE)
+    outputs.save_grid(samples, starts, grid)
+    print(f"samples: {absolute(samples)}\ngrid: {absolute(grid)}", flush=True)
+
+
+def how_sampled(folder: ChunkFolder) -> dict[str, object]:
+    """What the making of the samples took, told by the finished chunks themselves."""
+    made = folder.about()
+    timesteps = folder.run.sampler.timesteps
+    seconds = sum(record["seconds"] for record in made)
+    return {
+        "images": folder.num_samples,
+        "t_prime": t_prime(folder.run),
+        "start_timestep": timesteps[0],
+        "timesteps": timesteps,
+        "network_evaluations_per_image": len(timesteps),
+        "seconds_per_image": seconds / folder.num_samples,
+        "device_seconds": seconds,
+        "devices": dict(Counter(record["device"] for record in made)),
+        "hosts": sorted({record["host"] for record in made}),
+        "processes": len({record["worker"] for record in made}),
+        "batch_size": statistics.mode(record["batch_size"] for record in made),
+        "chunk_size": max(stop - start for start, stop in folder.finished()),
+    }
+
+
+def t_prime(run: Run) -> int:
+    """T' of the published pair of chain length C and steps K: T K / C, in original timesteps.
+
+    The chain's step K, which sampling starts at, lies a little below it.
+    """
+    process = diffusion_of(run)
+    return round(process.original_num_steps * len(run.sampler.timesteps) / process.num_timesteps)

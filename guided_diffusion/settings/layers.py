@@ -1,0 +1,61 @@
+"""Values in layers, each value with where it came from; and what the user typed, in one parse."""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from esddpm_io.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Values of one source; `origin` names it in messages ("preset emoji32", "typed")."""
+
+    origin: str
+    values: Mapping[str, object]
+
+
+def resolve(layers: Sequence[Layer]) -> tuple[dict[str, object], dict[str, str]]:
+    """The values of all layers, a later one winning, and the origin of each."""
+    values: dict[str, object] = {}
+    origins: dict[str, str] = {}
+    for layer in layers:
+        values |= layer.values
+        origins |= dict.fromkeys(layer.values, layer.origin)
+    return values, origins
+
+
+@dataclasses.dataclass(frozen=True)
+class _Default:
+    value: object
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, set[str]]:
+    """Parse a command line once: all values, and the names of the flags that were typed."""
+    # argparse leaves alone what is there already, so a marked default shows what nobody typed.
+    defaults = {
+        action.dest: _Default(action.default)
+        for action in parser._actions
+        if action.default is not argparse.SUPPRESS and action.option_strings
+    }
+    given = vars(parser.parse_args(argv, argparse.Namespace(**defaults)))
+    typed = {name for name, value in given.items() if not isinstance(value, _Default)}
+    values = {n: v.value if isinstance(v, _Default) else v for n, v in given.items()}
+    return argparse.Namespace(**values), typed
+
+
+def without_effect(typed: set[str], conditions: Mapping[str, tuple[bool, str]]) -> list[str]:
+    """A remark for each typed flag that does nothing; `conditions`: whether it does, and when."""
+    return [
+        f"--{name} has no effect {when}"
+        for name, (useless, when) in conditions.items()
+        if useless and name in typed
+    ]
+
+
+def require(condition: bool, message: str) -> None:
+    """UserError with `message` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
