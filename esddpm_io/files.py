@@ -1,7 +1,6 @@
 """Files and folders, on a disk or in a blob store, under one set of names."""
 
 import contextlib
-import errno
 import functools
 import hashlib
 import json
@@ -9,9 +8,7 @@ import os
 import re
 import sys
 import tempfile
-import time
 import types
-import uuid
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
@@ -23,9 +20,6 @@ _AZURE_URL = re.compile(r"https://[^/]+\.blob\.core\.windows\.net/")  # the same
 _ANY_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _BLOB_RETRIES = 10  # of a request, half a minute in all; blobfile's own default is for ever
 _SILENT_RETRIES = 6  # those after them are told
-# What file systems without hard links (some network shares, FAT) say to one.
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
-_EMPTY_S, _POLL_S = 2.0, 0.05
 
 
 def is_blob(path: str | os.PathLike) -> bool:
@@ -117,19 +111,11 @@ def read_json(path: str | os.PathLike) -> object | None:
     try:
         if is_blob(path):
             return json.loads(blobfile().read_text(str(path)))
-        return json.loads(_read_begun(Path(path)))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: it is not JSON ({error})") from error
-
-
-def _read_begun(path: Path) -> str:
-    """The text of a file whose writer may be between making and filling it."""
-    deadline = time.monotonic() + _EMPTY_S
-    while not (text := path.read_text(encoding="utf-8")) and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
-    return text
 
 
 def check_output_file(path: str | os.PathLike, *, flag: str) -> None:
@@ -174,48 +160,6 @@ def remove(path: str | os.PathLike) -> None:
     """Remove a file; it is no error if another process did so before."""
     with contextlib.suppress(FileNotFoundError):
         blobfile().remove(str(path)) if is_blob(path) else os.remove(path)
-
-
-def create_exclusively(path: str | os.PathLike, text: str) -> bool:
-    """Make a small file unless there is one already; return whether this call made it.
-
-    Of several processes one wins. A blob store has no such operation: there two that call at the
-    same moment may both win.
-    """
-    if is_blob(path):
-        package = blobfile()
-        if package.exists(str(path)):
-            return False
-        package.write_text(str(path), text)
-        return True
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # Written whole under a name of its own, then linked, so that no reader sees half a file.
-    temporary = Path(path).with_name(f".tmp-{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        return _create_without_links(path, text)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return True
-
-
-def _create_without_links(path: str | os.PathLike, text: str) -> bool:
-    """For file systems without hard links; `read_json` waits for a file that is still empty."""
-    try:
-        with open(path, "x", encoding="utf-8") as stream:
-            stream.write(text)
-    except FileExistsError:
-        return False
-    except OSError:
-        remove(path)
-        raise
-    return True
 
 
 def sha256(path: str | os.PathLike, *, flag: str = "") -> str:

@@ -12,10 +12,11 @@ import warnings
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import run_main, terminate_cleanly
 from esddpm_io.files import check_output_file
-from evaluations.evaluation import ALL_METRICS, PUBLISHED_METRICS, Settings, evaluate
+from evaluations.evaluation import evaluate
 from evaluations.features import BACKENDS, PRECISIONS
 from evaluations.neighbours import ARITHMETICS
 from evaluations.report import Names, as_json, lines, table
+from evaluations.settings import ALL_METRICS, PUBLISHED_METRICS, Settings
 
 
 def create_argparser() -> argparse.ArgumentParser:

@@ -2,16 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from evaluations import metrics
 from evaluations.features import Features
 from evaluations.metrics import Value
-
-if TYPE_CHECKING:
-    from evaluations.evaluation import Settings
+from evaluations.settings import Settings
 
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5  # the papers' choices
 
@@ -24,7 +21,7 @@ class Scorer:
         reference: Features,
         samples: Features,
         softmax_weights: np.ndarray,
-        settings: "Settings",
+        settings: Settings,
     ):
         self._reference, self._samples = reference, samples
         self._weights, self._settings = softmax_weights, settings

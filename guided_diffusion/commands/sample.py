@@ -19,6 +19,7 @@ from guided_diffusion.commands.request import Request, check_source, settle
 from guided_diffusion.sampling.chunks import default_chunk_size
 from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE
 from guided_diffusion.sampling.job import Job, describe, rank_from_environment
+from guided_diffusion.sampling.sampler import choose_device
 from guided_diffusion.sampling.sources import Source, open_source
 from guided_diffusion.sampling.worker import run, telling_how_to_continue
 from guided_diffusion.script_util import (
@@ -99,6 +100,7 @@ def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
     """The job of parsed flags of a network of a `kind`; `typed` names those that were typed."""
     check_at_least(args, {"num_samples": 1, "batch_size": 1, "chunk_size": 0})
     place = _place(args, os.environ)
+    choose_device(args.device)
     if args.settings:
         run, source, remarks = _recorded(args, typed)
     else:
@@ -180,7 +182,8 @@ def _in_vain(args: argparse.Namespace, typed: set[str]) -> list[str]:
 def _place(args: argparse.Namespace, environ: Mapping[str, str]) -> tuple[int, int, bool]:
     """Rank, world size, and whether a launcher set them: flags first, then the environment."""
     if args.global_rank is not None or args.world_size is not None:
-        rank, size, launched = args.global_rank or 0, args.world_size or 1, False
+        rank, launched = args.global_rank or 0, False
+        size = 1 if args.world_size is None else args.world_size
     else:
         rank, size, launched = rank_from_environment(environ)
     require(size >= 1, f"--world_size must be at least 1, not {size}")

@@ -1,10 +1,10 @@
 import errno
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -13,8 +13,8 @@ from esddpm_io.errors import Terminated, UserError, run_main
 from esddpm_io.files import (
     check_output_file,
     check_output_folder,
-    create_exclusively,
     read_json,
+    sha256,
 )
 from esddpm_io.processes import run_to_end
 from esddpm_io.progress import Progress, progress_text
@@ -172,18 +172,16 @@ def test_importing_it_loads_nothing_heavy():
     assert out.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_of_those_who_make_a_file_one_wins(tmp_path, monkeypatch, links):
-    """Also on a file system that refuses hard links, as some shared ones do."""
-
-    def refuse(source, target):
-        raise PermissionError(errno.EPERM, "Operation not permitted", str(source))
-
-    if not links:
-        monkeypatch.setattr(os, "link", refuse)
-    path = tmp_path / "new" / "claim.json"
-    with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda i: create_exclusively(path, f'"{i}"'), range(8)))
-    assert made.count(True) == 1
-    assert read_json(path) == str(made.index(True))
-    assert [name.name for name in path.parent.iterdir()] == ["claim.json"]
+def test_sha256_of_a_folder_is_that_of_its_names_and_contents(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"one")
+    (folder / "b.png").write_bytes(b"two")
+    first = sha256(folder)
+    assert sha256(folder / "a.png") == hashlib.sha256(b"one").hexdigest() != first
+    (folder / ".hidden").touch()
+    assert sha256(folder) == first
+    (folder / "b.png").rename(folder / "c.png")
+    assert sha256(folder) != first
+    with pytest.raises(UserError, match="--again: there is no file"):
+        sha256(tmp_path / "none", flag="--again")

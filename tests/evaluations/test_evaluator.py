@@ -15,17 +15,12 @@ from PIL import Image
 
 from esddpm_io.errors import UserError, run_main
 from evaluations import evaluate, evaluator, features, make_reference
-from evaluations.evaluation import (
-    ALL_METRICS,
-    PUBLISHED_METRICS,
-    Evaluation,
-    Settings,
-    check_inputs,
-)
+from evaluations.evaluation import Evaluation, check_inputs
 from evaluations.features import GRAPH_NAME, find_graph
 from evaluations.inputs import FeatureCache
 from evaluations.metrics import frechet_distance, gaussian_of
 from evaluations.report import Names
+from evaluations.settings import ALL_METRICS, PUBLISHED_METRICS, Settings
 from tests.evaluations.graph_writer import GOLDEN, small_graph
 
 ROOT = Path(__file__).resolve().parent.parent.parent
