@@ -6,10 +6,14 @@ devices and by gloo between CPUs; a single process has a group of one, so that c
 `torch.distributed` for its rank works everywhere.
 """
 
+import atexit
 import contextlib
+import gc
+import importlib
 import io
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -80,9 +84,28 @@ def setup_dist() -> Launch:
             dist.init_process_group(backend, store=dist.HashStore(), **place)
         else:
             _set_address(launch)
+            # DistributedDataParallel imports it; if a group exists by then, it is kept for ever.
+            importlib.import_module("torch._dynamo")
+
             dist.init_process_group(backend, init_method="env://", **place)
+        atexit.register(_end_group)
     _launch = launch
     return launch
+
+
+def _end_group() -> None:
+    """Join the threads of our process group while there still is an interpreter.
+
+    They let go of the last message's tensors some time after it has arrived, and need Python's
+    lock for it: a thread that asks for the lock of an interpreter that ends aborts the process.
+    """
+    global _launch
+    _launch = None
+    # An exception that nobody caught keeps its frames, and so a loop with the group, alive.
+    sys.last_value = sys.last_traceback = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
 
 
 def _set_address(launch: Launch) -> None:
