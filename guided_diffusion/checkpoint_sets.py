@@ -1,10 +1,12 @@
 """The files that one save of a training run leaves: names, order of writing, search, removal."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from esddpm_io.errors import UserError
 from esddpm_io.files import exists, is_blob, remove
@@ -82,6 +84,60 @@ class CheckpointSet:
                 remove(path)
                 remove(sidecar_path(path))
             raise
+
+
+def fit_optimizer_state(state: dict, params: Mapping[str, torch.Tensor], path: str) -> dict:
+    """The AdamW state saved at `path` as the one of `params` (by name, in the model's order).
+
+    It belongs to parameters by position, so shapes are compared before any kernel meets them. Two
+    other layouts become the model's: that of sets that this package wrote before it registered
+    parameters in the published order, and guided-diffusion's two flat tensors of float16 training.
+    Raises UserError, naming `path`, for any other.
+    """
+    if not isinstance(state, dict) or state.keys() != {"state", "param_groups"}:
+        raise UserError(f"--resume_checkpoint: {path} is not the state of an optimiser")
+    moments = state["state"]
+    by_name = _split_flat(moments, params)
+    for names in (list(params), _label_embedding_late(params)):
+        fits = len(state["param_groups"][0]["params"]) == len(names) and all(
+            moment["exp_avg"].shape == params[names[i]].shape for i, moment in moments.items()
+        )
+        if by_name is None and fits:
+            by_name = {names[i]: moment for i, moment in moments.items()}
+    if by_name is None:
+        raise UserError(
+            f"--resume_checkpoint: the moments in {path} are those of other parameters: resume with"
+            " the model flags of that run, or move this file away to start the optimiser anew"
+        )
+    indices = {name: index for index, name in enumerate(params)}
+    group = {**state["param_groups"][0], "params": list(indices.values())}
+    return {"state": {indices[n]: m for n, m in by_name.items()}, "param_groups": [group]}
+
+
+def _label_embedding_late(params: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names in the order of our first versions: the label embedding before the decoder."""
+    names = [name for name in params if name != "label_emb.weight"]
+    if len(names) < len(params):
+        decoder = next(i for i, name in enumerate(names) if name.startswith("output_blocks."))
+        names.insert(decoder, "label_emb.weight")
+    return names
+
+
+def _split_flat(moments: dict[int, dict], params: Mapping[str, torch.Tensor]) -> dict | None:
+    """Moments of all vectors in one tensor [n] and of all others in one [1, m], by name."""
+    groups = [[n for n, p in params.items() if (p.ndim <= 1) == flat] for flat in (True, False)]
+    sizes = [[params[name].numel() for name in names] for names in groups]
+    shapes = [moments[i]["exp_avg"].shape if i in moments else None for i in range(len(moments))]
+    if shapes != [(sum(sizes[0]),), (1, sum(sizes[1]))]:
+        return None
+    by_name: dict[str, dict] = {name: {} for name in params}
+    for index, names in enumerate(groups):
+        for key, value in moments[index].items():
+            is_moment = torch.is_tensor(value) and value.ndim
+            parts = value.flatten().split(sizes[index]) if is_moment else [value] * len(names)
+            for name, part in zip(names, parts, strict=True):
+                by_name[name][key] = part.view(params[name].shape) if is_moment else part
+    return by_name
 
 
 def step_of_model(path: str) -> int | None:

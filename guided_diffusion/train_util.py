@@ -39,7 +39,13 @@ from esddpm_io.files import exists
 from esddpm_io.progress import Progress
 
 from . import dist_util, logger
-from .checkpoint_sets import CheckpointSet, find_set, prune_sets, step_of_model
+from .checkpoint_sets import (
+    CheckpointSet,
+    find_set,
+    fit_optimizer_state,
+    prune_sets,
+    step_of_model,
+)
 from .checkpoints import load_weights
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .nn import update_ema
@@ -562,18 +568,16 @@ class Trainer:
         if not self._is_there(self._resume_set.opt):
             logger.warn(f"no {self._resume_set.opt}: the optimiser starts anew")
             return
+        names = (name for name, _ in self.model.named_parameters())
+        params = dict(zip(names, self.master_params, strict=True))
         state = self._read(self._resume_set.opt)
-        try:
-            self.opt.load_state_dict(state)
-        except ValueError as error:
-            raise UserError(
-                f"--resume_checkpoint: {self._resume_set.opt} does not fit the model ({error})"
-            ) from error
+        self.opt.load_state_dict(fit_optimizer_state(state, params, self._resume_set.opt))
         for param, moments in self.opt.state.items():
-            for name, value in moments.items():
-                if value.shape == param.shape:
-                    # In the parameter's memory order: the fused kernel walks both as they lie.
-                    moments[name] = torch.empty_like(param).copy_(value)
+            # The fused kernel wants the count of steps where the parameter is, and walks moments
+            # and parameter as they lie in memory.
+            moments["step"] = moments["step"].to(param.device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = torch.empty_like(param).copy_(moments[name])
         for group in self.opt.param_groups:  # what the user asks for now goes before what was saved
             group.update(lr=self.lr, weight_decay=self.weight_decay, fused=True, foreach=None)
 

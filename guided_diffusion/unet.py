@@ -314,6 +314,8 @@ class _DiffusionNetwork(nn.Module):
     (1 = full size) of the levels with attention. `num_head_channels`, where not -1, overrules
     `num_heads`; `num_heads_upsample` (-1 = num_heads) is for the decoder. `use_fp16` is accepted
     as published; `convert_to_fp16` does the cast.
+
+    Optimisers keep their state by a parameter's position: parts are made in the published order.
     """
 
     def __init__(
@@ -329,6 +331,7 @@ class _DiffusionNetwork(nn.Module):
         conv_resample: bool = True,
         dims: int = 2,
         *,
+        num_classes: int | None = None,
         use_checkpoint: bool = False,
         use_fp16: bool = False,
         num_heads: int = 1,
@@ -358,6 +361,9 @@ class _DiffusionNetwork(nn.Module):
             nn.SiLU(),
             linear(self.emb_channels, self.emb_channels),
         )
+        self.num_classes = num_classes
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, self.emb_channels)
         self._blocks = _Blocks(
             emb_channels=self.emb_channels,
             dropout=dropout,
@@ -430,11 +436,8 @@ class UNetModel(_DiffusionNetwork):
     The other arguments are those of `_DiffusionNetwork`.
     """
 
-    def __init__(self, *args, num_classes: int | None = None, **kwargs):
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.num_classes = num_classes
-        if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, self.emb_channels)
         self._build_decoder()
         self.out = nn.Sequential(
             normalization(self.widths[0]),
