@@ -1,5 +1,6 @@
 """The files that one save of a training run leaves: names, order of writing, search, removal."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,12 +10,15 @@ from typing import Any
 import torch
 
 from esddpm_io.errors import UserError
-from esddpm_io.files import exists, is_blob, remove
+from esddpm_io.files import exists, remove
 
 from .checkpoints import save_checkpoint, sidecar_path, write_sidecar
+from .fp16_util import get_param_groups_and_shapes, unflatten_master_params
 
 _MODEL_NAME = re.compile(r"model(\d{6,})\.pt$")
 _SET_MEMBER = re.compile(r"(?:model|opt|state|ema_[\d.e+-]+_)(\d{6,})\.(?:pt|json)$")
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class CheckpointSet:
         step = step_of_model(path)
         if step is None:
             return None
-        return cls(path.rsplit("/", 1)[0] if is_blob(path) else Path(path).parent, step)
+        return cls(os.path.dirname(path) or ".", step)
 
     @property
     def model(self) -> str:
@@ -125,18 +129,15 @@ def _label_embedding_late(params: Mapping[str, torch.Tensor]) -> list[str]:
 
 def _split_flat(moments: dict[int, dict], params: Mapping[str, torch.Tensor]) -> dict | None:
     """Moments of all vectors in one tensor [n] and of all others in one [1, m], by name."""
-    groups = [[n for n, p in params.items() if (p.ndim <= 1) == flat] for flat in (True, False)]
-    sizes = [[params[name].numel() for name in names] for names in groups]
-    shapes = [moments[i]["exp_avg"].shape if i in moments else None for i in range(len(moments))]
-    if shapes != [(sum(sizes[0]),), (1, sum(sizes[1]))]:
+    groups = [group for group, _ in get_param_groups_and_shapes(params.items())]
+    sizes = [sum(p.numel() for _, p in group) for group in groups]
+    if [list(m["exp_avg"].shape) for m in moments.values()] != [[sizes[0]], [1, sizes[1]]]:
         return None
-    by_name: dict[str, dict] = {name: {} for name in params}
-    for index, names in enumerate(groups):
-        for key, value in moments[index].items():
-            is_moment = torch.is_tensor(value) and value.ndim
-            parts = value.flatten().split(sizes[index]) if is_moment else [value] * len(names)
-            for name, part in zip(names, parts, strict=True):
-                by_name[name][key] = part.view(params[name].shape) if is_moment else part
+    by_name = {}
+    for group, moment in zip(groups, moments.values(), strict=True):
+        parts = {key: unflatten_master_params(group, moment[key]) for key in _MOMENTS}
+        for index, (name, _) in enumerate(group):
+            by_name[name] = {**moment, **{key: values[index] for key, values in parts.items()}}
     return by_name
 
 

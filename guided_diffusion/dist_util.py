@@ -30,6 +30,10 @@ _CHUNK_BYTES = 1 << 30
 # Slurm gives no port: one of this range, by job and step number, so that two jobs on a node differ.
 _SLURM_PORTS = (20000, 20000)
 
+# guided-diffusion's settings, which other code imports; launchers tell us what they were for.
+GPUS_PER_NODE = 8
+SETUP_RETRY_COUNT = 3
+
 _launch: "Launch | None" = None
 
 
@@ -136,11 +140,11 @@ def _address_over_mpi() -> tuple[str, int]:
     address = None
     if world.rank == 0:
         host = "127.0.0.1" if one_machine else socket.getfqdn()
-        address = (host, _free_port())
+        address = (host, _find_free_port())
     return world.bcast(address, root=0)
 
 
-def _free_port() -> int:
+def _find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
@@ -212,9 +216,16 @@ def on_rank_zero(function: Callable[[], T]) -> T:
 
 
 def load_state_dict(
-    path: str, *, flag: str = "checkpoint", map_location: torch.device | str = "cpu"
+    path: str,
+    *,
+    flag: str = "checkpoint",
+    map_location: torch.device | str = "cpu",
+    weights_only: bool = True,
 ) -> Any:
     """What `torch.save` wrote to a file that only rank 0 needs to see; every rank gets it.
+
+    Whatever `weights_only` says, which is there because code passes it to `torch.load`, no other
+    file is read.
 
     Raises `UserError` on every rank as `checkpoints.load_object` does on one.
     """

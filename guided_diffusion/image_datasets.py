@@ -58,7 +58,7 @@ def load_data(
 ) -> "BatchStream":
     """An endless iterator of (images, cond) for this process.
 
-    images: float32 NCHW in [-1, 1]; cond: {"y": int64 [N]} if `class_cond`, else {}.
+    images: float32 NCHW in [-1, 1], contiguous; cond: {"y": int64 [N]} if `class_cond`, else {}.
 
     Args:
         data_dir: a folder (any depth, or a blob path), or an .npz with `arr_0` uint8 [N, H, W, 3]
@@ -138,7 +138,7 @@ class BatchStream:
             flips = flips[self._first_row :][: self.batch_size] < 0.5
             pixels[flips] = pixels[flips, :, ::-1]
         self._step += 1
-        batch = to_float(pixels)
+        batch = to_float(pixels).contiguous()
         if self.images.classes is None:
             return batch, {}
         return batch, {"y": torch.from_numpy(self.images.classes[indices])}
@@ -310,6 +310,10 @@ def label_files(
     return classes
 
 
+# Under guided-diffusion's name.
+_list_image_files_recursively = list_image_files
+
+
 class ImageDataset(Dataset):
     """Image files at one resolution.
 
@@ -328,23 +332,30 @@ class ImageDataset(Dataset):
         random_flip: bool = True,
     ):
         self.resolution = resolution
-        self.paths = list(image_paths)[shard::num_shards]
-        self.classes = None if classes is None else np.asarray(classes, np.int64)[shard::num_shards]
+        self.local_images = list(image_paths)[shard::num_shards]
+        self.local_classes = None
+        if classes is not None:
+            self.local_classes = np.asarray(classes, np.int64)[shard::num_shards]
         self.random_crop, self.random_flip = random_crop, random_flip
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.local_images)
+
+    @property
+    def classes(self) -> np.ndarray | None:
+        """Labels, int64 [N], as `ArrayImages` has them."""
+        return self.local_classes
 
     def __getitem__(self, idx: int) -> tuple[np.ndarray, dict[str, np.int64]]:
         pixels = self.read(idx, random)
         if self.random_flip and random.random() < 0.5:
             pixels = pixels[:, ::-1]
-        pixels = to_float(np.ascontiguousarray(pixels[None]))[0].numpy()
+        pixels = to_float(np.ascontiguousarray(pixels[None]))[0].contiguous().numpy()
         return pixels, {} if self.classes is None else {"y": self.classes[idx]}
 
     def read(self, idx: int, rng: random.Random) -> np.ndarray:
         """One image, cropped, uint8 [resolution, resolution, 3]; UserError if it is unreadable."""
-        path = self.paths[idx]
+        path = self.local_images[idx]
         with open_binary(path, flag="--data_dir") as stream:
             try:
                 with Image.open(stream) as image:
@@ -372,7 +383,7 @@ class _Decoder(Dataset):
             try:
                 return self._images.read(index, rng), index, unreadable
             except UserError as error:
-                unreadable.append((self._images.paths[index], str(error)))
+                unreadable.append((self._images.local_images[index], str(error)))
                 index = (index + 1) % len(self._images)
         path, problem = unreadable[0]
         return None, f"{len(unreadable)} images in a row, {path} first ({problem})", unreadable

@@ -24,6 +24,7 @@ optNNNNNN.pt and stateNNNNNN.pt, where NNNNNN is the number of steps done.
 
 import contextlib
 import math
+import os
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -634,6 +635,7 @@ class TrainLoop(Trainer):
     ):
         self.diffusion = diffusion
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
+        self.fp16_scale_growth = fp16_scale_growth
         options.setdefault("num_timesteps", self.schedule_sampler_steps())
         super().__init__(
             model=model,
@@ -651,6 +653,8 @@ class TrainLoop(Trainer):
             lr_anneal_steps=lr_anneal_steps,
             **options,
         )
+        self.use_fp16 = self.precision == "float16"
+        self.use_ddp, self.sync_cuda = self.world_size > 1, self.device.type == "cuda"
 
     def schedule_sampler_steps(self) -> int:
         """T' of early-stopped training, or all steps of the diffusion."""
@@ -679,6 +683,19 @@ def log_loss_dict(diffusion, ts: torch.Tensor, losses: dict[str, torch.Tensor]) 
     """Log the means of loss terms [N], over all and over each quarter of the timesteps `ts` [N]."""
     terms = {name: values.detach().double().cpu().numpy() for name, values in losses.items()}
     _log_terms(terms, ts.cpu().numpy(), diffusion.num_timesteps)
+
+
+def find_resume_checkpoint() -> str | None:
+    """None: guided-diffusion's place for a search of one's own (`resume_checkpoint="auto"`)."""
+    return None
+
+
+def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | str) -> str | None:
+    """The average of `rate` and this step beside a checkpoint, None if it is not there."""
+    if not main_checkpoint:
+        return None
+    path = CheckpointSet(os.path.dirname(main_checkpoint) or ".", step).ema(rate)
+    return path if exists(path) else None
 
 
 def get_blob_logdir() -> str | None:

@@ -1,5 +1,6 @@
 import copy
 import errno
+import json
 import math
 
 import numpy as np
@@ -19,7 +20,7 @@ from guided_diffusion.train_util import (
     log_loss_dict,
     parse_resume_step_from_filename,
 )
-from tests.golden_values import arrays, meta, small_model
+from tests.golden_values import FOLDER, arrays, meta, small_model
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +162,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(sampler):
     assert second.global_step == 23 and equal(everything(first), everything(second))
     second.run_loop()
     assert equal(everything(straight), everything(second))
+
+
+def test_published_attributes_are_there():
+    surface = json.loads((FOLDER / "published_surface.json").read_text())
+    loop = train_loop(fp16_scale_growth=2e-3)
+    published = surface["train_util"]["TrainLoop"]["attributes"]
+    assert not [name for name in published if not hasattr(loop, name)]
+    assert (loop.fp16_scale_growth, loop.use_fp16, loop.use_ddp) == (2e-3, False, False)
 
 
 def test_without_a_seed_the_global_generators_go_on():
