@@ -5,11 +5,13 @@ position in the global batch) alone. So a resumed run goes on with the data wher
 N processes with batch B see together what one process with batch N·B sees.
 """
 
+import contextlib
 import math
 import os
 import random
 import signal
 import struct
+import threading
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -151,6 +153,11 @@ class BatchStream:
         else:
             self._decoded = self._take_from_memory(step)
 
+    def end_workers(self) -> None:
+        """End the processes that decode; the next batch would start them again."""
+        self._decoded.close()
+        self.seek(self._step)
+
     def figures(self) -> dict[str, int]:
         """Figures for the log: how many images could not be read so far."""
         return {"unreadable_images": len(self._unreadable)} if self._unreadable else {}
@@ -171,7 +178,15 @@ class BatchStream:
             # Its own generator: starting the workers must not shift torch's global one.
             generator=torch.Generator(),
         )
-        for pixels, indices, unreadable in loader:
+        with _stop_signals_blocked():
+            batches = iter(loader)
+        for pixels, indices, unreadable in batches:
+            if pixels is None:
+                path, problem = unreadable[0]
+                raise UserError(
+                    f"--data_dir: cannot read {len(unreadable)} images in a row, {path} first"
+                    f" ({problem})"
+                )
             for path, problem in unreadable:
                 if path not in self._unreadable:
                     self._unreadable.add(path)
@@ -385,8 +400,7 @@ class _Decoder(Dataset):
             except UserError as error:
                 unreadable.append((self._images.local_images[index], str(error)))
                 index = (index + 1) % len(self._images)
-        path, problem = unreadable[0]
-        return None, f"{len(unreadable)} images in a row, {path} first ({problem})", unreadable
+        return None, index, unreadable
 
 
 class _Steps:
@@ -403,18 +417,44 @@ class _Steps:
             step += 1
 
 
-def _collate(items: list[tuple]) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
-    pixels, indices, unreadable = zip(*items, strict=True)
-    for image, problem in zip(pixels, indices, strict=True):
+def _collate(
+    items: list[tuple],
+) -> tuple[np.ndarray | None, np.ndarray, list[tuple[str, str]]]:
+    """Pixels, indices, (path, problem) of files passed over; None and the files of a lost image.
+
+    An error would be wrapped in the worker's traceback.
+    """
+    for image, index, unreadable in items:
         if image is None:
-            raise UserError(f"--data_dir: cannot read {problem}")
+            return None, np.array([index]), unreadable
+    pixels, indices, unreadable = zip(*items, strict=True)
     return np.stack(pixels), np.array(indices), [pair for pairs in unreadable for pair in pairs]
 
 
+@contextlib.contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Start workers inside: they inherit the mask, so that no signal is early for them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    """Ctrl-C and Slurm signal the whole group; the parent saves first and ends its workers then."""
+    """Ctrl-C, Slurm and a launcher signal the whole group; the parent saves first.
+
+    Only what the parent itself sends ends a worker, as PyTorch's own handler has it; where the
+    parent is gone PyTorch's watchdog does.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_when_the_parent_asks, daemon=True).start()
+
+
+def _end_when_the_parent_asks() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:

@@ -228,6 +228,11 @@ class Trainer:
         if hasattr(self.data, "seek"):
             self.data.seek(step)
 
+    def end_data_workers(self) -> None:
+        """Called at the end of `run_loop`, however it ends."""
+        if hasattr(self.data, "end_workers"):
+            self.data.end_workers()
+
     def after_step(self) -> None:
         """Called by `run_loop` after each step, before figures are written."""
 
@@ -266,6 +271,12 @@ class Trainer:
 
     def run_loop(self) -> None:
         """Train to the last step, or until SIGTERM or SIGINT, and save."""
+        try:
+            self._run_loop()
+        finally:
+            self.end_data_workers()
+
+    def _run_loop(self) -> None:
         if self.resume_step:
             self.seek_data(self.global_step)
         first, total = self.global_step, self.iterations

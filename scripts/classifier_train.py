@@ -71,6 +71,11 @@ class ClassifierTrainer(Trainer):
         if self.val_data is not None:
             self.val_data.seek(step // self.eval_interval)  # evaluations before this step
 
+    def end_data_workers(self) -> None:
+        super().end_data_workers()
+        if self.val_data is not None:
+            self.val_data.end_workers()
+
     def after_step(self) -> None:
         if self.val_data is not None and self.global_step % self.eval_interval == 0:
             self.evaluate(*next(self.val_data), prefix="val_")
