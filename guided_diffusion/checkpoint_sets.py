@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,9 +147,7 @@ def step_of_model(path: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def find_set(
-    resume_checkpoint: str, folder: Path | str | None, ema_rates: Iterable[float]
-) -> CheckpointSet | None:
+def find_set(resume_checkpoint: str, folder: Path | str | None) -> CheckpointSet | None:
     """The set that a `resume_checkpoint` means: "auto" is the newest whole one in `folder`.
 
     None for no set ("", "auto" without one, a file that is weights alone); UserError if the file
@@ -161,14 +159,16 @@ def find_set(
         return CheckpointSet.of_model(resume_checkpoint)
     if folder is None:
         raise UserError("call logger.configure() first: checkpoints go to its folder")
-    return newest_set(Path(folder), ema_rates)
+    return newest_set(Path(folder))
 
 
-def newest_set(folder: Path, ema_rates: Iterable[float]) -> CheckpointSet | None:
-    """The newest set in `folder` of which model, optimiser and these averages are there."""
-    rates = list(ema_rates)
+def newest_set(folder: Path) -> CheckpointSet | None:
+    """The newest set in `folder` of which model and optimiser are there.
+
+    Averages may be of other rates than the ones that are wanted now.
+    """
     for found in sorted(_sets(folder), key=lambda s: s.step, reverse=True):
-        if all(Path(path).exists() for path in (found.opt, *map(found.ema, rates))):
+        if Path(found.opt).exists():
             return found
     return None
 

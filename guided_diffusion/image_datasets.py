@@ -145,9 +145,15 @@ class BatchStream:
             return batch, {}
         return batch, {"y": torch.from_numpy(self.images.classes[indices])}
 
-    def seek(self, step: int) -> None:
-        """Go on with the batch of this step (0: the first)."""
+    def seek(self, step: int, samples: int | None = None) -> None:
+        """Go on with the batch of this step (0: the first).
+
+        `samples`, where given, is how many images the steps before had over all processes: not
+        this batch size each.
+        """
         self._step = step
+        self._before = step * self._global_batch if samples is None else samples
+        self._before -= step * self._global_batch
         if isinstance(self.images, ImageDataset):
             self._decoded = self._decode_in_workers(step)
         else:
@@ -156,7 +162,7 @@ class BatchStream:
     def end_workers(self) -> None:
         """End the processes that decode; the next batch would start them again."""
         self._decoded.close()
-        self.seek(self._step)
+        self.seek(self._step, self._before + self._step * self._global_batch)
 
     def figures(self) -> dict[str, int]:
         """Figures for the log: how many images could not be read so far."""
@@ -195,7 +201,7 @@ class BatchStream:
 
     def _rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """This process's image indices [N] in a step, and their positions in the whole stream."""
-        start = step * self._global_batch + self._first_row
+        start = self._before + step * self._global_batch + self._first_row
         positions = np.arange(start, start + self.batch_size)
         epochs, offsets = np.divmod(positions, len(self.images))
         if not self._shuffle:

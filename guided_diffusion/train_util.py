@@ -134,7 +134,8 @@ class Trainer:
     Args:
         model: the module; its parameters are trained.
         data: iterator of (batch NCHW float in [-1, 1] [N, …], dict of tensors [N]). If it has a
-            method `seek(step)`, a resumed run calls it, so that the data go on where they were.
+            method `seek(step)`, a resumed run calls it, so that the data go on where they were;
+            `seek(step, samples=n)` after n images in all, where batches had another size.
         batch_size: N, of this process; the global batch is N × number of processes.
         loss: see the top of this file.
         microbatch: rows that go through the model at once (-1: all); gradients are those of the
@@ -213,6 +214,7 @@ class Trainer:
         self._loss = loss
         self.step = 0  # done by this process …
         self.resume_step = 0  # … and before it started
+        self.resume_samples = 0  # images of those steps
         self._non_finite_steps = 0
         self._last_loss = math.nan
 
@@ -225,8 +227,12 @@ class Trainer:
 
     def seek_data(self, step: int) -> None:
         """Called by `run_loop` of a resumed run: the data go on with this step's."""
-        if hasattr(self.data, "seek"):
+        if not hasattr(self.data, "seek"):
+            return
+        if self.samples == step * self.global_batch:
             self.data.seek(step)
+        else:
+            self.data.seek(step, samples=self.samples)
 
     def end_data_workers(self) -> None:
         """Called at the end of `run_loop`, however it ends."""
@@ -246,6 +252,9 @@ class Trainer:
         """State beside the model's that a resumed run needs."""
         return {}
 
+    def update_sampler(self, terms: dict[str, torch.Tensor]) -> None:
+        """Called once a step with the losses of this process's whole batch, [N] on the device."""
+
     def load_sampler_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take up what `sampler_state` gave."""
 
@@ -255,6 +264,11 @@ class Trainer:
     def global_step(self) -> int:
         """Optimiser steps done since the model was new."""
         return self.step + self.resume_step
+
+    @property
+    def samples(self) -> int:
+        """Images that the model has been trained on, repeated ones counted each time."""
+        return self.resume_samples + self.step * self.global_batch
 
     @property
     def master_params(self) -> list[torch.Tensor]:
@@ -280,7 +294,8 @@ class Trainer:
         if self.resume_step:
             self.seek_data(self.global_step)
         first, total = self.global_step, self.iterations
-        images = (total - first) * self.global_batch if total else None
+        self._say_what_is_left()
+        images = max(total - first, 0) * self.global_batch if total else None
         saved_at = first if self.resume_step else None
         with StopSignals() as stop, self._progress(images) as progress:
             while not total or self.global_step < total:
@@ -297,6 +312,8 @@ class Trainer:
                 if stopping or self.global_step % self.save_interval == 0:
                     self.save()
                     saved_at = self.global_step
+                    if os.environ.get("DIFFUSION_TRAINING_TEST"):
+                        return
                 if stopping:
                     logger.log(
                         f"stopped by {stop.name or 'a signal to another process'} after step"
@@ -305,6 +322,19 @@ class Trainer:
                     return
             if saved_at != self.global_step:
                 self.save()
+
+    def _say_what_is_left(self) -> None:
+        """Tell of steps that are none: those done before, those at a learning rate of 0."""
+        if 0 < self.iterations <= self.global_step:
+            logger.warn(
+                f"--iterations {self.iterations}: {self.global_step} steps are done already,"
+                " nothing is left to do"
+            )
+        elif 0 < self.lr_anneal_steps < self.iterations:
+            logger.warn(
+                f"--iterations {self.iterations}: lr is 0 after --lr_anneal_steps"
+                f" {self.lr_anneal_steps}, steps beyond it only move the averages"
+            )
 
     def run_step(self, batch: torch.Tensor, cond: dict[str, torch.Tensor]) -> bool:
         """One optimiser step on a batch; does not count `step` up. Returns whether it was taken."""
@@ -341,7 +371,9 @@ class Trainer:
                 weighted = terms["loss"] * terms["weight"] if "weight" in terms else terms["loss"]
                 self.mp_trainer.backward(weighted.sum() / len(batch))
             parts.append({name: value.detach() for name, value in terms.items()})
-        return _concatenated(parts)
+        terms = _concatenated(parts)
+        self.update_sampler(terms)
+        return terms
 
     @torch.no_grad()
     def evaluate(self, batch: torch.Tensor, cond: dict[str, torch.Tensor], prefix: str) -> None:
@@ -359,7 +391,7 @@ class Trainer:
     def log_step(self) -> None:
         """Figures that say how far the run is."""
         logger.logkv("step", self.global_step + 1)
-        logger.logkv("samples", (self.global_step + 1) * self.global_batch)
+        logger.logkv("samples", self.samples + self.global_batch)
         if self.precision == "float16":
             logger.logkv("lg_loss_scale", self.mp_trainer.lg_loss_scale)
 
@@ -371,6 +403,7 @@ class Trainer:
             logger.log(f"saving step {self.global_step}")
             state = {
                 "step": self.global_step,
+                "samples": self.samples,
                 "lg_loss_scale": self.mp_trainer.lg_loss_scale,
                 "sampler": self.sampler_state(),
                 "random": rng,
@@ -547,7 +580,7 @@ class Trainer:
         return found
 
     def _look_for_set(self) -> CheckpointSet | None:
-        found = find_set(self.resume_checkpoint, logger.get_dir(), self.ema_rate)
+        found = find_set(self.resume_checkpoint, logger.get_dir())
         if found is None and self.resume_checkpoint == "auto":
             logger.log(
                 f"--resume_checkpoint auto: no checkpoint in {self._folder()}, starting anew"
@@ -594,11 +627,23 @@ class Trainer:
             group.update(lr=self.lr, weight_decay=self.weight_decay, fused=True, foreach=None)
 
     def _load_state(self) -> None:
-        if self._resume_set is None or not self._is_there(self._resume_set.state):
+        if self._resume_set is None:
+            return
+        self.resume_samples = self.resume_step * self.global_batch
+        if not self._is_there(self._resume_set.state):
             return
         state = self._read(self._resume_set.state)
         self.mp_trainer.lg_loss_scale = state["lg_loss_scale"]
-        self.load_sampler_state(state["sampler"])
+        if "samples" in state and state["samples"] != self.resume_samples:
+            self.resume_samples = state["samples"]
+            logger.warn(
+                f"--batch_size: the {self.resume_step} steps so far had other batches than"
+                f" {self.global_batch} images; the data go on after {self.samples} images"
+            )
+        try:
+            self.load_sampler_state(state["sampler"])
+        except ValueError as error:
+            logger.warn(f"--schedule_sampler: {error}: this one starts anew")
         if self.seed is None and len(state["random"]) == self.world_size:
             _restore_random_state(state["random"][self.rank])
 
@@ -679,9 +724,11 @@ class TrainLoop(Trainer):
         terms = self.diffusion.training_losses(
             self.ddp_model, batch, t, model_kwargs=cond, noise=draw.noise(batch)
         )
-        if isinstance(self.schedule_sampler, LossAwareSampler) and torch.is_grad_enabled():
-            self.schedule_sampler.update_with_local_losses(t, terms["loss"].detach())
         return {**terms, "t": t, "weight": weights}
+
+    def update_sampler(self, terms: dict[str, torch.Tensor]) -> None:
+        if isinstance(self.schedule_sampler, LossAwareSampler):
+            self.schedule_sampler.update_with_local_losses(terms["t"], terms["loss"])
 
     def sampler_state(self) -> dict[str, torch.Tensor]:
         return self.schedule_sampler.state_dict()

@@ -258,12 +258,22 @@ def test_a_resumed_run_keeps_early_stop_unless_told_otherwise(
     assert said in log and (said or "early_stop_steps" not in log)
 
 
-def test_a_new_run_from_weights_alone_keeps_early_stop(data, tmp_path):
+def test_a_new_run_from_weights_alone_keeps_early_stop(data, tmp_path, monkeypatch):
     options = {"data_dir": data, "batch_size": 2, **TINY, **SHARED}
     image_train.main(flags(**options, iterations=1, early_stop_steps=40))
     weights = tmp_path / "run/ema_0.9_000001.pt"
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "second"))
     image_train.main(flags(**options, iterations=3, resume_checkpoint=weights))
-    assert read_sidecar(str(tmp_path / "run/model000003.pt"))["early_stop_steps"] == 40
+    assert read_sidecar(str(tmp_path / "second/model000003.pt"))["early_stop_steps"] == 40
+
+
+@pytest.mark.parametrize("start", ["", "ema_0.9_000002.pt"])
+def test_a_new_run_does_not_mix_its_checkpoints_with_anothers(start, data, tmp_path):
+    options = {"data_dir": data, "batch_size": 2, **TINY, **SHARED}
+    image_train.main(flags(**options, iterations=2))
+    resume = {"resume_checkpoint": tmp_path / "run" / start} if start else {}
+    with pytest.raises(UserError, match=r"^OPENAI_LOGDIR: .*run up to step 2: .*another folder$"):
+        image_train.main(flags(**options, **resume, iterations=3))
 
 
 def test_without_averages_samples_are_of_the_weights_themselves(data, tmp_path):
