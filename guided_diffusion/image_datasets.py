@@ -10,7 +10,6 @@ import math
 import os
 import random
 import signal
-import struct
 import threading
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -18,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from esddpm_io.errors import UserError
 from esddpm_io.files import blobfile, is_blob, open_binary
-from esddpm_io.images import IMAGE_SUFFIXES, check_image_array, to_rgb
+from esddpm_io.images import IMAGE_SUFFIXES, check_image_array, decode_image
 from esddpm_io.npz import NpzReader
 
 from . import dist_util, logger
@@ -35,11 +34,6 @@ LABEL_SOURCES = ("name", "folder")
 _ORDER, _FLIP, _CROP = 1, 2, 3
 # An array up to this size is held in memory, a larger one is read row by row where it lies.
 _IN_MEMORY_BYTES = 2 << 30
-# What decoders raise for damaged files.
-BROKEN_IMAGE = (
-    *(OSError, ValueError, SyntaxError, EOFError, struct.error),
-    Image.DecompressionBombError,
-)
 # Images of a folder that may be unreadable one after the other before the folder is given up.
 _MAX_UNREADABLE_RUN = 100
 
@@ -378,13 +372,7 @@ class ImageDataset(Dataset):
         """One image, cropped, uint8 [resolution, resolution, 3]; UserError if it is unreadable."""
         path = self.local_images[idx]
         with open_binary(path, flag="--data_dir") as stream:
-            try:
-                with Image.open(stream) as image:
-                    image = Image.fromarray(to_rgb(image))
-            except UnidentifiedImageError as error:
-                raise UserError("not an image") from error
-            except BROKEN_IMAGE as error:
-                raise UserError(f"{error}") from error
+            image = Image.fromarray(decode_image(stream))
         if self.random_crop:
             return random_crop_arr(image, self.resolution, rng=rng)
         return center_crop_arr(image, self.resolution)

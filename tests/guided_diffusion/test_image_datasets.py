@@ -170,6 +170,15 @@ def test_unreadable_images_are_named_skipped_and_counted(tmp_path):
     assert out.count("2.png") == 1 and out.count("4.png: not an image") == 1
 
 
+def test_sixteen_bits_of_grey_are_trained_on_as_eight(tmp_path):
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(values).save(tmp_path / "a.png")
+    data = load_data(data_dir=str(tmp_path), batch_size=1, image_size=8, random_flip=False)
+    batch, _ = next(data)
+    want = torch.from_numpy(values / 65535 * 2 - 1).float()
+    torch.testing.assert_close(batch[0], want.expand(3, 8, 8), rtol=0, atol=1.001 / 255)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_folder_in_which_nothing_can_be_read_is_an_error(workers, tmp_path):
     for name in ("a.png", "b.png"):
