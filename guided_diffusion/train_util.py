@@ -427,7 +427,9 @@ class Trainer:
         if self.rank == 0:
             from esddpm_io.images import save_png
 
-            with self._averaged_weights(), torch.random.fork_rng():
+            # Named, for without a name the generators of all GPUs of the machine are saved.
+            devices = [self.device] if self.device.type == "cuda" else []
+            with self._averaged_weights(), torch.random.fork_rng(devices):
                 image = self.draw_samples(self.model)
             save_png(Path(self._folder()) / f"samples{self.global_step:06d}.png", image)
 
