@@ -18,9 +18,9 @@ from pathlib import Path
 from PIL import Image
 
 from esddpm_io.errors import UserError, run_main
-from esddpm_io.images import save_png, to_rgb
+from esddpm_io.images import decode_image, save_png
 from esddpm_io.progress import Progress
-from guided_diffusion.image_datasets import BROKEN_IMAGE, center_crop_arr
+from guided_diffusion.image_datasets import center_crop_arr
 
 # Images that wait for a thread each: keeps all busy without reading the database into memory.
 _AHEAD = 8
@@ -50,9 +50,8 @@ def entries(database, limit: int) -> Iterator[tuple[int, bytes, bytes]]:
 def convert(contents: bytes, path: Path, image_size: int) -> str | None:
     """Write one image; returns what is wrong with it, if it cannot be read."""
     try:
-        with Image.open(io.BytesIO(contents)) as image:
-            rgb = Image.fromarray(to_rgb(image))
-    except BROKEN_IMAGE as error:
+        rgb = Image.fromarray(decode_image(io.BytesIO(contents)))
+    except UserError as error:
         return str(error)
     save_png(path, center_crop_arr(rgb, image_size))
     return None

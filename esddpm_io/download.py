@@ -1,24 +1,30 @@
 """Fetching one big file over HTTP: resumed, checked, and in place only when it is whole."""
 
 import base64
+import contextlib
 import hashlib
-import http.client
 import os
 import shutil
 import sys
 import time
-import urllib.error
-import urllib.request
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from esddpm_io.errors import UserError, describe_os_error
+from esddpm_io.errors import UserError, first_line
 from esddpm_io.progress import Progress
+
+if TYPE_CHECKING:
+    import requests
 
 _BLOCK = 1 << 20  # bytes between two steps of the progress bar
 _TIMEOUT_S = 30  # without a byte, after which a connection counts as lost
 _FRUITLESS_TRIES = 3  # connections in a row that may bring nothing before we give up
+_RETRIES, _BACKOFF_S = 3, 0.3  # of a request without an answer: after 0, 0.6 and 1.2 seconds
+_BUSY = (429, 500, 502, 503, 504)  # answers that another try may change
 _MEGABYTE = 1e6
 
 
@@ -58,16 +64,45 @@ def download(url: str, path: str | os.PathLike, *, expected_bytes: int | None = 
     return True
 
 
+@contextlib.contextmanager
+def _connection(url: str) -> Iterator[tuple["requests.Session", tuple[type[Exception], ...]]]:
+    """A session, and the errors of its connections; UserError for what the server refuses.
+
+    Requests that fail before the data come are tried again; proxies, certificates and ~/.netrc are
+    those that requests finds.
+    """
+    import requests
+    from urllib3.exceptions import HTTPError
+    from urllib3.util import Retry
+
+    retry = Retry(_RETRIES, backoff_factor=_BACKOFF_S, status_forcelist=_BUSY)
+    retry.raise_on_status = False
+    with requests.Session() as session:
+        session.headers["Accept-Encoding"] = "identity"  # sizes and ranges are those of the file
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
+        try:
+            yield session, (requests.ConnectionError, requests.Timeout, HTTPError)
+        except requests.HTTPError as error:
+            answer = error.response
+            raise UserError(
+                f"{url}: the server answers {answer.status_code} {answer.reason}"
+            ) from error
+        except requests.RequestException as error:
+            raise UserError(f"cannot reach {url} ({_reason(error)}): check the network") from error
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong with a connection, without the attempts around it."""
+    cause = error.args[0] if error.args else error
+    return first_line(getattr(cause, "reason", None) or error)
+
+
 def _ask(url: str) -> _Remote:
-    request = urllib.request.Request(url, method="HEAD")
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
-            size, md5 = answer.headers["Content-Length"], answer.headers["Content-MD5"]
-    except urllib.error.HTTPError as error:
-        raise UserError(f"{url}: the server answers {error.code} {error.reason}") from error
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise UserError(f"cannot reach {url} ({reason}): check the network") from error
+    with _connection(url) as (session, _):
+        answer = session.head(url, timeout=_TIMEOUT_S, allow_redirects=True)
+        answer.raise_for_status()
+    size, md5 = answer.headers.get("Content-Length"), answer.headers.get("Content-MD5")
     if size is None:
         raise UserError(f"{url}: the server does not tell the size of the file")
     return _Remote(int(size), base64.b64decode(md5) if md5 else None)
@@ -111,28 +146,24 @@ def _fetch(url: str, path: Path, remote: _Remote) -> None:
 
 def _fill(url: str, part: Path, total: int, bar: Progress) -> None:
     """Append to `part` until it has `total` bytes, over as many connections as it takes."""
-    fruitless = shown = 0
-    while True:
-        before = part.stat().st_size if part.exists() else 0
+    fruitless, shown = 0, 0
+    after = part.stat().st_size if part.exists() else -1
+    while after != total:
+        before = max(after, 0)
         shown = _show(bar, before, shown)
-        if before == total and part.exists():
-            return
-        problem = None
-        try:
-            for size in _receive(url, part, before, total):
-                shown = _show(bar, size, shown)
-        except urllib.error.HTTPError as error:
-            raise UserError(f"{url}: the server answers {error.code} {error.reason}") from error
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and describe_os_error(error):
-                raise  # the disk is full: no other connection will help
-            problem = getattr(error, "reason", error)
+        problem = "closed by the server"
+        with _connection(url) as (session, lost):
+            try:
+                for size in _receive(session, url, part, before, total):
+                    shown = _show(bar, size, shown)
+            except lost as error:
+                problem = _reason(error)
         after = part.stat().st_size if part.exists() else 0
         fruitless = 0 if after > before else fruitless + 1
         if after < total and fruitless >= _FRUITLESS_TRIES:
             raise UserError(
                 f"{url}: the connection was lost at {after:,} of {total:,} bytes "
-                f"({problem or 'closed by the server'}); start the same command again to go on"
+                f"({problem}); start the same command again to go on"
             )
         if fruitless:
             time.sleep(fruitless)
@@ -146,18 +177,24 @@ def _show(bar: Progress, size: int, shown: int) -> int:
     return max(reached, shown)
 
 
-def _receive(url: str, part: Path, start: int, total: int):
+def _receive(
+    session: "requests.Session", url: str, part: Path, start: int, total: int
+) -> Iterator[int]:
     """One connection: append from byte `start` on; yields the size of `part` after each block."""
     headers = {"Range": f"bytes={start}-"} if start else {}
-    request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+    with session.get(url, headers=headers, timeout=_TIMEOUT_S, stream=True) as answer:
+        answer.raise_for_status()
         # A server that knows no ranges sends the whole file: begin again.
-        resumed = answer.status == http.client.PARTIAL_CONTENT
+        resumed = answer.status_code == HTTPStatus.PARTIAL_CONTENT
         if resumed and not answer.headers["Content-Range"].startswith(f"bytes {start}-"):
-            raise http.client.HTTPException(f"wrong range {answer.headers['Content-Range']}")
+            raise UserError(
+                f"{url}: the server sends {answer.headers['Content-Range']}, not the"
+                f" bytes from {start} on: remove {part} and start again"
+            )
         size = start if resumed else 0
         with open(part, "ab" if resumed else "wb") as out:
-            while size < total and (block := answer.read(min(_BLOCK, total - size))):
+            # What has come counts, also of a connection that is lost within a block.
+            while size < total and (block := answer.raw.read1(min(_BLOCK, total - size))):
                 out.write(block)
                 size += len(block)
                 yield size

@@ -4,12 +4,14 @@ import hashlib
 import math
 import os
 import re
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError
@@ -19,6 +21,11 @@ from esddpm_io.npz import NpyReader, NpzReader
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _LABELLED_NAME = re.compile(r"\d+_label_(\d+)\.[^.]+$")
 _FILES_AT_ONCE = 8
+# What decoders raise for damaged files.
+_BROKEN_IMAGE = (
+    *(OSError, ValueError, SyntaxError, EOFError, struct.error),
+    Image.DecompressionBombError,
+)
 
 
 class ImageSource:
@@ -161,9 +168,8 @@ class _FolderImages(ImageSource):
         path = f"{self._path}/{name}"
         with open_binary(path, flag=self._prefix.rstrip(": ")) as stream:
             try:
-                with Image.open(stream) as image:
-                    return to_rgb(image)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                return decode_image(stream)
+            except UserError as error:
                 raise UserError(f"{self._prefix}cannot read the image {path}: {error}") from error
 
 
@@ -185,9 +191,33 @@ def open_images(path: str | os.PathLike, *, flag: str) -> ImageSource:
     raise UserError(f"{flag}: there is no file or folder {path}")
 
 
-def to_rgb(image: Image.Image) -> np.ndarray:
-    """A PIL image as uint8 [H, W, 3]: grey and palettes become RGB, alpha is dropped."""
-    return np.asarray(image.convert("RGB"))
+def decode_image(file: str | os.PathLike | BinaryIO) -> np.ndarray:
+    """The image in a file as uint8 [H, W, 3]: every reader of image files decodes with this.
+
+    Grey and palettes become RGB, alpha is dropped, 16 bits a value become 8 (65535 is 255).
+    Raises UserError, with the reason alone, for what is no whole image or has no known range.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith("I"):
+                image = _eight_bits(np.asarray(image))
+            elif image.mode == "F":
+                raise ValueError("floating-point values have no known range")
+            return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise UserError("not an image") from error
+    except _BROKEN_IMAGE as error:
+        raise UserError(f"{error}") from error
+
+
+def _eight_bits(values: np.ndarray) -> Image.Image:
+    """16-bit grey, [H, W] of any integer type, to the nearest of 256 levels.
+
+    Pillow's own conversion clips at 255, so that nearly everything becomes white.
+    """
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError("values of more than 16 bits have no known range")
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def save_png(path: str | os.PathLike, array: np.ndarray) -> None:

@@ -1,18 +1,24 @@
 """The files that one save of a training run leaves: names, order of writing, search, removal."""
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from esddpm_io.errors import UserError
-from esddpm_io.files import exists, is_blob, remove
+from esddpm_io.files import exists, remove
 
 from .checkpoints import save_checkpoint, sidecar_path, write_sidecar
+from .fp16_util import get_param_groups_and_shapes, unflatten_master_params
 
 _MODEL_NAME = re.compile(r"model(\d{6,})\.pt$")
 _SET_MEMBER = re.compile(r"(?:model|opt|state|ema_[\d.e+-]+_)(\d{6,})\.(?:pt|json)$")
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class CheckpointSet:
         step = step_of_model(path)
         if step is None:
             return None
-        return cls(path.rsplit("/", 1)[0] if is_blob(path) else Path(path).parent, step)
+        return cls(os.path.dirname(path) or ".", step)
 
     @property
     def model(self) -> str:
@@ -84,15 +90,64 @@ class CheckpointSet:
             raise
 
 
+def fit_optimizer_state(state: dict, params: Mapping[str, torch.Tensor], path: str) -> dict:
+    """The AdamW state saved at `path` as the one of `params` (by name, in the model's order).
+
+    It belongs to parameters by position, so shapes are compared before any kernel meets them. Two
+    other layouts become the model's: that of sets that this package wrote before it registered
+    parameters in the published order, and guided-diffusion's two flat tensors of float16 training.
+    Raises UserError, naming `path`, for any other.
+    """
+    if not isinstance(state, dict) or state.keys() != {"state", "param_groups"}:
+        raise UserError(f"--resume_checkpoint: {path} is not the state of an optimiser")
+    moments = state["state"]
+    by_name = _split_flat(moments, params)
+    for names in (list(params), _label_embedding_late(params)):
+        fits = len(state["param_groups"][0]["params"]) == len(names) and all(
+            moment["exp_avg"].shape == params[names[i]].shape for i, moment in moments.items()
+        )
+        if by_name is None and fits:
+            by_name = {names[i]: moment for i, moment in moments.items()}
+    if by_name is None:
+        raise UserError(
+            f"--resume_checkpoint: the moments in {path} are those of other parameters: resume with"
+            " the model flags of that run, or move this file away to start the optimiser anew"
+        )
+    indices = {name: index for index, name in enumerate(params)}
+    group = {**state["param_groups"][0], "params": list(indices.values())}
+    return {"state": {indices[n]: m for n, m in by_name.items()}, "param_groups": [group]}
+
+
+def _label_embedding_late(params: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names in the order of our first versions: the label embedding before the decoder."""
+    names = [name for name in params if name != "label_emb.weight"]
+    if len(names) < len(params):
+        decoder = next(i for i, name in enumerate(names) if name.startswith("output_blocks."))
+        names.insert(decoder, "label_emb.weight")
+    return names
+
+
+def _split_flat(moments: dict[int, dict], params: Mapping[str, torch.Tensor]) -> dict | None:
+    """Moments of all vectors in one tensor [n] and of all others in one [1, m], by name."""
+    groups = [group for group, _ in get_param_groups_and_shapes(params.items())]
+    sizes = [sum(p.numel() for _, p in group) for group in groups]
+    if [list(m["exp_avg"].shape) for m in moments.values()] != [[sizes[0]], [1, sizes[1]]]:
+        return None
+    by_name = {}
+    for group, moment in zip(groups, moments.values(), strict=True):
+        parts = {key: unflatten_master_params(group, moment[key]) for key in _MOMENTS}
+        for index, (name, _) in enumerate(group):
+            by_name[name] = {**moment, **{key: values[index] for key, values in parts.items()}}
+    return by_name
+
+
 def step_of_model(path: str) -> int | None:
     """NNNNNN of a path …/modelNNNNNN.pt, None for another name."""
     match = _MODEL_NAME.fullmatch(Path(path).name)
     return int(match[1]) if match else None
 
 
-def find_set(
-    resume_checkpoint: str, folder: Path | str | None, ema_rates: Iterable[float]
-) -> CheckpointSet | None:
+def find_set(resume_checkpoint: str, folder: Path | str | None) -> CheckpointSet | None:
     """The set that a `resume_checkpoint` means: "auto" is the newest whole one in `folder`.
 
     None for no set ("", "auto" without one, a file that is weights alone); UserError if the file
@@ -104,14 +159,16 @@ def find_set(
         return CheckpointSet.of_model(resume_checkpoint)
     if folder is None:
         raise UserError("call logger.configure() first: checkpoints go to its folder")
-    return newest_set(Path(folder), ema_rates)
+    return newest_set(Path(folder))
 
 
-def newest_set(folder: Path, ema_rates: Iterable[float]) -> CheckpointSet | None:
-    """The newest set in `folder` of which model, optimiser and these averages are there."""
-    rates = list(ema_rates)
+def newest_set(folder: Path) -> CheckpointSet | None:
+    """The newest set in `folder` of which model and optimiser are there.
+
+    Averages may be of other rates than the ones that are wanted now.
+    """
     for found in sorted(_sets(folder), key=lambda s: s.step, reverse=True):
-        if all(Path(path).exists() for path in (found.opt, *map(found.ema, rates))):
+        if Path(found.opt).exists():
             return found
     return None
 

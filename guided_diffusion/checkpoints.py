@@ -74,20 +74,35 @@ def _load_problem(path: str, magic: bytes, error: Exception) -> str:
 
 
 def read_checkpoint(path: str, *, flag: str) -> dict[str, torch.Tensor]:
-    """The state dict of a network, on the CPU; raises UserError, naming `flag`, if it is none."""
+    """The state dict of a network, on the CPU; raises UserError, naming `flag`, if it is none.
+
+    That of a training framework's {"state_dict": …} and of a DistributedDataParallel is found.
+    """
     content = load_object(path, flag=flag)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
     if isinstance(content, dict) and content.keys() == {"state", "param_groups"}:
         raise UserError(
             f"{flag}: {path} is the state of an optimiser; the network is in the model… or ema… "
             "file beside it"
         )
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(value, torch.Tensor) for value in content.values())
-    ):
-        raise UserError(f"{flag}: {path} is not a state dict (names with their tensors)")
+    if not _is_state_dict(content):
+        parts = content if isinstance(content, dict) else {}
+        inside = [name for name, part in parts.items() if _is_state_dict(part)]
+        advice = f"; it holds {', '.join(inside)}: save one of them alone" if inside else ""
+        raise UserError(f"{flag}: {path} is not a state dict (names with their tensors){advice}")
+    if all(name.startswith("module.") for name in content):
+        return {name.removeprefix("module."): value for name, value in content.items()}
     return content
+
+
+def _is_state_dict(content: object) -> bool:
+    return (
+        isinstance(content, dict)
+        and bool(content)
+        and all(isinstance(name, str) for name in content)
+        and all(isinstance(value, torch.Tensor) for value in content.values())
+    )
 
 
 def load_weights(model: torch.nn.Module, path: str, *, flag: str) -> None:

@@ -6,10 +6,14 @@ devices and by gloo between CPUs; a single process has a group of one, so that c
 `torch.distributed` for its rank works everywhere.
 """
 
+import atexit
 import contextlib
+import gc
+import importlib
 import io
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,6 +29,10 @@ T = TypeVar("T")
 _CHUNK_BYTES = 1 << 30
 # Slurm gives no port: one of this range, by job and step number, so that two jobs on a node differ.
 _SLURM_PORTS = (20000, 20000)
+
+# guided-diffusion's settings, which other code imports; launchers tell us what they were for.
+GPUS_PER_NODE = 8
+SETUP_RETRY_COUNT = 3
 
 _launch: "Launch | None" = None
 
@@ -80,9 +88,28 @@ def setup_dist() -> Launch:
             dist.init_process_group(backend, store=dist.HashStore(), **place)
         else:
             _set_address(launch)
+            # DistributedDataParallel imports it; if a group exists by then, it is kept for ever.
+            importlib.import_module("torch._dynamo")
+
             dist.init_process_group(backend, init_method="env://", **place)
+        atexit.register(_end_group)
     _launch = launch
     return launch
+
+
+def _end_group() -> None:
+    """Join the threads of our process group while there still is an interpreter.
+
+    They let go of the last message's tensors some time after it has arrived, and need Python's
+    lock for it: a thread that asks for the lock of an interpreter that ends aborts the process.
+    """
+    global _launch
+    _launch = None
+    # An exception that nobody caught keeps its frames, and so a loop with the group, alive.
+    sys.last_value = sys.last_traceback = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
 
 
 def _set_address(launch: Launch) -> None:
@@ -113,11 +140,11 @@ def _address_over_mpi() -> tuple[str, int]:
     address = None
     if world.rank == 0:
         host = "127.0.0.1" if one_machine else socket.getfqdn()
-        address = (host, _free_port())
+        address = (host, _find_free_port())
     return world.bcast(address, root=0)
 
 
-def _free_port() -> int:
+def _find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
@@ -189,9 +216,16 @@ def on_rank_zero(function: Callable[[], T]) -> T:
 
 
 def load_state_dict(
-    path: str, *, flag: str = "checkpoint", map_location: torch.device | str = "cpu"
+    path: str,
+    *,
+    flag: str = "checkpoint",
+    map_location: torch.device | str = "cpu",
+    weights_only: bool = True,
 ) -> Any:
     """What `torch.save` wrote to a file that only rank 0 needs to see; every rank gets it.
+
+    Whatever `weights_only` says, which is there because code passes it to `torch.load`, no other
+    file is read.
 
     Raises `UserError` on every rank as `checkpoints.load_object` does on one.
     """

@@ -6,6 +6,7 @@ grows slowly while they stay finite and halves when they do not.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -41,6 +42,97 @@ def check_overflow(value: float) -> bool:
     return value != value or value in (float("inf"), -float("inf"))
 
 
+ParamGroup = list[tuple[str, torch.Tensor]]
+GroupsAndShapes = list[tuple[ParamGroup, Any]]
+
+
+def get_param_groups_and_shapes(
+    named_model_params: Iterable[tuple[str, torch.Tensor]],
+) -> GroupsAndShapes:
+    """Named parameters in two groups, vectors [-1] and all others [1, -1]: group and flat shape.
+
+    guided-diffusion's float16 training keeps its master parameters, and so the moments in its
+    optNNNNNN.pt, as one flat tensor a group; the functions below go between the two forms.
+    """
+    named = list(named_model_params)
+    vectors = [(name, p) for name, p in named if p.ndim <= 1]
+    others = [(name, p) for name, p in named if p.ndim > 1]
+    return [(vectors, (-1,)), (others, (1, -1))]
+
+
+def make_master_params(param_groups_and_shapes: GroupsAndShapes) -> list[nn.Parameter]:
+    """A float32 copy of each group as one parameter."""
+    return [
+        nn.Parameter(_flat([p.detach().float() for _, p in group]).view(shape))
+        for group, shape in param_groups_and_shapes
+    ]
+
+
+def model_grads_to_master_grads(
+    param_groups_and_shapes: GroupsAndShapes, master_params: Iterable[torch.Tensor]
+) -> None:
+    """Copy gradients in float32; parameters without one count as zeros."""
+    for master, (group, shape) in zip(master_params, param_groups_and_shapes, strict=True):
+        master.grad = _flat([param_grad_or_zeros(p).float() for _, p in group]).view(shape)
+
+
+@torch.no_grad()
+def master_params_to_model_params(
+    param_groups_and_shapes: GroupsAndShapes, master_params: Iterable[torch.Tensor]
+) -> None:
+    """Round the values of flat master parameters into the model's."""
+    for master, (group, _) in zip(master_params, param_groups_and_shapes, strict=True):
+        for (_, p), value in zip(group, unflatten_master_params(group, master), strict=True):
+            p.copy_(value)
+
+
+def unflatten_master_params(
+    param_group: ParamGroup, master_param: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """The parts of a flat tensor in the shapes of the group's parameters."""
+    parts = master_param.flatten().split([p.numel() for _, p in param_group])
+    return tuple(part.view_as(p) for part, (_, p) in zip(parts, param_group, strict=True))
+
+
+def master_params_to_state_dict(
+    model: nn.Module,
+    param_groups_and_shapes: GroupsAndShapes | None,
+    master_params: list[torch.Tensor],
+    use_fp16: bool,
+) -> dict[str, torch.Tensor]:
+    """The model's state dict with the values of master parameters, flat ones if `use_fp16`."""
+    state = model.state_dict()
+    if not use_fp16:
+        return state | dict(zip(dict(model.named_parameters()), master_params, strict=True))
+    for master, (group, _) in zip(master_params, param_groups_and_shapes, strict=True):
+        state |= dict(zip(dict(group), unflatten_master_params(group, master), strict=True))
+    return state
+
+
+def state_dict_to_master_params(
+    model: nn.Module, state_dict: dict[str, torch.Tensor], use_fp16: bool
+) -> list[torch.Tensor]:
+    """The values of a state dict in the order of `model.parameters()`, flat if `use_fp16`."""
+    named = [(name, state_dict[name]) for name, _ in model.named_parameters()]
+    if use_fp16:
+        return make_master_params(get_param_groups_and_shapes(named))
+    return [value for _, value in named]
+
+
+def zero_master_grads(master_params: Iterable[torch.Tensor]) -> None:
+    """Forget the gradients of master parameters."""
+    zero_grad(master_params)
+
+
+def param_grad_or_zeros(param: torch.Tensor) -> torch.Tensor:
+    """The gradient of a parameter, zeros if it has none."""
+    return torch.zeros_like(param) if param.grad is None else param.grad.detach()
+
+
+def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
 class MixedPrecisionTrainer:
     """The parameters an optimiser works on, and the way of gradients to them.
 
@@ -63,6 +155,9 @@ class MixedPrecisionTrainer:
         self.lg_loss_scale = initial_lg_loss_scale
         self.model_params = list(model.parameters())
         self.master_params = self.model_params
+        # A group for each parameter: unlike guided-diffusion's, our masters are not flat.
+        named = model.named_parameters()
+        self.param_groups_and_shapes = [([(name, p)], p.shape) for name, p in named]
         if use_fp16:
             # Copied first: the masters start from the weights before rounding.
             self.master_params = [
@@ -133,12 +228,13 @@ class MixedPrecisionTrainer:
 
     def master_params_to_state_dict(self, master_params: list[torch.Tensor]) -> dict:
         """A float32 state dict of the model with these values of its parameters."""
-        state = {name: value.detach() for name, value in self.model.state_dict().items()}
-        names = [name for name, _ in self.model.named_parameters()]
-        for name, value in zip(names, master_params, strict=True):
-            state[name] = value.detach().float().contiguous()
-        return state
+        state = master_params_to_state_dict(self.model, None, master_params, use_fp16=False)
+        trained = dict(self.model.named_parameters())
+        return {
+            name: value.detach().float().contiguous() if name in trained else value.detach()
+            for name, value in state.items()
+        }
 
     def state_dict_to_master_params(self, state_dict: dict) -> list[torch.Tensor]:
         """The values of a state dict in the order of `master_params`."""
-        return [state_dict[name] for name, _ in self.model.named_parameters()]
+        return state_dict_to_master_params(self.model, state_dict, use_fp16=False)

@@ -180,9 +180,9 @@ class GaussianDiffusion:
     # --- the forward process q ---
 
     def q_mean_variance(self, x_start: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Mean, variance and log variance of q(x_t | x_0) (DDPM, eq. 4)."""
+        """Mean, variance and log variance of q(x_t | x_0), each of x_0's shape (DDPM, eq. 4)."""
         mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
-        log_variance = self._at("log_one_minus_alphas_cumprod", t, x_start)
+        log_variance = self._at("log_one_minus_alphas_cumprod", t, x_start).expand_as(x_start)
         return mean, log_variance.exp(), log_variance
 
     def q_sample(
@@ -199,13 +199,17 @@ class GaussianDiffusion:
     def q_posterior_mean_variance(
         self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0) (DDPM, eq. 6, 7)."""
+        """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0) (DDPM, eq. 6, 7).
+
+        Each has the shape of x_t.
+        """
         mean = (
             self._at("posterior_mean_coef1", t, x_t) * x_start
             + self._at("posterior_mean_coef2", t, x_t) * x_t
         )
-        variance = self._at("posterior_variance", t, x_t)
-        return mean, variance, self._at("posterior_log_variance_clipped", t, x_t)
+        names = "posterior_variance", "posterior_log_variance_clipped"
+        variance, log_variance = (self._at(name, t, x_t).expand_as(x_t) for name in names)
+        return mean, variance, log_variance
 
     # --- the reverse process p ---
 
@@ -523,17 +527,17 @@ class GaussianDiffusion:
         model_kwargs: dict | None = None,
     ) -> dict[str, torch.Tensor]:
         """One term of the variational bound in bits per dimension [N], and "pred_xstart"."""
-        p = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs)
-        return {"output": self._bound_term(p, x_start, x_t, t), "pred_xstart": p["pred_xstart"]}
-
-    def _bound_term(self, p: dict, x_start, x_t, t) -> torch.Tensor:
-        """KL(q(x_{t-1} | x_t, x_0) || p), or at t = 0 the decoder's negative log likelihood."""
+        p = self.p_mean_variance(
+            model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs
+        )
+        # KL(q(x_{t-1} | x_t, x_0) || p), or at t = 0 the decoder's negative log likelihood.
         true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
         kl = normal_kl(true_mean, true_log_variance, p["mean"], p["log_variance"])
         likelihood = discretized_gaussian_log_likelihood(
             x_start, means=p["mean"], log_scales=0.5 * p["log_variance"]
         )
-        return torch.where(t == 0, -mean_flat(likelihood), mean_flat(kl)) / math.log(2.0)
+        nats = torch.where(t == 0, -mean_flat(likelihood), mean_flat(kl))
+        return {"output": nats / math.log(2.0), "pred_xstart": p["pred_xstart"]}
 
     def training_losses(
         self,
@@ -547,21 +551,20 @@ class GaussianDiffusion:
         if noise is None:
             noise = torch.randn_like(x_start)
         x_t = self.q_sample(x_start, t, noise=noise)
-        output = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
+        bound = {"x_start": x_start, "x_t": x_t, "t": t, "clip_denoised": False}
         if self.loss_type.is_vb():
-            p = self._parametrise(output, x_t, t, clip_denoised=False)
-            loss = self._bound_term(p, x_start, x_t, t)
+            loss = self._vb_terms_bpd(model, **bound, model_kwargs=model_kwargs)["output"]
             scale = self.num_timesteps if self.loss_type == LossType.RESCALED_KL else 1
             return {"loss": loss * scale}
 
+        output = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
         terms = {}
         if self.model_var_type in _LEARNED:
             # The bound trains the variance only: its gradient must not reach the mean
             # (improved DDPM, section 3.1).
             output, values = output.split(x_start.shape[1], dim=1)
             frozen = torch.cat([output.detach(), values], dim=1)
-            p = self._parametrise(frozen, x_t, t, clip_denoised=False)
-            terms["vb"] = self._bound_term(p, x_start, x_t, t)
+            terms["vb"] = self._vb_terms_bpd(lambda *_: frozen, **bound)["output"]
             if self.loss_type == LossType.RESCALED_MSE:
                 # A thousandth of the summed bound balances the mean squared error.
                 terms["vb"] = terms["vb"] * (self.num_timesteps / 1000.0)
@@ -582,7 +585,7 @@ class GaussianDiffusion:
         """KL of q(x_T | x_0) from N(0, 1) in bits per dimension [N]; no network can change it."""
         t = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
         mean, _, log_variance = self.q_mean_variance(x_start, t)
-        kl = normal_kl(mean, log_variance.expand_as(mean), 0.0, 0.0)
+        kl = normal_kl(mean, log_variance, 0.0, 0.0)
         return mean_flat(kl) / math.log(2.0)
 
     @torch.no_grad()

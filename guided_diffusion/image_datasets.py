@@ -5,23 +5,24 @@ position in the global batch) alone. So a resumed run goes on with the data wher
 N processes with batch B see together what one process with batch N·B sees.
 """
 
+import contextlib
 import math
 import os
 import random
 import signal
-import struct
+import threading
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from esddpm_io.errors import UserError
 from esddpm_io.files import blobfile, is_blob, open_binary
-from esddpm_io.images import IMAGE_SUFFIXES, check_image_array, to_rgb
+from esddpm_io.images import IMAGE_SUFFIXES, check_image_array, decode_image
 from esddpm_io.npz import NpzReader
 
 from . import dist_util, logger
@@ -33,11 +34,6 @@ LABEL_SOURCES = ("name", "folder")
 _ORDER, _FLIP, _CROP = 1, 2, 3
 # An array up to this size is held in memory, a larger one is read row by row where it lies.
 _IN_MEMORY_BYTES = 2 << 30
-# What decoders raise for damaged files.
-BROKEN_IMAGE = (
-    *(OSError, ValueError, SyntaxError, EOFError, struct.error),
-    Image.DecompressionBombError,
-)
 # Images of a folder that may be unreadable one after the other before the folder is given up.
 _MAX_UNREADABLE_RUN = 100
 
@@ -58,7 +54,7 @@ def load_data(
 ) -> "BatchStream":
     """An endless iterator of (images, cond) for this process.
 
-    images: float32 NCHW in [-1, 1]; cond: {"y": int64 [N]} if `class_cond`, else {}.
+    images: float32 NCHW in [-1, 1], contiguous; cond: {"y": int64 [N]} if `class_cond`, else {}.
 
     Args:
         data_dir: a folder (any depth, or a blob path), or an .npz with `arr_0` uint8 [N, H, W, 3]
@@ -138,18 +134,29 @@ class BatchStream:
             flips = flips[self._first_row :][: self.batch_size] < 0.5
             pixels[flips] = pixels[flips, :, ::-1]
         self._step += 1
-        batch = to_float(pixels)
+        batch = to_float(pixels).contiguous()
         if self.images.classes is None:
             return batch, {}
         return batch, {"y": torch.from_numpy(self.images.classes[indices])}
 
-    def seek(self, step: int) -> None:
-        """Go on with the batch of this step (0: the first)."""
+    def seek(self, step: int, samples: int | None = None) -> None:
+        """Go on with the batch of this step (0: the first).
+
+        `samples`, where given, is how many images the steps before had over all processes: not
+        this batch size each.
+        """
         self._step = step
+        self._before = step * self._global_batch if samples is None else samples
+        self._before -= step * self._global_batch
         if isinstance(self.images, ImageDataset):
             self._decoded = self._decode_in_workers(step)
         else:
             self._decoded = self._take_from_memory(step)
+
+    def end_workers(self) -> None:
+        """End the processes that decode; the next batch would start them again."""
+        self._decoded.close()
+        self.seek(self._step, self._before + self._step * self._global_batch)
 
     def figures(self) -> dict[str, int]:
         """Figures for the log: how many images could not be read so far."""
@@ -171,7 +178,15 @@ class BatchStream:
             # Its own generator: starting the workers must not shift torch's global one.
             generator=torch.Generator(),
         )
-        for pixels, indices, unreadable in loader:
+        with _stop_signals_blocked():
+            batches = iter(loader)
+        for pixels, indices, unreadable in batches:
+            if pixels is None:
+                path, problem = unreadable[0]
+                raise UserError(
+                    f"--data_dir: cannot read {len(unreadable)} images in a row, {path} first"
+                    f" ({problem})"
+                )
             for path, problem in unreadable:
                 if path not in self._unreadable:
                     self._unreadable.add(path)
@@ -180,7 +195,7 @@ class BatchStream:
 
     def _rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """This process's image indices [N] in a step, and their positions in the whole stream."""
-        start = step * self._global_batch + self._first_row
+        start = self._before + step * self._global_batch + self._first_row
         positions = np.arange(start, start + self.batch_size)
         epochs, offsets = np.divmod(positions, len(self.images))
         if not self._shuffle:
@@ -310,6 +325,10 @@ def label_files(
     return classes
 
 
+# Under guided-diffusion's name.
+_list_image_files_recursively = list_image_files
+
+
 class ImageDataset(Dataset):
     """Image files at one resolution.
 
@@ -328,31 +347,32 @@ class ImageDataset(Dataset):
         random_flip: bool = True,
     ):
         self.resolution = resolution
-        self.paths = list(image_paths)[shard::num_shards]
-        self.classes = None if classes is None else np.asarray(classes, np.int64)[shard::num_shards]
+        self.local_images = list(image_paths)[shard::num_shards]
+        self.local_classes = None
+        if classes is not None:
+            self.local_classes = np.asarray(classes, np.int64)[shard::num_shards]
         self.random_crop, self.random_flip = random_crop, random_flip
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.local_images)
+
+    @property
+    def classes(self) -> np.ndarray | None:
+        """Labels, int64 [N], as `ArrayImages` has them."""
+        return self.local_classes
 
     def __getitem__(self, idx: int) -> tuple[np.ndarray, dict[str, np.int64]]:
         pixels = self.read(idx, random)
         if self.random_flip and random.random() < 0.5:
             pixels = pixels[:, ::-1]
-        pixels = to_float(np.ascontiguousarray(pixels[None]))[0].numpy()
+        pixels = to_float(np.ascontiguousarray(pixels[None]))[0].contiguous().numpy()
         return pixels, {} if self.classes is None else {"y": self.classes[idx]}
 
     def read(self, idx: int, rng: random.Random) -> np.ndarray:
         """One image, cropped, uint8 [resolution, resolution, 3]; UserError if it is unreadable."""
-        path = self.paths[idx]
+        path = self.local_images[idx]
         with open_binary(path, flag="--data_dir") as stream:
-            try:
-                with Image.open(stream) as image:
-                    image = Image.fromarray(to_rgb(image))
-            except UnidentifiedImageError as error:
-                raise UserError("not an image") from error
-            except BROKEN_IMAGE as error:
-                raise UserError(f"{error}") from error
+            image = Image.fromarray(decode_image(stream))
         if self.random_crop:
             return random_crop_arr(image, self.resolution, rng=rng)
         return center_crop_arr(image, self.resolution)
@@ -372,10 +392,9 @@ class _Decoder(Dataset):
             try:
                 return self._images.read(index, rng), index, unreadable
             except UserError as error:
-                unreadable.append((self._images.paths[index], str(error)))
+                unreadable.append((self._images.local_images[index], str(error)))
                 index = (index + 1) % len(self._images)
-        path, problem = unreadable[0]
-        return None, f"{len(unreadable)} images in a row, {path} first ({problem})", unreadable
+        return None, index, unreadable
 
 
 class _Steps:
@@ -392,18 +411,44 @@ class _Steps:
             step += 1
 
 
-def _collate(items: list[tuple]) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
-    pixels, indices, unreadable = zip(*items, strict=True)
-    for image, problem in zip(pixels, indices, strict=True):
+def _collate(
+    items: list[tuple],
+) -> tuple[np.ndarray | None, np.ndarray, list[tuple[str, str]]]:
+    """Pixels, indices, (path, problem) of files passed over; None and the files of a lost image.
+
+    An error would be wrapped in the worker's traceback.
+    """
+    for image, index, unreadable in items:
         if image is None:
-            raise UserError(f"--data_dir: cannot read {problem}")
+            return None, np.array([index]), unreadable
+    pixels, indices, unreadable = zip(*items, strict=True)
     return np.stack(pixels), np.array(indices), [pair for pairs in unreadable for pair in pairs]
 
 
+@contextlib.contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Start workers inside: they inherit the mask, so that no signal is early for them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    """Ctrl-C and Slurm signal the whole group; the parent saves first and ends its workers then."""
+    """Ctrl-C, Slurm and a launcher signal the whole group; the parent saves first.
+
+    Only what the parent itself sends ends a worker, as PyTorch's own handler has it; where the
+    parent is gone PyTorch's watchdog does.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_when_the_parent_asks, daemon=True).start()
+
+
+def _end_when_the_parent_asks() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:

@@ -52,9 +52,9 @@ class HumanOutputFormat(KVWriter, SeqWriter):
     """A table of two columns a row, and messages a line; to a stream or appended to a file."""
 
     def __init__(self, filename_or_file: str | os.PathLike | TextIO):
-        self._owns = isinstance(filename_or_file, str | os.PathLike)
-        self._file = (
-            open(filename_or_file, "a", encoding="utf-8") if self._owns else filename_or_file
+        self.own_file = isinstance(filename_or_file, str | os.PathLike)
+        self.file = (
+            open(filename_or_file, "a", encoding="utf-8") if self.own_file else filename_or_file
         )
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
@@ -70,26 +70,26 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         self._write(" ".join(seq))
 
     def close(self) -> None:
-        if self._owns:
-            self._file.close()
+        if self.own_file:
+            self.file.close()
 
     def _write(self, text: str) -> None:
-        self._file.write(text + "\n")
-        self._file.flush()
+        self.file.write(text + "\n")
+        self.file.flush()
 
 
 class JSONOutputFormat(KVWriter):
     """A JSON object a line, appended."""
 
     def __init__(self, filename: str | os.PathLike):
-        self._file = open(filename, "a", encoding="utf-8")
+        self.file = open(filename, "a", encoding="utf-8")
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({name: _plain(value) for name, value in kvs.items()}) + "\n")
-        self._file.flush()
+        self.file.write(json.dumps({name: _plain(value) for name, value in kvs.items()}) + "\n")
+        self.file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
 
 
 class CSVOutputFormat(KVWriter):
@@ -97,19 +97,19 @@ class CSVOutputFormat(KVWriter):
 
     def __init__(self, filename: str | os.PathLike):
         self._path = Path(filename)
-        self._columns = self._read_header()
-        self._file = open(self._path, "a", encoding="utf-8", newline="")
+        self.keys = self._read_header()
+        self.file = open(self._path, "a", encoding="utf-8", newline="")
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        added = sorted(kvs.keys() - set(self._columns))
+        added = sorted(kvs.keys() - set(self.keys))
         if added:
             self._add_columns(added)
-        row = [_plain(kvs[name]) if name in kvs else "" for name in self._columns]
-        csv.writer(self._file).writerow(row)
-        self._file.flush()
+        row = [_plain(kvs[name]) if name in kvs else "" for name in self.keys]
+        csv.writer(self.file).writerow(row)
+        self.file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
 
     def _read_header(self) -> list[str]:
         if not self._path.exists():
@@ -119,18 +119,18 @@ class CSVOutputFormat(KVWriter):
 
     def _add_columns(self, added: list[str]) -> None:
         """Write the file anew with a longer header; rows already there get empty cells."""
-        self._file.close()
+        self.file.close()
         with open(self._path, encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file))[1:]
-        self._columns += added
+        self.keys += added
         with (
             atomic_path(self._path) as temporary,
             open(temporary, "w", encoding="utf-8", newline="") as file,
         ):
             writer = csv.writer(file)
-            writer.writerow(self._columns)
-            writer.writerows(row + [""] * (len(self._columns) - len(row)) for row in rows)
-        self._file = open(self._path, "a", encoding="utf-8", newline="")
+            writer.writerow(self.keys)
+            writer.writerows(row + [""] * (len(self.keys) - len(row)) for row in rows)
+        self.file = open(self._path, "a", encoding="utf-8", newline="")
 
 
 class TensorBoardOutputFormat(KVWriter):
@@ -143,18 +143,19 @@ class TensorBoardOutputFormat(KVWriter):
             raise UserError(
                 "OPENAI_LOG_FORMAT: tensorboard needs a package: pip install tensorboard"
             ) from error
-        self._writer = SummaryWriter(os.fspath(dir))
-        self._rows = 0
+        self.dir = dir
+        self.writer = SummaryWriter(os.fspath(dir))
+        self.step = 0
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        self._rows += 1
-        step = int(kvs.get("step", self._rows))
+        self.step += 1
+        step = int(kvs.get("step", self.step))
         for name, value in kvs.items():
-            self._writer.add_scalar(name, float(value), step)
-        self._writer.flush()
+            self.writer.add_scalar(name, float(value), step)
+        self.writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        self.writer.close()
 
 
 def make_output_format(format: str, ev_dir: str | os.PathLike, log_suffix: str = "") -> KVWriter:
@@ -232,21 +233,34 @@ class Logger:
             output.close()
 
     def _mean_over_ranks(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Means over the processes of an mpi4py communicator, weighted by counts; rank 0 gets
-        them, the others an empty row."""
         mine = {name: (value, self.name2cnt.get(name, 1)) for name, value in row.items()}
-        rows = self.comm.gather(mine, root=0)
-        if rows is None:
-            return {}
-        merged = {}
-        for name in {name for part in rows for name in part}:
-            pairs = [part[name] for part in rows if name in part]
-            if len({value for value, _ in pairs}) == 1:
-                merged[name] = pairs[0][0]  # a step stays an integer
-                continue
-            total = sum(count for _, count in pairs)
-            merged[name] = sum(value * count for value, count in pairs) / total
-        return merged
+        return mpi_weighted_mean(self.comm, mine)
+
+
+def mpi_weighted_mean(comm: Any, local_name2valcount: Mapping[str, tuple]) -> dict[str, Any]:
+    """Means of {name: (value, count)} over the processes of an mpi4py communicator.
+
+    Weighted by counts; rank 0 gets them, the others an empty dict.
+    """
+    rows = comm.gather(dict(local_name2valcount), root=0)
+    if rows is None:
+        return {}
+    merged = {}
+    for name in {name for part in rows for name in part}:
+        pairs = [part[name] for part in rows if name in part]
+        if len({value for value, _ in pairs}) == 1:
+            merged[name] = pairs[0][0]  # a step stays an integer
+            continue
+        total = sum(count for _, count in pairs)
+        merged[name] = sum(value * count for value, count in pairs) / total
+    return merged
+
+
+def get_rank_without_mpi_import() -> int:
+    """This process's rank as its launcher's variables tell it."""
+    from guided_diffusion import dist_util
+
+    return dist_util.find_launch().rank
 
 
 def configure(
@@ -264,7 +278,7 @@ def configure(
     """
     from guided_diffusion import dist_util
 
-    rank = dist_util.rank() or dist_util.find_launch().rank
+    rank = dist_util.rank() or get_rank_without_mpi_import()
     if dir is None:
         dated = datetime.datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f")
         dir = os.environ.get("OPENAI_LOGDIR") or os.path.join(tempfile.gettempdir(), dated)

@@ -72,7 +72,8 @@ def update_ema(
 ) -> None:
     """Exponential moving average in place: target = rate * target + (1 - rate) * source."""
     targets = [p.detach() for p in target_params]
-    sources = [p.detach() for p in source_params]
+    # A half-precision source is rounded already: the average itself keeps the target's dtype.
+    sources = [p.detach().to(t.dtype) for t, p in zip(targets, source_params, strict=True)]
     torch._foreach_lerp_(targets, sources, 1.0 - rate)
 
 
@@ -106,6 +107,32 @@ def checkpoint(
     if flag and torch.is_grad_enabled():
         return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False)
     return func(*inputs)
+
+
+class CheckpointFunction(torch.autograd.Function):
+    """`CheckpointFunction.apply(func, n, *inputs, *params)`: `checkpoint` for n inputs.
+
+    Not used here: unlike `checkpoint` it draws other dropout masks in the backward pass. Code
+    written for guided-diffusion calls it.
+    """
+
+    @staticmethod
+    def forward(ctx, run_function: Callable, length: int, *args: torch.Tensor):
+        ctx.run_function, ctx.length = run_function, length
+        ctx.save_for_backward(*args)
+        return run_function(*args[:length])
+
+    @staticmethod
+    def backward(ctx, *output_grads: torch.Tensor):
+        args = ctx.saved_tensors
+        inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in args[: ctx.length]]
+        with torch.enable_grad():
+            # Views, so that a function that works in place leaves the inputs as they are.
+            outputs = ctx.run_function(*(x.view_as(x) for x in inputs))
+        wanted = [x for x in (*inputs, *args[ctx.length :]) if x.requires_grad]
+        grads = iter(torch.autograd.grad(outputs, wanted, output_grads, allow_unused=True))
+        every = (*inputs, *args[ctx.length :])
+        return None, None, *(next(grads) if x.requires_grad else None for x in every)
 
 
 def convert_convolutions(module: nn.Module, dtype: torch.dtype) -> None:

@@ -162,7 +162,12 @@ class LossSecondMomentResampler(LossAwareSampler):
         }
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take up losses; of another number of timesteps those that this sampler has, too."""
+        """Take up losses; of another number of timesteps those that this sampler has, too.
+
+        ValueError for the state of a sampler of another kind, or with a history of another length.
+        """
+        if "loss_history" not in state:
+            raise ValueError("the saved sampler kept no losses")
         history, counts = state["loss_history"].numpy(), state["loss_counts"].numpy()
         if history.shape[1] != self.history_per_term:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Shorter chains: keep some steps of a diffusion process (improved DDPM, section 4)."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -47,11 +48,12 @@ def _parse_counts(text: str) -> list[int]:
 
 
 def _even_offsets(size: int, count: int) -> list[int]:
-    """`count` offsets from 0 to size - 1, both ends included."""
-    if count == 1:
-        return [0]
-    stride = (size - 1) / (count - 1)
-    return [round(i * stride) for i in range(count)]
+    """`count` offsets from 0 to size - 1, both ends included.
+
+    Rounded from a running sum, whose rounding errors decide ties: networks were respaced so.
+    """
+    stride = (size - 1) / (count - 1) if count > 1 else 1
+    return [round(position) for position in itertools.accumulate([0.0] + [stride] * (count - 1))]
 
 
 def _strided(num_timesteps: int, spec: str) -> set[int]:
@@ -82,6 +84,7 @@ class SpacedDiffusion(GaussianDiffusion):
         betas = np.asarray(kwargs["betas"], dtype=np.float64)
         self.use_timesteps = set(use_timesteps)
         self.timestep_map = sorted(self.use_timesteps)
+        self.timestep_reverse_map = {t: index for index, t in enumerate(self.timestep_map)}
         self.original_num_steps = len(betas)
         if not self.timestep_map or not (
             self.timestep_map[0] >= 0 and self.timestep_map[-1] < len(betas)
@@ -102,3 +105,30 @@ class SpacedDiffusion(GaussianDiffusion):
         if key not in self._tables:
             self._keep_table(key, torch.tensor(self.timestep_map, dtype=t.dtype))
         return self._tables[key][t]
+
+
+class _WrappedModel:
+    """A network that is called with the indices of a shorter chain, and sees original timesteps.
+
+    Not used here (`SpacedDiffusion` translates by itself); code written for guided-diffusion's
+    processes imports it.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        timestep_map: Iterable[int],
+        rescale_timesteps: bool,
+        original_num_steps: int,
+    ):
+        self.model = model
+        self.timestep_map = timestep_map
+        self.rescale_timesteps = rescale_timesteps
+        self.original_num_steps = original_num_steps
+
+    def __call__(self, x: torch.Tensor, ts: torch.Tensor, **kwargs):
+        """`model(x, original timesteps of ts [N], **kwargs)`."""
+        original = torch.tensor(list(self.timestep_map), device=ts.device, dtype=ts.dtype)[ts]
+        if self.rescale_timesteps:
+            original = original.float() * (MODEL_TIME_SPAN / self.original_num_steps)
+        return self.model(x, original, **kwargs)

@@ -6,16 +6,16 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 
 from esddpm_io.errors import UserError, check_at_least
 
 from . import dist_util, logger
-from .checkpoint_sets import find_set
+from .checkpoint_sets import find_set, newest_set
 from .checkpoints import read_sidecar
 from .script_util import add_dict_to_argparser
-from .train_util import parse_rates
 
 # What the generators of torch and NumPy take.
 HIGHEST_SEED = 2**64 - 1
@@ -118,8 +118,20 @@ def start_run(args: argparse.Namespace, fp16_flag: str) -> None:
     check_ranges(args)
     dist_util.setup_dist()
     logger.configure(comm=dist_util.AllRanks())
+    dist_util.on_rank_zero(lambda: _check_folder(args.resume_checkpoint))
     settle_device_options(args, fp16_flag)
     torch.manual_seed(args.seed)
+
+
+def _check_folder(resume_checkpoint: str) -> None:
+    """UserError if a run that starts at step 0 would mix its checkpoints with another's."""
+    folder = logger.get_dir()
+    there = newest_set(Path(folder))
+    if there and resume_checkpoint != "auto" and not find_set(resume_checkpoint, folder):
+        raise UserError(
+            f"OPENAI_LOGDIR: {folder} holds the checkpoints of a run up to step {there.step}: go on"
+            " with --resume_checkpoint auto, or give this run another folder"
+        )
 
 
 def check_ranges(args: argparse.Namespace) -> None:
@@ -175,8 +187,7 @@ def settle_early_stop(args: argparse.Namespace) -> int | None:
     that the sidecars of this run are true and no resume takes the guard of sampling away.
     """
     asked = args.early_stop_steps
-    rates = parse_rates(getattr(args, "ema_rate", ""))
-    path, trained = dist_util.on_rank_zero(lambda: _resumed_early_stop(args, rates))
+    path, trained = dist_util.on_rank_zero(lambda: _resumed_early_stop(args))
     if trained is None or asked == trained:
         return asked or None
     if asked is None:
@@ -192,9 +203,9 @@ def settle_early_stop(args: argparse.Namespace) -> int | None:
     return asked or None
 
 
-def _resumed_early_stop(args: argparse.Namespace, rates: list[float]) -> tuple[str, int | None]:
+def _resumed_early_stop(args: argparse.Namespace) -> tuple[str, int | None]:
     """The checkpoint that this run goes on from ("" for none), and the T' in its sidecar."""
-    found = find_set(args.resume_checkpoint, logger.get_dir(), rates)
+    found = find_set(args.resume_checkpoint, logger.get_dir())
     path = found.model if found else args.resume_checkpoint
     sidecar = read_sidecar(path) if path not in ("", "auto") else None
     return path, sidecar["early_stop_steps"] if sidecar else None

@@ -24,6 +24,7 @@ optNNNNNN.pt and stateNNNNNN.pt, where NNNNNN is the number of steps done.
 
 import contextlib
 import math
+import os
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -39,7 +40,13 @@ from esddpm_io.files import exists
 from esddpm_io.progress import Progress
 
 from . import dist_util, logger
-from .checkpoint_sets import CheckpointSet, find_set, prune_sets, step_of_model
+from .checkpoint_sets import (
+    CheckpointSet,
+    find_set,
+    fit_optimizer_state,
+    prune_sets,
+    step_of_model,
+)
 from .checkpoints import load_weights
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .nn import update_ema
@@ -127,7 +134,8 @@ class Trainer:
     Args:
         model: the module; its parameters are trained.
         data: iterator of (batch NCHW float in [-1, 1] [N, …], dict of tensors [N]). If it has a
-            method `seek(step)`, a resumed run calls it, so that the data go on where they were.
+            method `seek(step)`, a resumed run calls it, so that the data go on where they were;
+            `seek(step, samples=n)` after n images in all, where batches had another size.
         batch_size: N, of this process; the global batch is N × number of processes.
         loss: see the top of this file.
         microbatch: rows that go through the model at once (-1: all); gradients are those of the
@@ -206,6 +214,7 @@ class Trainer:
         self._loss = loss
         self.step = 0  # done by this process …
         self.resume_step = 0  # … and before it started
+        self.resume_samples = 0  # images of those steps
         self._non_finite_steps = 0
         self._last_loss = math.nan
 
@@ -218,8 +227,17 @@ class Trainer:
 
     def seek_data(self, step: int) -> None:
         """Called by `run_loop` of a resumed run: the data go on with this step's."""
-        if hasattr(self.data, "seek"):
+        if not hasattr(self.data, "seek"):
+            return
+        if self.samples == step * self.global_batch:
             self.data.seek(step)
+        else:
+            self.data.seek(step, samples=self.samples)
+
+    def end_data_workers(self) -> None:
+        """Called at the end of `run_loop`, however it ends."""
+        if hasattr(self.data, "end_workers"):
+            self.data.end_workers()
 
     def after_step(self) -> None:
         """Called by `run_loop` after each step, before figures are written."""
@@ -234,6 +252,9 @@ class Trainer:
         """State beside the model's that a resumed run needs."""
         return {}
 
+    def update_sampler(self, terms: dict[str, torch.Tensor]) -> None:
+        """Called once a step with the losses of this process's whole batch, [N] on the device."""
+
     def load_sampler_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take up what `sampler_state` gave."""
 
@@ -243,6 +264,11 @@ class Trainer:
     def global_step(self) -> int:
         """Optimiser steps done since the model was new."""
         return self.step + self.resume_step
+
+    @property
+    def samples(self) -> int:
+        """Images that the model has been trained on, repeated ones counted each time."""
+        return self.resume_samples + self.step * self.global_batch
 
     @property
     def master_params(self) -> list[torch.Tensor]:
@@ -259,10 +285,17 @@ class Trainer:
 
     def run_loop(self) -> None:
         """Train to the last step, or until SIGTERM or SIGINT, and save."""
+        try:
+            self._run_loop()
+        finally:
+            self.end_data_workers()
+
+    def _run_loop(self) -> None:
         if self.resume_step:
             self.seek_data(self.global_step)
         first, total = self.global_step, self.iterations
-        images = (total - first) * self.global_batch if total else None
+        self._say_what_is_left()
+        images = max(total - first, 0) * self.global_batch if total else None
         saved_at = first if self.resume_step else None
         with StopSignals() as stop, self._progress(images) as progress:
             while not total or self.global_step < total:
@@ -279,6 +312,8 @@ class Trainer:
                 if stopping or self.global_step % self.save_interval == 0:
                     self.save()
                     saved_at = self.global_step
+                    if os.environ.get("DIFFUSION_TRAINING_TEST"):
+                        return
                 if stopping:
                     logger.log(
                         f"stopped by {stop.name or 'a signal to another process'} after step"
@@ -287,6 +322,19 @@ class Trainer:
                     return
             if saved_at != self.global_step:
                 self.save()
+
+    def _say_what_is_left(self) -> None:
+        """Tell of steps that are none: those done before, those at a learning rate of 0."""
+        if 0 < self.iterations <= self.global_step:
+            logger.warn(
+                f"--iterations {self.iterations}: {self.global_step} steps are done already,"
+                " nothing is left to do"
+            )
+        elif 0 < self.lr_anneal_steps < self.iterations:
+            logger.warn(
+                f"--iterations {self.iterations}: lr is 0 after --lr_anneal_steps"
+                f" {self.lr_anneal_steps}, steps beyond it only move the averages"
+            )
 
     def run_step(self, batch: torch.Tensor, cond: dict[str, torch.Tensor]) -> bool:
         """One optimiser step on a batch; does not count `step` up. Returns whether it was taken."""
@@ -323,7 +371,9 @@ class Trainer:
                 weighted = terms["loss"] * terms["weight"] if "weight" in terms else terms["loss"]
                 self.mp_trainer.backward(weighted.sum() / len(batch))
             parts.append({name: value.detach() for name, value in terms.items()})
-        return _concatenated(parts)
+        terms = _concatenated(parts)
+        self.update_sampler(terms)
+        return terms
 
     @torch.no_grad()
     def evaluate(self, batch: torch.Tensor, cond: dict[str, torch.Tensor], prefix: str) -> None:
@@ -341,7 +391,7 @@ class Trainer:
     def log_step(self) -> None:
         """Figures that say how far the run is."""
         logger.logkv("step", self.global_step + 1)
-        logger.logkv("samples", (self.global_step + 1) * self.global_batch)
+        logger.logkv("samples", self.samples + self.global_batch)
         if self.precision == "float16":
             logger.logkv("lg_loss_scale", self.mp_trainer.lg_loss_scale)
 
@@ -353,6 +403,7 @@ class Trainer:
             logger.log(f"saving step {self.global_step}")
             state = {
                 "step": self.global_step,
+                "samples": self.samples,
                 "lg_loss_scale": self.mp_trainer.lg_loss_scale,
                 "sampler": self.sampler_state(),
                 "random": rng,
@@ -376,7 +427,9 @@ class Trainer:
         if self.rank == 0:
             from esddpm_io.images import save_png
 
-            with self._averaged_weights(), torch.random.fork_rng():
+            # Named, for without a name the generators of all GPUs of the machine are saved.
+            devices = [self.device] if self.device.type == "cuda" else []
+            with self._averaged_weights(), torch.random.fork_rng(devices):
                 image = self.draw_samples(self.model)
             save_png(Path(self._folder()) / f"samples{self.global_step:06d}.png", image)
 
@@ -529,7 +582,7 @@ class Trainer:
         return found
 
     def _look_for_set(self) -> CheckpointSet | None:
-        found = find_set(self.resume_checkpoint, logger.get_dir(), self.ema_rate)
+        found = find_set(self.resume_checkpoint, logger.get_dir())
         if found is None and self.resume_checkpoint == "auto":
             logger.log(
                 f"--resume_checkpoint auto: no checkpoint in {self._folder()}, starting anew"
@@ -562,27 +615,37 @@ class Trainer:
         if not self._is_there(self._resume_set.opt):
             logger.warn(f"no {self._resume_set.opt}: the optimiser starts anew")
             return
+        names = (name for name, _ in self.model.named_parameters())
+        params = dict(zip(names, self.master_params, strict=True))
         state = self._read(self._resume_set.opt)
-        try:
-            self.opt.load_state_dict(state)
-        except ValueError as error:
-            raise UserError(
-                f"--resume_checkpoint: {self._resume_set.opt} does not fit the model ({error})"
-            ) from error
+        self.opt.load_state_dict(fit_optimizer_state(state, params, self._resume_set.opt))
         for param, moments in self.opt.state.items():
-            for name, value in moments.items():
-                if value.shape == param.shape:
-                    # In the parameter's memory order: the fused kernel walks both as they lie.
-                    moments[name] = torch.empty_like(param).copy_(value)
+            # The fused kernel wants the count of steps where the parameter is, and walks moments
+            # and parameter as they lie in memory.
+            moments["step"] = moments["step"].to(param.device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = torch.empty_like(param).copy_(moments[name])
         for group in self.opt.param_groups:  # what the user asks for now goes before what was saved
             group.update(lr=self.lr, weight_decay=self.weight_decay, fused=True, foreach=None)
 
     def _load_state(self) -> None:
-        if self._resume_set is None or not self._is_there(self._resume_set.state):
+        if self._resume_set is None:
+            return
+        self.resume_samples = self.resume_step * self.global_batch
+        if not self._is_there(self._resume_set.state):
             return
         state = self._read(self._resume_set.state)
         self.mp_trainer.lg_loss_scale = state["lg_loss_scale"]
-        self.load_sampler_state(state["sampler"])
+        if "samples" in state and state["samples"] != self.resume_samples:
+            self.resume_samples = state["samples"]
+            logger.warn(
+                f"--batch_size: the {self.resume_step} steps so far had other batches than"
+                f" {self.global_batch} images; the data go on after {self.samples} images"
+            )
+        try:
+            self.load_sampler_state(state["sampler"])
+        except ValueError as error:
+            logger.warn(f"--schedule_sampler: {error}: this one starts anew")
         if self.seed is None and len(state["random"]) == self.world_size:
             _restore_random_state(state["random"][self.rank])
 
@@ -630,6 +693,7 @@ class TrainLoop(Trainer):
     ):
         self.diffusion = diffusion
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
+        self.fp16_scale_growth = fp16_scale_growth
         options.setdefault("num_timesteps", self.schedule_sampler_steps())
         super().__init__(
             model=model,
@@ -647,6 +711,8 @@ class TrainLoop(Trainer):
             lr_anneal_steps=lr_anneal_steps,
             **options,
         )
+        self.use_fp16 = self.precision == "float16"
+        self.use_ddp, self.sync_cuda = self.world_size > 1, self.device.type == "cuda"
 
     def schedule_sampler_steps(self) -> int:
         """T' of early-stopped training, or all steps of the diffusion."""
@@ -660,9 +726,11 @@ class TrainLoop(Trainer):
         terms = self.diffusion.training_losses(
             self.ddp_model, batch, t, model_kwargs=cond, noise=draw.noise(batch)
         )
-        if isinstance(self.schedule_sampler, LossAwareSampler) and torch.is_grad_enabled():
-            self.schedule_sampler.update_with_local_losses(t, terms["loss"].detach())
         return {**terms, "t": t, "weight": weights}
+
+    def update_sampler(self, terms: dict[str, torch.Tensor]) -> None:
+        if isinstance(self.schedule_sampler, LossAwareSampler):
+            self.schedule_sampler.update_with_local_losses(terms["t"], terms["loss"])
 
     def sampler_state(self) -> dict[str, torch.Tensor]:
         return self.schedule_sampler.state_dict()
@@ -675,6 +743,19 @@ def log_loss_dict(diffusion, ts: torch.Tensor, losses: dict[str, torch.Tensor]) 
     """Log the means of loss terms [N], over all and over each quarter of the timesteps `ts` [N]."""
     terms = {name: values.detach().double().cpu().numpy() for name, values in losses.items()}
     _log_terms(terms, ts.cpu().numpy(), diffusion.num_timesteps)
+
+
+def find_resume_checkpoint() -> str | None:
+    """None: guided-diffusion's place for a search of one's own (`resume_checkpoint="auto"`)."""
+    return None
+
+
+def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | str) -> str | None:
+    """The average of `rate` and this step beside a checkpoint, None if it is not there."""
+    if not main_checkpoint:
+        return None
+    path = CheckpointSet(os.path.dirname(main_checkpoint) or ".", step).ema(rate)
+    return path if exists(path) else None
 
 
 def get_blob_logdir() -> str | None:

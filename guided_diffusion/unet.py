@@ -4,6 +4,7 @@ One encoder builder serves all three. Module names follow the published checkpoi
 state-dict keys load unchanged.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -52,10 +53,10 @@ class Upsample(nn.Module):
         self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None
     ):
         super().__init__()
-        self.dims = dims
+        self.channels, self.out_channels = channels, out_channels or channels
+        self.use_conv, self.dims = use_conv, dims
         if use_conv:
-            self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=1)
-        self.use_conv = use_conv
+            self.conv = conv_nd(dims, channels, self.out_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Volumes keep their depth: only the two inner dimensions change.
@@ -71,9 +72,11 @@ class Downsample(nn.Module):
         self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None
     ):
         super().__init__()
+        self.channels, self.out_channels = channels, out_channels or channels
+        self.use_conv, self.dims = use_conv, dims
         stride = (1, 2, 2) if dims == 3 else 2
         if use_conv:
-            self.op = conv_nd(dims, channels, out_channels or channels, 3, stride=stride, padding=1)
+            self.op = conv_nd(dims, channels, self.out_channels, 3, stride=stride, padding=1)
         elif out_channels not in (None, channels):
             raise ValueError(f"pooling cannot turn {channels} channels into {out_channels}")
         else:
@@ -105,11 +108,16 @@ class ResBlock(TimestepBlock):
     ):
         super().__init__()
         out_channels = out_channels or channels
+        self.channels, self.out_channels, self.emb_channels = channels, out_channels, emb_channels
+        self.dropout = dropout
+        self.use_conv = use_conv
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
-        self.resample = None
-        if up or down:
-            self.resample = (Upsample if up else Downsample)(channels, False, dims)
+        self.updown = up or down
+        if self.updown:
+            self.h_upd = self.x_upd = (Upsample if up else Downsample)(channels, False, dims)
+        else:
+            self.h_upd = self.x_upd = nn.Identity()
         self.in_layers = nn.Sequential(
             normalization(channels),
             nn.SiLU(),
@@ -137,19 +145,28 @@ class ResBlock(TimestepBlock):
 
     def _forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         norm, activation, conv = self.in_layers
-        h = activation(norm(x))
-        if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
-        h = conv(h)
+        h = conv(self.h_upd(activation(norm(x))))
+        x = self.x_upd(x)
         emb = self.emb_layers(emb).to(h.dtype)
         emb = emb.reshape(*emb.shape, *[1] * (h.ndim - 2))
         norm, rest = self.out_layers[0], self.out_layers[1:]
         if self.use_scale_shift_norm:
             scale, shift = emb.chunk(2, dim=1)
-            h = rest(torch.addcmul(shift, norm(h), 1 + scale))
+            # Two roundings, as published: Adam enlarges a gradient that is only rounding.
+            h = rest((norm(h) * (1 + scale)).add_(shift))
         else:
             h = rest(norm(h + emb))
         return self.skip_connection(x) + h
+
+
+def count_flops_attn(model: nn.Module, _x, y: Sequence[torch.Tensor]) -> None:
+    """Add an attention's operations to `model.total_ops`: a counter for the thop package.
+
+    y: the attention's output [N, C, ...] first; two products of [T, C] with [C, T] a head.
+    """
+    batch, channels, *spatial = y[0].shape
+    length = math.prod(spatial)
+    model.total_ops += torch.DoubleTensor([2 * batch * length**2 * channels])
 
 
 class QKVAttention(nn.Module):
@@ -174,6 +191,11 @@ class QKVAttention(nn.Module):
         q, k, v = (part.transpose(-1, -2) for part in parts)
         out = F.scaled_dot_product_attention(q, k, v)
         return out.transpose(-1, -2).reshape(batch, width // 3, length)
+
+    @staticmethod
+    def count_flops(model: nn.Module, _x, y: Sequence[torch.Tensor]) -> None:
+        """`count_flops_attn`, where guided-diffusion has it."""
+        count_flops_attn(model, _x, y)
 
 
 class QKVAttentionLegacy(QKVAttention):
@@ -206,6 +228,7 @@ class AttentionBlock(nn.Module):
             num_heads = channels // num_head_channels
         elif channels % num_heads:
             raise ValueError(f"num_heads {num_heads} must divide {channels} channels")
+        self.channels = channels
         self.num_heads = num_heads
         self.use_checkpoint = use_checkpoint
         self.norm = normalization(channels)
@@ -314,6 +337,8 @@ class _DiffusionNetwork(nn.Module):
     (1 = full size) of the levels with attention. `num_head_channels`, where not -1, overrules
     `num_heads`; `num_heads_upsample` (-1 = num_heads) is for the decoder. `use_fp16` is accepted
     as published; `convert_to_fp16` does the cast.
+
+    Optimisers keep their state by a parameter's position: parts are made in the published order.
     """
 
     def __init__(
@@ -329,6 +354,7 @@ class _DiffusionNetwork(nn.Module):
         conv_resample: bool = True,
         dims: int = 2,
         *,
+        num_classes: int | None = None,
         use_checkpoint: bool = False,
         use_fp16: bool = False,
         num_heads: int = 1,
@@ -345,6 +371,10 @@ class _DiffusionNetwork(nn.Module):
         self.out_channels = out_channels
         self.num_res_blocks = num_res_blocks
         self.attention_resolutions = attention_resolutions
+        self.dropout = dropout
+        self.channel_mult = channel_mult
+        self.conv_resample = conv_resample
+        self.use_checkpoint = use_checkpoint
         self.widths = [int(mult * model_channels) for mult in channel_mult]
         self.dims = dims
         self.use_fp16 = use_fp16
@@ -358,6 +388,9 @@ class _DiffusionNetwork(nn.Module):
             nn.SiLU(),
             linear(self.emb_channels, self.emb_channels),
         )
+        self.num_classes = num_classes
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, self.emb_channels)
         self._blocks = _Blocks(
             emb_channels=self.emb_channels,
             dropout=dropout,
@@ -430,11 +463,8 @@ class UNetModel(_DiffusionNetwork):
     The other arguments are those of `_DiffusionNetwork`.
     """
 
-    def __init__(self, *args, num_classes: int | None = None, **kwargs):
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.num_classes = num_classes
-        if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, self.emb_channels)
         self._build_decoder()
         self.out = nn.Sequential(
             normalization(self.widths[0]),

@@ -54,9 +54,6 @@ class ClassifierTrainer(Trainer):
             weight = torch.ones(n, device=self.device)
         logits = self.ddp_model(batch, t).float()
         losses = F.cross_entropy(logits, labels, reduction="none")
-        learns = isinstance(self.sampler, LossAwareSampler) and torch.is_grad_enabled()
-        if self.noised and learns:
-            self.sampler.update_with_local_losses(t, losses.detach())
         hits = logits.topk(5, dim=1).indices == labels[:, None]
         return {
             "loss": losses,
@@ -66,10 +63,19 @@ class ClassifierTrainer(Trainer):
             "weight": weight,
         }
 
+    def update_sampler(self, terms: dict[str, torch.Tensor]) -> None:
+        if self.noised and isinstance(self.sampler, LossAwareSampler):
+            self.sampler.update_with_local_losses(terms["t"], terms["loss"])
+
     def seek_data(self, step: int) -> None:
         super().seek_data(step)
         if self.val_data is not None:
             self.val_data.seek(step // self.eval_interval)  # evaluations before this step
+
+    def end_data_workers(self) -> None:
+        super().end_data_workers()
+        if self.val_data is not None:
+            self.val_data.end_workers()
 
     def after_step(self) -> None:
         if self.val_data is not None and self.global_step % self.eval_interval == 0:

@@ -28,6 +28,7 @@ class SmallImages:
     def __init__(self, data, small_size: int):
         self._data, self._small_size = data, small_size
         self.seek, self.figures = data.seek, data.figures
+        self.end_workers = data.end_workers
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
         return self

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from esddpm_io.errors import UserError, run_main, terminate_cleanly
 from esddpm_io.files import check_output_file
+from esddpm_io.images import decode_image
 from esddpm_io.npz import NpzWriter
 from esddpm_io.progress import Progress
 from guided_diffusion.image_datasets import center_crop_arr
@@ -45,10 +46,10 @@ class ImageNetValidation(Dataset):
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         path, label = self.items[index]
         try:
-            with Image.open(path) as image:
-                return center_crop_arr(image.convert("RGB"), self.image_size), label
-        except (OSError, ValueError, SyntaxError) as error:
+            image = Image.fromarray(decode_image(path))
+        except UserError as error:
             raise UserError(f"--folder: cannot read the image {path}: {error}") from error
+        return center_crop_arr(image, self.image_size), label
 
 
 def read_labels(path: str) -> dict[str, int]:

@@ -20,7 +20,8 @@ class _Server(http.server.ThreadingHTTPServer):
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files, self.cut, self.ranges, self.md5 = files, None, True, None
-        self.requests = []
+        self.requests, self.busy, self.shift = [], 0, 0
+        self.passwords = set()
 
     def url(self, name):
         return f"http://127.0.0.1:{self.server_port}/{name}"
@@ -38,7 +39,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, body):
         wanted = self.headers["Range"]
+        self.server.passwords.add(self.headers["Authorization"])
         self.server.requests.append((self.command, wanted))
+        if self.server.busy:
+            self.server.busy -= 1
+            self.send_error(503)
+            return
         data = self.server.files.get(self.path[1:])
         if data is None:
             self.send_error(404)
@@ -46,7 +52,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
         if wanted and self.server.ranges:
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            self.send_header(
+                "Content-Range", f"bytes {start + self.server.shift}-{len(data) - 1}/{len(data)}"
+            )
         else:
             start = 0
             self.send_response(200)
@@ -100,6 +108,37 @@ def test_goes_on_after_lost_connections(server, tmp_path):
         "bytes=2100000-",
         "bytes=2800000-",
     ]
+
+
+def test_a_busy_server_is_asked_again(server, tmp_path):
+    server.busy = 2
+    assert download(server.url("weights.pt"), tmp_path / "weights.pt")
+    assert (tmp_path / "weights.pt").read_bytes() == DATA
+    server.busy = 100
+    with pytest.raises(UserError, match="the server answers 503"):
+        download(server.url("weights.pt"), tmp_path / "other.pt")
+    assert server.busy == 96  # the first try and three more
+
+
+def test_a_whole_part_is_not_fetched_again(server, tmp_path):
+    (tmp_path / "weights.pt.part").write_bytes(DATA)
+    assert download(server.url("weights.pt"), tmp_path / "weights.pt")
+    assert [method for method, _ in server.requests] == ["HEAD"]
+
+
+def test_another_range_than_asked_for_is_not_appended(server, tmp_path):
+    server.shift = 7
+    (tmp_path / "weights.pt.part").write_bytes(DATA[:1000])
+    with pytest.raises(UserError, match=r"not the bytes from 1000 on: remove .*\.part"):
+        download(server.url("weights.pt"), tmp_path / "weights.pt")
+    assert (tmp_path / "weights.pt.part").read_bytes() == DATA[:1000]
+
+
+def test_passwords_come_from_netrc(server, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login ann password pw")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert download(server.url("weights.pt"), tmp_path / "weights.pt")
+    assert server.passwords == {"Basic " + base64.b64encode(b"ann:pw").decode()}
 
 
 def test_gives_up_when_nothing_arrives_and_keeps_the_part(server, tmp_path):

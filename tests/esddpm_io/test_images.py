@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from esddpm_io.errors import UserError
-from esddpm_io.images import image_grid, open_images, save_png
+from esddpm_io.images import decode_image, image_grid, open_images, save_png
 from tests.waiting import wait_until
 
 
@@ -95,6 +95,27 @@ def test_folder_order_colours_and_labels(tmp_path):
     source = open_images(f"{tmp_path}/", flag="--d")
     assert source.read(0, 2)[:, 0, 0].tolist() == [[1, 2, 3], [10, 10, 10]]
     assert len(source) == 3 and source.labels(0, 3) is None
+
+
+SIXTEEN_BITS = np.array([[0, 128, 129], [257, 32768, 65535]], np.uint16)
+EIGHT_BITS = [[0, 0, 1], [1, 128, 255]]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_of_grey_become_eight(suffix, tmp_path):
+    """Pillow alone clips them: all but the darkest becomes white."""
+    Image.fromarray(SIXTEEN_BITS).save(tmp_path / f"a.{suffix}")
+    (image,) = open_images(tmp_path, flag="--d").read(0, 1)
+    assert image.dtype == np.uint8 and image.shape == (2, 3, 3)
+    assert all(image[..., channel].tolist() == EIGHT_BITS for channel in range(3))
+
+
+def test_values_without_a_known_range_are_refused(tmp_path):
+    Image.fromarray(np.full((2, 2), 0.5, np.float32)).save(tmp_path / "a.tif")
+    Image.fromarray(np.full((2, 2), 70000, np.int32)).save(tmp_path / "b.tif")
+    for name in "ab":
+        with pytest.raises(UserError, match="no known range"):
+            decode_image(tmp_path / f"{name}.tif")
 
 
 def test_bad_images_name_flag_and_file(tmp_path, images):

@@ -215,6 +215,32 @@ def mismatch(model, path):
     return str(error.value)
 
 
+def test_weights_in_the_wrappings_of_others_are_found(tmp_path):
+    model = tiny_model()
+    plain = model.state_dict()
+    parallel = torch.nn.DataParallel(model).state_dict()
+    for name, content in {
+        "parallel": parallel,
+        "framework": {"state_dict": plain, "epoch": 3},
+        "both": {"state_dict": parallel, "optimizer": {"state": {}, "param_groups": []}},
+    }.items():
+        path = str(tmp_path / f"{name}.pt")
+        torch.save(content, path)
+        other = tiny_model()
+        torch.nn.init.zeros_(other.time_embed[0].weight)
+        load_weights(other, path, flag="--model_path")
+        for key, value in other.state_dict().items():
+            assert torch.equal(value, plain[key]), key
+
+
+def test_weights_in_another_wrapping_are_pointed_at(tmp_path):
+    state = tiny_model().state_dict()
+    path = str(tmp_path / "all.pt")
+    torch.save({"net": state, "ema": state, "step": 3}, path)
+    with pytest.raises(UserError, match=r"all\.pt is not .*; it holds net, ema: save one of them"):
+        read_checkpoint(path, flag="--model_path")
+
+
 def test_a_mismatch_names_tensors_and_the_flags_that_fit(tiny_path):
     message = mismatch(tiny_model(class_cond=True, learn_sigma=True), tiny_path)
     assert "1 missing (label_emb.weight)" in message

@@ -14,6 +14,7 @@ from guided_diffusion.dist_util import Launch, find_launch
 from tests.waiting import PATIENCE_S
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+PLACES = ("RANK", "LOCAL_RANK")
 HYDRA = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "1",
@@ -135,6 +136,57 @@ def test_two_processes_under_slurms_variables(tmp_path):
     outputs = [worker.communicate(timeout=PATIENCE_S)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0]
     assert outputs == ["slurm fine\n"] * 2
+
+
+WAYS_OUT = {
+    "return": 0,
+    "sys.exit(3)": 3,
+    "raise RuntimeError": 1,
+    "raise UserError('--flag')": 2,
+    "os.kill(os.getpid(), signal.SIGINT); time.sleep(600)": 130,
+}
+ENDS = """
+import atexit, os, signal, sys, time, torch
+from pathlib import Path
+from esddpm_io.errors import UserError, run_main
+from guided_diffusion import dist_util
+
+@atexit.register  # called after those that setup_dist registers
+def tell():
+    names = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+    print(*(name for name in names if "gloo" in name), flush=True)
+
+def work():
+    dist_util.setup_dist()
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+    model(torch.ones(2, 4)).sum().backward()
+    assert dist_util.any_rank(True) == [True]
+    WAY_OUT
+
+run_main(work)
+"""
+
+
+@pytest.mark.parametrize("way_out", WAYS_OUT)
+def test_no_thread_of_the_group_outlives_it(way_out):
+    """One that asks for the interpreter while Python ends aborts the process, now and then."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", ENDS.replace("WAY_OUT", way_out)],
+            env={**os.environ, **address, "WORLD_SIZE": "2", **dict.fromkeys(PLACES, str(rank))},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [worker.communicate(timeout=PATIENCE_S) for worker in workers]
+    codes = [worker.returncode for worker in workers]
+    assert codes == [WAYS_OUT[way_out]] * 2, outputs
+    assert [out for out, _ in outputs] == ["\n"] * 2
 
 
 def test_addresses_that_are_missing_are_named(monkeypatch):

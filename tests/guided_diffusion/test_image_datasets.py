@@ -170,11 +170,24 @@ def test_unreadable_images_are_named_skipped_and_counted(tmp_path):
     assert out.count("2.png") == 1 and out.count("4.png: not an image") == 1
 
 
-def test_a_folder_in_which_nothing_can_be_read_is_an_error(tmp_path):
+def test_sixteen_bits_of_grey_are_trained_on_as_eight(tmp_path):
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(values).save(tmp_path / "a.png")
+    data = load_data(data_dir=str(tmp_path), batch_size=1, image_size=8, random_flip=False)
+    batch, _ = next(data)
+    want = torch.from_numpy(values / 65535 * 2 - 1).float()
+    torch.testing.assert_close(batch[0], want.expand(3, 8, 8), rtol=0, atol=1.001 / 255)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_in_which_nothing_can_be_read_is_an_error(workers, tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_text("text")
-    data = load_data(data_dir=str(tmp_path), batch_size=2, image_size=8, num_workers=0, seed=0)
-    with pytest.raises(UserError, match=r"--data_dir: cannot read 2 images in a row, .*\.png"):
+    data = load_data(
+        data_dir=str(tmp_path), batch_size=2, image_size=8, num_workers=workers, seed=0
+    )
+    line = r"--data_dir: cannot read 2 images in a row, \S*\.png first \(not an image\)"
+    with pytest.raises(UserError, match=f"^{line}$"):
         next(data)
 
 

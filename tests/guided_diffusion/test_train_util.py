@@ -1,5 +1,6 @@
 import copy
 import errno
+import json
 import math
 
 import numpy as np
@@ -19,7 +20,7 @@ from guided_diffusion.train_util import (
     log_loss_dict,
     parse_resume_step_from_filename,
 )
-from tests.golden_values import arrays, meta, small_model
+from tests.golden_values import FOLDER, arrays, meta, small_model
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +162,109 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(sampler):
     assert second.global_step == 23 and equal(everything(first), everything(second))
     second.run_loop()
     assert equal(everything(straight), everything(second))
+
+
+def test_another_average_starts_from_the_weights_and_says_so(log_folder):
+    train_loop(iterations=3).run_loop()
+    logger.configure(str(log_folder), ["log"])
+    loop = train_loop(resume_checkpoint="auto", ema_rate="0.99,0.5")
+    assert loop.global_step == 3
+    kept, fresh = loop.ema_params
+    saved = torch.load(log_folder / "ema_0.99_000003.pt", weights_only=True)
+    assert equal(kept, list(saved.values()))
+    assert equal(fresh, [p.detach() for p in loop.master_params])
+    told = (log_folder / "log.txt").read_text()
+    assert "ema_0.5_000003.pt: this average starts from the model's weights" in told
+
+
+@pytest.mark.parametrize("kinds", [("uniform", "loss-second-moment"), ("loss-second-moment",) * 2])
+def test_another_sampler_of_timesteps_starts_anew(kinds, log_folder):
+    train_loop(kinds[0], iterations=3).run_loop()
+    logger.configure(str(log_folder), ["log"])
+    loop = train_loop(kinds[1], iterations=5, resume_checkpoint="auto")
+    said = "--schedule_sampler: the saved sampler kept no losses: this one starts anew"
+    changed = kinds[0] != kinds[1]
+    assert (said in (log_folder / "log.txt").read_text()) == changed
+    assert loop.schedule_sampler._loss_counts.sum() == (0 if changed else 12)
+    loop.run_loop()
+
+
+def test_the_sampler_learns_once_a_step_whatever_the_microbatch(monkeypatch):
+    """Else the draws of a step's later microbatches would depend on its earlier ones."""
+    states = []
+    for microbatch in (-1, 1):
+        loop = train_loop("loss-second-moment", model=Network().eval(), microbatch=microbatch)
+        calls = []
+        update = loop.schedule_sampler.update_with_all_losses
+        monkeypatch.setattr(
+            loop.schedule_sampler,
+            "update_with_all_losses",
+            lambda ts, losses, update=update, calls=calls: (calls.append(ts), update(ts, losses)),
+        )
+        data = batches()
+        for _ in range(40):
+            loop.run_step(*next(data))
+            loop.step += 1
+        assert len(calls) == 40 and all(len(ts) == 4 for ts in calls)
+        assert loop.schedule_sampler._warmed_up()
+        states.append(calls)
+    assert states[0] == states[1]
+
+
+def test_steps_that_are_done_already(log_folder):
+    train_loop(iterations=5).run_loop()
+    before = {path: path.stat().st_mtime_ns for path in log_folder.glob("*.pt")}
+    logger.configure(str(log_folder), ["log"])
+    train_loop(iterations=3, resume_checkpoint="auto").run_loop()
+    assert "--iterations 3: 5 steps are done already" in (log_folder / "log.txt").read_text()
+    assert before == {path: path.stat().st_mtime_ns for path in log_folder.glob("*.pt")}
+
+
+def test_steps_beyond_the_fall_of_lr_are_told_of(log_folder):
+    logger.configure(str(log_folder), ["log"])
+    loop = train_loop(iterations=5, lr_anneal_steps=3)
+    loop.run_loop()
+    assert "lr is 0 after --lr_anneal_steps 3" in (log_folder / "log.txt").read_text()
+    assert loop.global_step == 5 and loop.opt.param_groups[0]["lr"] == 0
+
+
+def test_another_batch_size_goes_on_with_the_data_and_the_count(log_folder):
+    def stream(size):
+        pixels = np.arange(11 * 108, dtype=np.uint16).astype(np.uint8).reshape(11, 6, 6, 3)
+        return BatchStream(ArrayImages(pixels, None), size, shuffle=False, random_flip=False)
+
+    train_loop(iterations=5, data=stream(3), batch_size=3).run_loop()
+    logger.configure(str(log_folder), ["log", "csv"])
+    data = stream(4)
+    options = {"data": data, "batch_size": 4, "log_interval": 1, "save_interval": 1}
+    loop = train_loop(iterations=7, resume_checkpoint="auto", **options)
+    loop.run_loop()
+    assert "the data go on after 15 images" in (log_folder / "log.txt").read_text()
+    rows = (log_folder / "progress.csv").read_text().splitlines()
+    column = rows[0].split(",").index("samples")
+    assert [row.split(",")[column] for row in rows[-2:]] == ["19", "23"]
+    batch, _ = next(data)
+    want = stream(1)
+    want.seek(23)
+    assert torch.equal(batch[:1], next(want)[0])
+    again = train_loop(iterations=8, resume_checkpoint="auto", **options)
+    assert again.samples == 23
+
+
+def test_a_run_for_a_test_ends_after_its_first_save(log_folder, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_TRAINING_TEST", "1")
+    loop = train_loop(iterations=50, save_interval=4)
+    loop.run_loop()
+    assert loop.global_step == 4
+    assert [path.name for path in log_folder.glob("model*")] == ["model000004.pt"]
+
+
+def test_published_attributes_are_there():
+    surface = json.loads((FOLDER / "published_surface.json").read_text())
+    loop = train_loop(fp16_scale_growth=2e-3)
+    published = surface["train_util"]["TrainLoop"]["attributes"]
+    assert not [name for name in published if not hasattr(loop, name)]
+    assert (loop.fp16_scale_growth, loop.use_fp16, loop.use_ddp) == (2e-3, False, False)
 
 
 def test_without_a_seed_the_global_generators_go_on():
@@ -443,11 +547,8 @@ def test_a_folder_is_needed_to_save():
 def test_newest_set_that_is_whole(log_folder):
     train_loop(iterations=4, save_interval=1).run_loop()
     (log_folder / "opt000004.pt").unlink()
-    (log_folder / "ema_0.99_000003.pt").unlink()
-    (log_folder / "ema_0.9_000002.json").unlink(missing_ok=True)
-    found = checkpoint_sets.newest_set(log_folder, [0.9, 0.99])
-    assert found.step == 2
-    assert checkpoint_sets.newest_set(log_folder, [0.5]) is None
+    (log_folder / "opt000003.pt").unlink()
+    assert checkpoint_sets.newest_set(log_folder).step == 2
     checkpoint_sets.prune_sets(log_folder, 2, written=4)
     assert sorted({p.name[-9:-3] for p in log_folder.glob("*.pt")}) == ["000003", "000004"]
 

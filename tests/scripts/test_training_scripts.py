@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from esddpm_io.errors import UserError
 from guided_diffusion import logger
@@ -71,6 +72,7 @@ def figures(folder):
 
 
 LAUNCHERS = {
+    "alone": [sys.executable],
     "torchrun": [
         *(sys.executable, "-m", "torch.distributed.run"),
         *("--standalone", "--nproc_per_node", "2"),
@@ -84,14 +86,18 @@ def mpiexec():
     return shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+def command_of(launcher):
+    if launcher != "mpiexec":
+        return LAUNCHERS[launcher]
+    pytest.importorskip("mpi4py")
+    if mpiexec() is None:
+        pytest.skip("no mpiexec")
+    return [mpiexec(), *LAUNCHERS[launcher][1:]]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
 def test_two_processes_equal_one_with_their_batch(launcher, data, tmp_path, monkeypatch):
-    command = LAUNCHERS[launcher]
-    if launcher == "mpiexec":
-        pytest.importorskip("mpi4py")
-        if mpiexec() is None:
-            pytest.skip("no mpiexec")
-        command = [mpiexec(), *command[1:]]
+    command = command_of(launcher)
     options = {"data_dir": data, "iterations": 3, **TINY, **SHARED, "learn_sigma": True}
     image_train.main(flags(batch_size=4, **options))
     environ = {**os.environ, "OPENAI_LOGDIR": str(tmp_path / "two")}
@@ -121,10 +127,10 @@ def test_two_processes_equal_one_with_their_batch(launcher, data, tmp_path, monk
             assert float(a[name] or 0) == pytest.approx(float(b[name] or 0), rel=1e-3), name
 
 
-def start_long_run(data, folder, *more):
+def start_long_run(data, folder, *more, launcher="alone"):
     options = {"data_dir": data, "iterations": 100000, "save_interval": 5, "batch_size": 2}
     return subprocess.Popen(
-        [sys.executable, SCRIPT, *flags(**options, **TINY, **SHARED), *more],
+        [*command_of(launcher), SCRIPT, *flags(**options, **TINY, **SHARED), *more],
         env={**os.environ, "OPENAI_LOGDIR": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -144,6 +150,49 @@ def test_a_signal_saves_and_ends_cleanly(number, data, tmp_path):
     last = int(figures(folder)[-1]["step"])
     assert (folder / f"model{last:06d}.pt").exists() and (folder / f"opt{last:06d}.pt").exists()
     assert f"stopped by {number.name} after step {last}" in output
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of images."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(6):
+        pixels = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{'ab'[index % 2]}_{index}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("launcher", "source", "workers"),
+    [
+        *(("alone", "images", workers) for workers in (0, 1, -1)),
+        ("alone", "data", -1),
+        ("torchrun", "images", 2),
+        ("mpiexec", "images", 1),
+    ],
+)
+def test_sigterm_to_all_processes_at_once_saves(launcher, source, workers, tmp_path, request):
+    """As `scancel` and preemption do: those that decode images must not end before the rest."""
+    folder = tmp_path / "stopped"
+    where = str(request.getfixturevalue(source))
+    more = ("--num_workers", str(workers))
+    process = start_long_run(where, folder, *more, launcher=launcher)
+    wait_until((folder / "model000005.pt").exists, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert launcher != "alone" or process.returncode == 0, output
+    last = int(figures(folder)[-1]["step"])
+    assert f"after step {last};" in (folder / "log.txt").read_text(), output
+    assert (folder / f"model{last:06d}.pt").exists() and (folder / f"opt{last:06d}.pt").exists()
+
+
+def test_workers_end_when_the_parent_is_killed(images, tmp_path):
+    process = start_long_run(str(images), tmp_path / "run", "--num_workers", "2")
+    wait_until((tmp_path / "run/model000005.pt").exists, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=PATIENCE_S)  # to the end of the output, which the workers share
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, tmp_path, monkeypatch):
@@ -209,12 +258,22 @@ def test_a_resumed_run_keeps_early_stop_unless_told_otherwise(
     assert said in log and (said or "early_stop_steps" not in log)
 
 
-def test_a_new_run_from_weights_alone_keeps_early_stop(data, tmp_path):
+def test_a_new_run_from_weights_alone_keeps_early_stop(data, tmp_path, monkeypatch):
     options = {"data_dir": data, "batch_size": 2, **TINY, **SHARED}
     image_train.main(flags(**options, iterations=1, early_stop_steps=40))
     weights = tmp_path / "run/ema_0.9_000001.pt"
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "second"))
     image_train.main(flags(**options, iterations=3, resume_checkpoint=weights))
-    assert read_sidecar(str(tmp_path / "run/model000003.pt"))["early_stop_steps"] == 40
+    assert read_sidecar(str(tmp_path / "second/model000003.pt"))["early_stop_steps"] == 40
+
+
+@pytest.mark.parametrize("start", ["", "ema_0.9_000002.pt"])
+def test_a_new_run_does_not_mix_its_checkpoints_with_anothers(start, data, tmp_path):
+    options = {"data_dir": data, "batch_size": 2, **TINY, **SHARED}
+    image_train.main(flags(**options, iterations=2))
+    resume = {"resume_checkpoint": tmp_path / "run" / start} if start else {}
+    with pytest.raises(UserError, match=r"^OPENAI_LOGDIR: .*run up to step 2: .*another folder$"):
+        image_train.main(flags(**options, **resume, iterations=3))
 
 
 def test_without_averages_samples_are_of_the_weights_themselves(data, tmp_path):
@@ -224,15 +283,7 @@ def test_without_averages_samples_are_of_the_weights_themselves(data, tmp_path):
     assert not list(tmp_path.glob("run/ema_*"))
 
 
-def test_folder_with_worker_processes(tmp_path):
-    from PIL import Image
-
-    images = tmp_path / "images"
-    images.mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(6):
-        pixels = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(images / f"{'ab'[index % 2]}_{index}.png")
+def test_folder_with_worker_processes(images, tmp_path):
     (images / "a_broken.png").write_text("nothing")
     options = {"iterations": 4, "batch_size": 3, "num_workers": 1, "class_cond": True}
     image_train.main(flags(data_dir=images, **options, **TINY, **SHARED))
