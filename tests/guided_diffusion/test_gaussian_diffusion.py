@@ -292,3 +292,20 @@ def test_loop_signatures_are_frozen():
             "denoise_steps",
             "randn",
         ]
+
+
+@pytest.mark.parametrize("spacing", ["", "20"])
+def test_a_reverse_ddim_step_leads_to_the_next_noise_level(spacing):
+    """With a network that knows the noise, x_t of an image becomes its x_{t+1}."""
+    diffusion = create_gaussian_diffusion(timestep_respacing=spacing)
+    generator = torch.Generator().manual_seed(0)
+    x_start = torch.rand(4, 3, 4, 4, generator=generator) * 2 - 1
+    noise = torch.randn(x_start.shape, generator=generator)
+    t = torch.tensor([0, 3, 10, 18])
+    out = diffusion.ddim_reverse_sample(
+        lambda x, t: noise, diffusion.q_sample(x_start, t, noise), t, clip_denoised=False
+    )
+    torch.testing.assert_close(
+        out["sample"], diffusion.q_sample(x_start, t + 1, noise), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(out["pred_xstart"], x_start, rtol=1e-3, atol=1e-3)

@@ -67,3 +67,16 @@ def test_dimensions_out_of_range():
     with pytest.raises(ValueError, match=r"dims must be one of \[1, 2, 3\]"):
         nn.conv_nd(4, 1, 1, 1)
     assert isinstance(nn.avg_pool_nd(3, 2), torch.nn.AvgPool3d)
+
+
+def test_norms_are_computed_in_float32():
+    """In half precision the squares of these values are infinite, and small differences lost."""
+    norm = nn.normalization(32)
+    x = 1000 + torch.randn(2, 32, 8, 8, generator=torch.Generator().manual_seed(0)) * 50
+    x[0] *= 20
+    half = x.half()
+    want = torch.nn.functional.group_norm(half.float(), 32, norm.weight, norm.bias, norm.eps)
+    got = norm(half)
+    assert got.dtype == torch.float16
+    assert torch.equal(got, want.half())
+    assert torch.equal(norm(x.bfloat16()).float(), norm(x.bfloat16().float()).bfloat16().float())

@@ -149,6 +149,24 @@ def test_microbatches_do_not_change_the_gradients():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("microbatch", [-1, 1])
+def test_gradients_are_of_weighted_losses(microbatch):
+    """Weights 1 / (T p(t)) keep the expectation under a sampler that prefers some timesteps."""
+    weights = torch.tensor([0.5, 3.0, 0.0])
+
+    def loss(model, batch, cond, draw):
+        return {"loss": model(batch).flatten(1).sum(1), "weight": cond["weight"]}
+
+    model = nn.Linear(4, 2, bias=False)
+    options = {"model": model, "data": iter([]), "batch_size": 3, "microbatch": microbatch}
+    trainer = Trainer(loss=loss, ema_rate="", **options)
+    batch = torch.arange(12.0).view(3, 4)
+    terms = trainer.forward_backward(batch, {"weight": weights})
+    assert terms["weight"].tolist() == weights.tolist()
+    want = (weights[:, None] * batch).sum(0) / 3
+    torch.testing.assert_close(model.weight.grad, want.expand(2, 4))
+
+
 @pytest.mark.parametrize("sampler", ["uniform", "loss-second-moment"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(sampler):
     straight = train_loop(sampler, lr_anneal_steps=50, iterations=45)
