@@ -132,6 +132,7 @@ run_tests() {
     install requirements-dev.txt
     "$VENV/bin/python" -m ruff check .
     "$VENV/bin/python" -m ruff format --check --quiet .
+    "$VENV/bin/python" -m mypy --no-error-summary
     exec "$VENV/bin/python" -m pytest "$@"
 }
 

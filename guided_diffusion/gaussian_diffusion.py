@@ -8,7 +8,8 @@ in [-1, 1]; t is an int64 tensor [N] of step indices, 0 the least noisy.
 
 import enum
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -271,7 +272,7 @@ class GaussianDiffusion:
                     f"a learned variance needs {2 * channels} output channels:"
                     f" the model gave shape {tuple(output.shape)} for input {tuple(x.shape)}"
                 )
-            output, values = output.split(channels, dim=1)
+            output, values = torch.split(output, channels, dim=1)
             if self.model_var_type == ModelVarType.LEARNED:
                 log_variance = values
             else:
@@ -292,18 +293,24 @@ class GaussianDiffusion:
         variance, log_variance = (self._at(name, t, x).expand_as(x) for name in names)
         return output, variance, log_variance
 
-    def _predict_xstart_from_eps(self, x_t, t, eps) -> torch.Tensor:
+    def _predict_xstart_from_eps(
+        self, x_t: torch.Tensor, t: torch.Tensor, eps: torch.Tensor
+    ) -> torch.Tensor:
         return (
             self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
             - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
         )
 
-    def _predict_xstart_from_xprev(self, x_t, t, xprev) -> torch.Tensor:
+    def _predict_xstart_from_xprev(
+        self, x_t: torch.Tensor, t: torch.Tensor, xprev: torch.Tensor
+    ) -> torch.Tensor:
         """Solve the posterior's mean for x_0."""
         remainder = xprev - self._at("posterior_mean_coef2", t, x_t) * x_t
         return remainder / self._at("posterior_mean_coef1", t, x_t)
 
-    def _predict_eps_from_xstart(self, x_t, t, pred_xstart) -> torch.Tensor:
+    def _predict_eps_from_xstart(
+        self, x_t: torch.Tensor, t: torch.Tensor, pred_xstart: torch.Tensor
+    ) -> torch.Tensor:
         return (self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - pred_xstart) / self._at(
             "sqrt_recipm1_alphas_cumprod", t, x_t
         )
@@ -412,7 +419,9 @@ class GaussianDiffusion:
 
     # --- the reverse loop ---
 
-    def p_sample_loop(self, model: Callable, shape: tuple[int, ...], *args, **kwargs):
+    def p_sample_loop(
+        self, model: Callable, shape: tuple[int, ...], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """Samples in [-1, 1] of `shape`, by DDPM; arguments of `p_sample_loop_progressive`."""
         return _final_sample(self.p_sample_loop_progressive(model, shape, *args, **kwargs))
 
@@ -439,7 +448,9 @@ class GaussianDiffusion:
 
         return self._reverse_loop(step, model, shape, noise, device, progress, denoise_steps, randn)
 
-    def ddim_sample_loop(self, model: Callable, shape: tuple[int, ...], *args, **kwargs):
+    def ddim_sample_loop(
+        self, model: Callable, shape: tuple[int, ...], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """Samples in [-1, 1] of `shape`, by DDIM; arguments of `ddim_sample_loop_progressive`."""
         return _final_sample(self.ddim_sample_loop_progressive(model, shape, *args, **kwargs))
 
@@ -485,15 +496,22 @@ class GaussianDiffusion:
         to index K-1 first. `randn(like)` is the only source of randomness: one call for the start
         and one a step, the last step and deterministic ones included.
         """
-        start, steps = self._start_state(model, shape, noise, device, denoise_steps, randn)
+        start, indices = self._start_state(model, shape, noise, device, denoise_steps, randn)
+        steps: Iterable[int] = indices
         if progress:
             from tqdm.auto import tqdm
 
-            steps = tqdm(steps)
+            steps = tqdm(indices)
         return _iterate(step, start, steps)
 
     def _start_state(
-        self, model, shape, noise, device, denoise_steps, randn
+        self,
+        model: Any,
+        shape: tuple[int, ...],
+        noise: torch.Tensor | None,
+        device: torch.device | str | None,
+        denoise_steps: int | None,
+        randn: Randn | None,
     ) -> tuple[torch.Tensor, range]:
         """The first x of the loop, and the step indices that lead from it to a sample."""
         if device is None:
@@ -551,7 +569,7 @@ class GaussianDiffusion:
         if noise is None:
             noise = torch.randn_like(x_start)
         x_t = self.q_sample(x_start, t, noise=noise)
-        bound = {"x_start": x_start, "x_t": x_t, "t": t, "clip_denoised": False}
+        bound: dict[str, Any] = {"x_start": x_start, "x_t": x_t, "t": t, "clip_denoised": False}
         if self.loss_type.is_vb():
             loss = self._vb_terms_bpd(model, **bound, model_kwargs=model_kwargs)["output"]
             scale = self.num_timesteps if self.loss_type == LossType.RESCALED_KL else 1
@@ -562,7 +580,7 @@ class GaussianDiffusion:
         if self.model_var_type in _LEARNED:
             # The bound trains the variance only: its gradient must not reach the mean
             # (improved DDPM, section 3.1).
-            output, values = output.split(x_start.shape[1], dim=1)
+            output, values = torch.split(output, x_start.shape[1], dim=1)
             frozen = torch.cat([output.detach(), values], dim=1)
             terms["vb"] = self._vb_terms_bpd(lambda *_: frozen, **bound)["output"]
             if self.loss_type == LossType.RESCALED_MSE:
@@ -573,7 +591,9 @@ class GaussianDiffusion:
         terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
         return terms
 
-    def _target(self, x_start, x_t, t, noise) -> torch.Tensor:
+    def _target(
+        self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
         """What the network should have predicted."""
         if self.model_mean_type == ModelMeanType.EPSILON:
             return noise
@@ -622,7 +642,9 @@ def _not_last(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return (t != 0).to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
-def _iterate(step: Callable, x: torch.Tensor, steps) -> Iterator[dict[str, torch.Tensor]]:
+def _iterate(
+    step: Callable, x: torch.Tensor, steps: Iterable[int]
+) -> Iterator[dict[str, torch.Tensor]]:
     for index in steps:
         t = torch.full((x.shape[0],), index, device=x.device)
         with torch.no_grad():

@@ -1,7 +1,8 @@
 """Layers and small tensor functions that every model of the package is built from."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -25,23 +26,23 @@ class GroupNorm32(nn.GroupNorm):
         return super().forward(x.float()).to(x.dtype)
 
 
-def _by_dims(table: dict[int, type], dims: int) -> type:
+def _by_dims(table: Mapping[int, type[nn.Module]], dims: int) -> type[nn.Module]:
     if dims not in table:
         raise ValueError(f"dims must be one of {sorted(table)}, not {dims}")
     return table[dims]
 
 
-def conv_nd(dims: int, *args, **kwargs) -> nn.Module:
+def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
     """A 1-, 2- or 3-dimensional convolution."""
     return _by_dims(_CONV, dims)(*args, **kwargs)
 
 
-def avg_pool_nd(dims: int, *args, **kwargs) -> nn.Module:
+def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
     """A 1-, 2- or 3-dimensional average pooling."""
     return _by_dims(_AVG_POOL, dims)(*args, **kwargs)
 
 
-def linear(*args, **kwargs) -> nn.Linear:
+def linear(*args: Any, **kwargs: Any) -> nn.Linear:
     """A linear layer."""
     return nn.Linear(*args, **kwargs)
 
@@ -117,13 +118,13 @@ class CheckpointFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, run_function: Callable, length: int, *args: torch.Tensor):
+    def forward(ctx: Any, run_function: Callable, length: int, *args: torch.Tensor) -> Any:
         ctx.run_function, ctx.length = run_function, length
         ctx.save_for_backward(*args)
         return run_function(*args[:length])
 
     @staticmethod
-    def backward(ctx, *output_grads: torch.Tensor):
+    def backward(ctx: Any, *output_grads: torch.Tensor) -> Any:
         args = ctx.saved_tensors
         inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in args[: ctx.length]]
         with torch.enable_grad():

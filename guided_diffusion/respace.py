@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ def _even_offsets(size: int, count: int) -> list[int]:
 
 def _strided(num_timesteps: int, spec: str) -> set[int]:
     """The steps of "ddimN": the smallest whole stride that keeps exactly N steps."""
-    possible = {}
+    possible: dict[int, int] = {}
     for stride in range(1, num_timesteps + 1):
         possible.setdefault(len(range(0, num_timesteps, stride)), stride)
     text = spec.removeprefix("ddim")
@@ -80,7 +81,7 @@ class SpacedDiffusion(GaussianDiffusion):
     index i, which is what the network sees.
     """
 
-    def __init__(self, use_timesteps: Iterable[int], **kwargs):
+    def __init__(self, use_timesteps: Iterable[int], **kwargs: Any):
         betas = np.asarray(kwargs["betas"], dtype=np.float64)
         self.use_timesteps = set(use_timesteps)
         self.timestep_map = sorted(self.use_timesteps)
@@ -126,7 +127,7 @@ class _WrappedModel:
         self.rescale_timesteps = rescale_timesteps
         self.original_num_steps = original_num_steps
 
-    def __call__(self, x: torch.Tensor, ts: torch.Tensor, **kwargs):
+    def __call__(self, x: torch.Tensor, ts: torch.Tensor, **kwargs: Any) -> Any:
         """`model(x, original timesteps of ts [N], **kwargs)`."""
         original = torch.tensor(list(self.timestep_map), device=ts.device, dtype=ts.dtype)[ts]
         if self.rescale_timesteps:

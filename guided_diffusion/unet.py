@@ -7,6 +7,7 @@ state-dict keys load unchanged.
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -40,7 +41,9 @@ class TimestepBlock(nn.Module):
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
     """A sequence that hands the timestep embedding to those of its children that take one."""
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+    def forward(  # type: ignore[override] # nn.Sequential takes one input
+        self, x: torch.Tensor, emb: torch.Tensor
+    ) -> torch.Tensor:
         for layer in self:
             x = layer(x, emb) if isinstance(layer, TimestepBlock) else layer(x)
         return x
@@ -114,6 +117,8 @@ class ResBlock(TimestepBlock):
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
         self.updown = up or down
+        self.h_upd: nn.Module
+        self.x_upd: nn.Module
         if self.updown:
             self.h_upd = self.x_upd = (Upsample if up else Downsample)(channels, False, dims)
         else:
@@ -133,6 +138,7 @@ class ResBlock(TimestepBlock):
             nn.Dropout(dropout),
             zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
+        self.skip_connection: nn.Module
         if out_channels == channels:
             self.skip_connection = nn.Identity()
         elif use_conv:
@@ -159,7 +165,7 @@ class ResBlock(TimestepBlock):
         return self.skip_connection(x) + h
 
 
-def count_flops_attn(model: nn.Module, _x, y: Sequence[torch.Tensor]) -> None:
+def count_flops_attn(model: Any, _x: object, y: Sequence[torch.Tensor]) -> None:
     """Add an attention's operations to `model.total_ops`: a counter for the thop package.
 
     y: the attention's output [N, C, ...] first; two products of [T, C] with [C, T] a head.
@@ -193,7 +199,7 @@ class QKVAttention(nn.Module):
         return out.transpose(-1, -2).reshape(batch, width // 3, length)
 
     @staticmethod
-    def count_flops(model: nn.Module, _x, y: Sequence[torch.Tensor]) -> None:
+    def count_flops(model: Any, _x: object, y: Sequence[torch.Tensor]) -> None:
         """`count_flops_attn`, where guided-diffusion has it."""
         count_flops_attn(model, _x, y)
 
@@ -294,20 +300,22 @@ class _Blocks:
         self.dims = dims
         self.conv_resample = conv_resample
         self.resblock_updown = resblock_updown
-        self._residual = {
+        self._residual: dict[str, Any] = {
             "emb_channels": emb_channels,
             "dropout": dropout,
             "dims": dims,
             "use_checkpoint": use_checkpoint,
             "use_scale_shift_norm": use_scale_shift_norm,
         }
-        self._attention = {
+        self._attention: dict[str, Any] = {
             "num_head_channels": num_head_channels,
             "use_checkpoint": use_checkpoint,
             "use_new_attention_order": use_new_attention_order,
         }
 
-    def residual(self, channels: int, out_channels: int | None = None, **resample) -> ResBlock:
+    def residual(
+        self, channels: int, out_channels: int | None = None, **resample: bool
+    ) -> ResBlock:
         return ResBlock(channels, out_channels=out_channels, **resample, **self._residual)
 
     def attention(self, channels: int, num_heads: int) -> AttentionBlock:
@@ -414,7 +422,7 @@ class _DiffusionNetwork(nn.Module):
         self.downsampling = 1
         for level, width in enumerate(self.widths):
             for _ in range(self.num_res_blocks):
-                layers = [blocks.residual(channels, width)]
+                layers: list[nn.Module] = [blocks.residual(channels, width)]
                 channels = width
                 if self.downsampling in self.attention_resolutions:
                     layers.append(blocks.attention(channels, self.num_heads))
@@ -463,7 +471,7 @@ class UNetModel(_DiffusionNetwork):
     The other arguments are those of `_DiffusionNetwork`.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._build_decoder()
         self.out = nn.Sequential(
@@ -479,7 +487,7 @@ class UNetModel(_DiffusionNetwork):
         for level, width in reversed(list(enumerate(self.widths))):
             # One block more than in the encoder: it takes the skip of the level's resampling.
             for i in range(self.num_res_blocks + 1):
-                layers = [blocks.residual(channels + skips.pop(), width)]
+                layers: list[nn.Module] = [blocks.residual(channels + skips.pop(), width)]
                 channels = width
                 if factor in self.attention_resolutions:
                     layers.append(blocks.attention(channels, self.num_heads_upsample))
@@ -521,11 +529,15 @@ class SuperResModel(UNetModel):
     The resize uses half-pixel centres (align_corners=False), as the published upsamplers need.
     """
 
-    def __init__(self, image_size: int, in_channels: int, *args, **kwargs):
+    def __init__(self, image_size: int, in_channels: int, *args: Any, **kwargs: Any):
         super().__init__(image_size, in_channels * 2, *args, **kwargs)
 
-    def forward(
-        self, x: torch.Tensor, timesteps: torch.Tensor, low_res: torch.Tensor = None, **kwargs
+    def forward(  # type: ignore[override] # the published order of arguments
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        low_res: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """low_res: [N, C, h, w] in [-1, 1]; everything else as in `UNetModel.forward`."""
         if low_res is None:
@@ -542,7 +554,7 @@ class EncoderUNetModel(_DiffusionNetwork):
     `_DiffusionNetwork`.
     """
 
-    def __init__(self, *args, pool: str = "adaptive", **kwargs):
+    def __init__(self, *args: Any, pool: str = "adaptive", **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.pool = pool
         self.out = self._build_head()
