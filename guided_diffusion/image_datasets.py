@@ -27,11 +27,10 @@ from esddpm_io.npz import NpzReader
 
 from . import dist_util, logger
 from .pixels import to_float
+from .rng import data_stream
 from .script_util import NUM_CLASSES
 
 LABEL_SOURCES = ("name", "folder")
-# Random streams of the data, apart from those of the training steps (counter words of Philox).
-_ORDER, _FLIP, _CROP = 1, 2, 3
 # An array up to this size is held in memory, a larger one is read row by row where it lies.
 _IN_MEMORY_BYTES = 2 << 30
 # Images of a folder that may be unreadable one after the other before the folder is given up.
@@ -130,7 +129,7 @@ class BatchStream:
     def __next__(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         pixels, indices = next(self._decoded)
         if self._random_flip:
-            flips = self._stream(_FLIP, self._step).random(self._global_batch)
+            flips = data_stream(self._seed, "flip", self._step).random(self._global_batch)
             flips = flips[self._first_row :][: self.batch_size] < 0.5
             pixels[flips] = pixels[flips, :, ::-1]
         self._step += 1
@@ -212,18 +211,9 @@ class BatchStream:
             # data are fewer than a batch; then an order costs nothing to make again.
             while len(self._order_of_epoch) > 1:
                 self._order_of_epoch.pop(min(self._order_of_epoch))
-            order = self._stream(_ORDER, epoch).permutation(len(self.images))
+            order = data_stream(self._seed, "order", epoch).permutation(len(self.images))
             self._order_of_epoch[epoch] = order
         return self._order_of_epoch[epoch]
-
-    def _stream(self, purpose: int, number: int) -> np.random.Generator:
-        return _stream(self._seed, purpose, number)
-
-
-def _stream(seed: int, purpose: int, number: int) -> np.random.Generator:
-    """A random stream of its own for every purpose and number."""
-    key = np.array([seed, number], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, purpose, 0]))
 
 
 class ArrayImages:
@@ -386,7 +376,7 @@ class _Decoder(Dataset):
 
     def __getitem__(self, row: tuple[int, int]):
         index, position = row
-        rng = random.Random(int(_stream(self._seed, _CROP, position).integers(2**63)))
+        rng = random.Random(int(data_stream(self._seed, "crop", position).integers(2**63)))
         unreadable = []
         for _ in range(min(_MAX_UNREADABLE_RUN, len(self._images))):
             try:

@@ -1,11 +1,30 @@
-"""One random stream per sample and purpose: it depends on the seed and the global index alone."""
+"""All random streams: of samples, of training steps, of the order and cropping of training data.
+
+Each is a Philox generator whose key is (seed, number): the number of a sample, of a training step,
+of an epoch or of an image. Two words of its counter say what the numbers are for, so that none
+serves twice: a VAE's code must not come back as the noise that its image gets.
+"""
+
+import random
+from typing import Any
 
 import numpy as np
 import torch
 
-# What random numbers are for. Each purpose has a far-off part of Philox's counter to itself, so
-# that no number serves twice: a VAE's code must not come back as the noise that its image gets.
+# What a sample's numbers are for, and those of the training data.
 _PURPOSES = ("noise", "labels", "codes")
+DATA_PURPOSES = {"order": 1, "flip": 2, "crop": 3}
+
+
+def philox(seed: int, number: int, *, family: int = 0, purpose: int = 0) -> np.random.Generator:
+    """The stream of a seed and a number; `family` and `purpose` are words of its counter."""
+    key = np.array([seed, number], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, family, purpose]))
+
+
+def data_stream(seed: int, purpose: str, number: int) -> np.random.Generator:
+    """The stream of training data for a purpose of DATA_PURPOSES and an epoch, step or position."""
+    return philox(seed, number, family=DATA_PURPOSES[purpose])
 
 
 class RandomStreams:
@@ -36,6 +55,66 @@ def random_labels(seed: int, start: int, stop: int, num_classes: int) -> np.ndar
 
 
 def _generator(seed: int, index: int, purpose: str) -> np.random.Generator:
-    key = np.array([seed, index], np.uint64)
-    counter = [0, 0, 0, _PURPOSES.index(purpose)]
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    return philox(seed, index, purpose=_PURPOSES.index(purpose))
+
+
+class Draws:
+    """Random numbers for some rows of one step's global batch.
+
+    With a seed they are a function of (seed, step, position in the global batch): N processes with
+    batch B draw what one process with batch N·B draws, and a resumed run draws on as before. With
+    seed None they come from the global generators of NumPy and torch, in the order of the calls.
+    """
+
+    def __init__(
+        self, seed: int | None, step: int, global_batch: int, first_row: int, purpose: int = 0
+    ):
+        self._seed, self._step, self._purpose = seed, step, purpose
+        self._global_batch, self._first_row = global_batch, first_row
+        self._calls = 0
+
+    def uniforms(self, n: int) -> np.ndarray | None:
+        """Numbers in [0, 1), float64 [n]; None (the sampler's own draw) without a seed."""
+        if self._seed is None:
+            return None
+        return self._stream().random(self._global_batch)[self._first_row :][:n]
+
+    def noise(self, like: torch.Tensor) -> torch.Tensor:
+        """N(0, 1) in the shape, dtype and device of `like` [n, …]."""
+        if self._seed is None:
+            return torch.randn_like(like)
+        seeds = self._stream().integers(0, 2**63, self._global_batch)[self._first_row :]
+        generator = torch.Generator(like.device)
+        noise = torch.empty_like(like)
+        for row, seed in zip(noise, seeds.tolist(), strict=False):
+            generator.manual_seed(seed)
+            row.copy_(
+                torch.randn(row.shape, dtype=like.dtype, device=like.device, generator=generator)
+            )
+        return noise
+
+    def _stream(self) -> np.random.Generator:
+        self._calls += 1
+        assert self._seed is not None
+        return philox(self._seed, self._step, family=self._purpose, purpose=self._calls)
+
+
+def random_state() -> dict[str, Any]:
+    """States of the global generators, in types that `weights_only` loading accepts."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -180,9 +180,10 @@ def test_the_plain_torch_and_one_gpu_where_there_is_one(recorded_pip, clone):
 
 def test_tests_are_linted_first_and_pytest_comes_last(recorded_pip):
     asked = recorded_pip("test", "-k", "unet")
-    assert asked[-3:] == [
+    assert asked[-4:] == [
         "-m ruff check .",
         "-m ruff format --check --quiet .",
+        "-m mypy --no-error-summary",
         "-m pytest -k unet",
     ]
     assert "-m pip install -r requirements-dev.txt" in asked

@@ -144,6 +144,24 @@ def test_a_chunk_that_is_cut_is_sampled_again(tiny, tmp_path, undisturbed, capsy
     assert_same(tmp_path, undisturbed)
 
 
+def test_another_limit_uses_what_is_there(tiny, tmp_path, undisturbed):
+    """From 4 to all images, and back to 3: no sample is made twice or changes."""
+    runs = []
+    for limit in (4, 0, 3):
+        argv = tiny.worker_flags(tmp_path, limit=limit)
+        runs.append(read_job(argv, guided=False).run)
+        sample.main(argv, guided=False)
+        times = {path: path.stat().st_mtime_ns for path in (tmp_path / "chunks").glob("*/*.npz")}
+        if limit == 4:
+            [first] = times.items()
+        assert first in times.items() and len(times) == (1 if limit == 4 else 3)
+        there = ChunkFolder.load(tmp_path)
+        parts = outputs.parts_of(there, 0, there.num_samples)
+        images = np.concatenate([block for part in parts for block in part.blocks("arr_0")])
+        np.testing.assert_array_equal(images, undisturbed[0][: limit or NUM_IMAGES])
+    assert len({run.identity for run in runs}) == 1
+
+
 def job_of(rank: int, world: int, number: int, any_chunk: bool = True) -> Job:
     return Job(plain_run(number), None, "", rank=rank, world_size=world, any_chunk=any_chunk)
 
