@@ -71,6 +71,13 @@ def describe_blob_error(error: Exception) -> str | None:
     return f"the blob store: {first_line(error)}"
 
 
+def describe_peer_error(error: Exception) -> str | None:
+    """One line for a lost connection to a process that we train with, None for any other error."""
+    if isinstance(error, RuntimeError) and "gloo/transport" in str(error):
+        return "another process of this run has ended, and with it this one: see its own message"
+    return None
+
+
 def first_line(error: Exception, most: int = 300) -> str:
     """What an error of another package says, cut to one line of at most `most` characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
@@ -80,8 +87,8 @@ def run_main(main: Callable[[], object]) -> None:
     """Run a script's `main`, turning what the user can mend into one line and an exit code.
 
     `UserError` and files that cannot be used end in exit code 2, a full disk in 74, files and blob
-    stores that fail for the moment in 1, Ctrl-C in 130, `Terminated` in 143; any other exception
-    is a fault of the program and keeps its traceback.
+    stores that fail for the moment and the end of another process in 1, Ctrl-C in 130, `Terminated`
+    in 143; any other exception is a fault of the program and keeps its traceback.
     """
     try:
         main()
@@ -101,6 +108,7 @@ def run_main(main: Callable[[], object]) -> None:
     except Exception as error:
         is_file = isinstance(error, OSError)
         message = describe_os_error(error) if is_file else describe_blob_error(error)
+        message = message or describe_peer_error(error)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)

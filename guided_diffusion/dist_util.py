@@ -106,7 +106,7 @@ def _end_group() -> None:
     global _launch
     _launch = None
     # An exception that nobody caught keeps its frames, and so a loop with the group, alive.
-    sys.last_value = sys.last_traceback = None
+    sys.last_exc = sys.last_value = sys.last_traceback = None
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()

@@ -167,9 +167,8 @@ run_main(work)
 """
 
 
-@pytest.mark.parametrize("way_out", WAYS_OUT)
-def test_no_thread_of_the_group_outlives_it(way_out):
-    """One that asks for the interpreter while Python ends aborts the process, now and then."""
+def run_pair(way_out):
+    """(exit code, stdout, stderr) of two processes that leave in this way."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
@@ -184,9 +183,25 @@ def test_no_thread_of_the_group_outlives_it(way_out):
         for rank in range(2)
     ]
     outputs = [worker.communicate(timeout=PATIENCE_S) for worker in workers]
-    codes = [worker.returncode for worker in workers]
-    assert codes == [WAYS_OUT[way_out]] * 2, outputs
-    assert [out for out, _ in outputs] == ["\n"] * 2
+    return [(w.returncode, *output) for w, output in zip(workers, outputs, strict=True)]
+
+
+@pytest.mark.parametrize("way_out", WAYS_OUT)
+def test_no_thread_of_the_group_outlives_it(way_out):
+    """One that asks for the interpreter while Python ends aborts the process, now and then."""
+    for code, out, err in run_pair(way_out):
+        assert (code, out) == (WAYS_OUT[way_out], "\n"), err
+
+
+def test_the_error_of_one_rank_ends_the_others_in_one_line():
+    way_out = "dist_util.on_rank_zero(lambda: 1) if dist_util.rank() else sys.exit('--data_dir')"
+    first, second = run_pair(f"{way_out}; dist_util.any_rank(True)")
+    assert first == (1, "\n", "--data_dir\n")
+    code, out, err = second
+    assert (code, out) == (1, "\n")
+    assert err == (
+        "error: another process of this run has ended, and with it this one: see its own message\n"
+    )
 
 
 def test_addresses_that_are_missing_are_named(monkeypatch):
