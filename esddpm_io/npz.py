@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -19,7 +20,17 @@ from esddpm_io.files import open_binary
 
 _LOCAL_HEADER = struct.Struct("<26x2H")  # the two lengths that end a zip member's local header
 _SKIP_BYTES = 1 << 20
-_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, struct.error, NotImplementedError)
+_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, struct.error, RuntimeError)
+# What NumPy's parser of headers lets through when their text is no Python literal
+_BAD_HEADER = (tokenize.TokenError, SyntaxError, TypeError, KeyError, AttributeError)
+
+
+class DamagedFile(UserError):
+    """An .npz or .npy that is cut short, or whose bytes are not those that were written."""
+
+
+class _NotNumbers(Exception):
+    """An array of a kind that cannot be read here, in a file that may be whole."""
 
 
 def read_npy_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -31,10 +42,36 @@ def read_npy_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     }.get(version)
     if read is None:
         raise ValueError(f"unsupported .npy version {version}")
-    shape, fortran, dtype = read(stream)
+    try:
+        shape, fortran, dtype = read(stream)
+    except _BAD_HEADER as error:
+        raise ValueError("its header makes no sense") from error
     if dtype.hasobject:
-        raise ValueError("it holds Python objects, not numbers")
+        raise _NotNumbers("it holds Python objects, not numbers")
+    if any(length < 0 for length in shape) or not dtype.itemsize:
+        raise ValueError(f"its header says {dtype}{list(shape)}")
     return shape, fortran, dtype
+
+
+class _Crc:
+    """The CRC-32 of a member, taken as its bytes go by.
+
+    It follows the bytes from the first to the last: whatever order they are asked for in, those
+    that continue what was seen so far count, others do not. Raises `BadZipFile` as soon as all
+    have been seen and the CRC is wrong, and with every read from then on.
+    """
+
+    def __init__(self, expected: int, size: int):
+        self._expected, self._size = expected, size
+        self._seen = self._value = 0
+
+    def add(self, start: int, data: memoryview | bytes) -> None:
+        """Bytes `data` of the member, from byte `start` on."""
+        if start <= self._seen < start + len(data):
+            self._value = zlib.crc32(data[self._seen - start :], self._value)
+            self._seen = start + len(data)
+        if self._seen == self._size and self._value != self._expected:
+            raise zipfile.BadZipFile("bytes in it have changed: its CRC-32 is wrong")
 
 
 class _Member:
@@ -43,17 +80,35 @@ class _Member:
     A stored array is read in place with seek and read. That costs no more than mapping it, works
     on blob files, and pages that were read do not stay in the process's memory. A compressed one
     is unpacked forward; asking for earlier rows starts again from its beginning.
+
+    `size` is that of header and rows together, `crc` their CRC-32 or None where there is none to
+    know. The zip layer checks that of a compressed member.
     """
 
-    def __init__(self, open_stream: Callable[[], BinaryIO], seekable: bool):
+    def __init__(
+        self,
+        open_stream: Callable[[], BinaryIO],
+        *,
+        seekable: bool,
+        size: int,
+        crc: int | None = None,
+    ):
         self._open_stream = open_stream
         self._seekable = seekable
+        self._crc = None if crc is None else _Crc(crc, size)
         self._restart()
+        expected = self._header_bytes + self.dtype.itemsize * math.prod(self.shape)
+        if size != expected:
+            raise ValueError(f"{size} bytes, its header speaks of {expected}")
+        if self._crc:
+            self._stream.seek(self._begin)
+            self._crc.add(0, self._stream.read(self._header_bytes))
 
     def _restart(self) -> None:
         self._stream = self._open_stream()
+        self._begin = self._stream.tell()
         self.shape, self.fortran, self.dtype = read_npy_header(self._stream)
-        self._data_offset = self._stream.tell() if self._seekable else None
+        self._header_bytes = self._stream.tell() - self._begin
         self._next_row = 0
 
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -61,11 +116,11 @@ class _Member:
             return self.array()[start:stop]
         row_bytes = self.dtype.itemsize * math.prod(self.shape[1:])
         if self._seekable:
-            self._stream.seek(self._data_offset + start * row_bytes)
+            self._stream.seek(self._begin + self._header_bytes + start * row_bytes)
         else:
             self._forward_to(start, row_bytes)
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        self._fill(out)
+        self._fill(out, start * row_bytes)
         self._next_row = stop
         return out
 
@@ -92,26 +147,28 @@ class _Member:
                 raise EOFError("it ends early")
             skip -= got
 
-    def _fill(self, out: np.ndarray) -> None:
-        """Read straight into the array: no second copy of a large read."""
-        left = memoryview(out.reshape(-1).view(np.uint8))
+    def _fill(self, out: np.ndarray, start: int = 0) -> None:
+        """Read straight into the array, which begins at byte `start` of the rows: no copy."""
+        whole = left = memoryview(out.reshape(-1).view(np.uint8))
         while left.nbytes:
             got = self._stream.readinto(left)
             if not got:
                 raise EOFError("it ends early")
             left = left[got:]
-
-
-class DamagedFile(UserError):
-    """A file that is cut or of which bytes have changed."""
+        if self._crc:
+            self._crc.add(self._header_bytes + start, whole)
 
 
 class NpzReader:
     """The arrays of an .npz file, whole or by rows (rows are indices of the first axis).
 
     Stored members are read in place, compressed ones are unpacked forward, so ask for rows in
-    rising order. Raises `UserError`, naming the file, if it is missing, not an npz, cut short, or
-    lacks the array asked for.
+    rising order. Raises `UserError`, naming the file, if it is missing or lacks the array asked
+    for, and `DamagedFile`, naming the array too, if it is not an npz, cut short, or changed.
+
+    The CRC-32 of a member is verified by the read that completes it: by `array`, and by `rows`
+    once they have gone from the first to the last in rising order. Rows that are skipped or only
+    read out of order are not verified; `verify` is for those who read so.
     """
 
     def __init__(self, path: str | os.PathLike, *, flag: str = ""):
@@ -158,9 +215,13 @@ class NpzReader:
             return member.array()
 
     def verify(self) -> None:
-        bad = self._zip.testzip()
-        if bad:
-            raise DamagedFile(f"{self._prefix}{bad} in {self.path} is damaged")
+        """Read everything once: `DamagedFile`, naming the array, unless each member is whole."""
+        for name in self._infos:
+            self._member(name)
+        for info in self._zip.infolist():
+            with self._explained(info.filename.removesuffix(".npy")), self._zip.open(info) as data:
+                while data.read(_SKIP_BYTES):
+                    pass
 
     def close(self) -> None:
         self._members.clear()
@@ -184,7 +245,7 @@ class NpzReader:
 
     def _open_member(self, info: zipfile.ZipInfo) -> _Member:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            return _Member(lambda: self._zip.open(info), seekable=False)
+            return _Member(lambda: self._zip.open(info), seekable=False, size=info.file_size)
 
         def at_start_of_data() -> BinaryIO:
             self._file.seek(info.header_offset)
@@ -192,50 +253,48 @@ class NpzReader:
             self._file.seek(name_length + extra_length, os.SEEK_CUR)
             return self._file
 
-        return _Member(at_start_of_data, seekable=True)
+        return _Member(at_start_of_data, seekable=True, size=info.file_size, crc=info.CRC)
 
-    @contextlib.contextmanager
     def _explained(self, name: str = ""):
         what = f"{name} in {self.path}" if name else f"{self.path}"
-        try:
-            yield
-        except _BROKEN as error:
-            raise DamagedFile(
-                f"{self._prefix}{what} is not a complete .npz file ({error}): fetch or make it anew"
-            ) from error
+        return _explained(f"{self._prefix}{what}", ".npz")
 
 
 class NpyReader:
-    """The one array of an .npy file by rows; errors as `NpzReader`."""
+    """The one array of an .npy file by rows; errors as `NpzReader`, but it has no CRC."""
 
     def __init__(self, path: str | os.PathLike, *, flag: str = ""):
-        self.path = path
-        self._prefix = f"{flag}: " if flag else ""
+        self._what = f"{flag}: {path}" if flag else f"{path}"
         self._file = open_binary(path, flag=flag)
 
         def at_start() -> BinaryIO:
             self._file.seek(0)
             return self._file
 
-        with self._explained():
-            self._member = _Member(at_start, seekable=True)
+        with _explained(self._what, ".npy"):
+            size = self._file.seek(0, os.SEEK_END)
+            self._member = _Member(at_start, seekable=True, size=size)
         self.shape, self.dtype = self._member.shape, self._member.dtype
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        with self._explained():
+        with _explained(self._what, ".npy"):
             return self._member.rows(start, stop)
 
     def close(self) -> None:
         self._file.close()
 
-    @contextlib.contextmanager
-    def _explained(self):
-        try:
-            yield
-        except _BROKEN as error:
-            raise UserError(
-                f"{self._prefix}{self.path} is not a complete .npy file ({error})"
-            ) from error
+
+@contextlib.contextmanager
+def _explained(what: str, kind: str):
+    """Turns what reading a broken file raises into one line about `what`."""
+    try:
+        yield
+    except _NotNumbers as error:
+        raise UserError(f"{what} cannot be used: {error}") from error
+    except _BROKEN as error:
+        raise DamagedFile(
+            f"{what} is not a complete {kind} file ({error}): fetch or make it anew"
+        ) from error
 
 
 class NpzWriter:

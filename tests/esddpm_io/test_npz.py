@@ -1,8 +1,10 @@
+import zipfile
+
 import numpy as np
 import pytest
 
 from esddpm_io.errors import UserError
-from esddpm_io.npz import NpyReader, NpzReader, NpzWriter
+from esddpm_io.npz import DamagedFile, NpyReader, NpzReader, NpzWriter
 
 
 def sample_arrays() -> dict[str, np.ndarray]:
@@ -120,3 +122,67 @@ def test_npy(tmp_path):
     (tmp_path / "cut.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-3])
     with pytest.raises(UserError, match=r"cut\.npy is not a complete"):
         NpyReader(tmp_path / "cut.npy").rows(0, 6)
+
+
+def flip_byte(path, array: np.ndarray) -> None:
+    """Change one byte of a stored array's last row."""
+    data = bytearray(path.read_bytes())
+    data[data.index(array.tobytes()) + array.nbytes - 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_changed_byte_is_found_by_reading_all_rows(tmp_path):
+    path = tmp_path / "a.npz"
+    arrays = sample_arrays()
+    np.savez(path, **arrays)
+    flip_byte(path, arrays["arr_0"])
+    wrong = r"--x: arr_0 in .*a\.npz is not .*CRC-32"
+    with pytest.raises(DamagedFile, match=wrong):
+        NpzReader(path, flag="--x").array("arr_0")
+    with pytest.raises(DamagedFile, match=wrong):
+        NpzReader(path, flag="--x").verify()
+    with NpzReader(path, flag="--x") as reader:
+        reader.rows("arr_0", 8, 11)  # not in order: unverified
+        reader.rows("arr_0", 0, 5)
+        reader.rows("arr_0", 3, 9)  # overlaps what was seen
+        with pytest.raises(DamagedFile, match=wrong):
+            reader.rows("arr_0", 9, 11)
+        with pytest.raises(DamagedFile, match=wrong):
+            reader.rows("arr_0", 0, 1)
+        np.testing.assert_array_equal(reader.array("arr_1"), arrays["arr_1"])
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_whole_files_verify(tmp_path, save):
+    save(tmp_path / "a.npz", empty=np.zeros((0, 3)), **sample_arrays())
+    with NpzReader(tmp_path / "a.npz") as reader:
+        reader.verify()
+        for name in reader.names:
+            reader.array(name)
+
+
+def test_a_changed_header_is_found(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, a=np.arange(6, dtype=np.int32))
+    path.write_bytes(path.read_bytes().replace(b"<i4", b"<f4"))
+    with pytest.raises(DamagedFile, match="CRC-32"):
+        NpzReader(path).array("a")
+
+
+@pytest.mark.parametrize(
+    "shape", ["(-3, 4)", "(3, 10**9)", "(3000000000000000000000, 4)", "(3, 4", "[]", "None"]
+)
+@pytest.mark.parametrize("version", [b"\x01\x00", b"\x02\x00"])
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_headers_that_cannot_be_are_one_line(tmp_path, shape, version, suffix):
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    length = len(text).to_bytes(2 if version[0] == 1 else 4, "little")
+    data = b"\x93NUMPY" + version + length + text + bytes(12)
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".npy":
+        path.write_bytes(data)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("arr_0.npy", data)
+    with pytest.raises(DamagedFile, match=f"a{suffix} is not a complete"):
+        NpyReader(path) if suffix == ".npy" else NpzReader(path).shape("arr_0")
