@@ -16,16 +16,13 @@ import torch
 from esddpm_io.atomic import atomic_path, write_json
 from esddpm_io.errors import UserError
 from esddpm_io.files import exists, is_blob, open_binary
-from guided_diffusion.settings.recognition import Recognised, identify, recognise
 
 __all__ = [
     "check_fit",
-    "identify",
     "load_object",
     "load_weights",
     "read_checkpoint",
     "read_sidecar",
-    "recognise",
     "save_checkpoint",
     "sidecar_path",
     "write_sidecar",
@@ -164,6 +161,8 @@ def _shape(tensor: torch.Tensor) -> str:
 
 
 def _what_fits(path: str, state_dict: Mapping[str, torch.Tensor]) -> str:
+    from guided_diffusion.settings.recognition import Recognised, identify
+
     sidecar = read_sidecar(path)
     if sidecar is not None and sidecar["kind"] in ("model", "classifier", "sr"):
         found = Recognised(sidecar["kind"], sidecar["flags"], sidecar["flags"])

@@ -1,7 +1,8 @@
 """Defaults, constructors and the argparse bridge that all command lines share."""
 
 import argparse
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 
 from . import gaussian_diffusion as gd
 from .network_flags import check_classifier, check_unet, plan_levels
@@ -278,6 +279,29 @@ def sr_create_model(
         resblock_updown=resblock_updown,
         use_fp16=use_fp16,
     )
+
+
+def flag_defaults(kind: str) -> dict:
+    """All flags of a kind of network, its diffusion process included, and their defaults."""
+    return {
+        "model": model_and_diffusion_defaults,
+        "classifier": classifier_and_diffusion_defaults,
+        "sr": sr_model_and_diffusion_defaults,
+    }[kind]()
+
+
+def create_network(kind: str, flags: Mapping[str, object]) -> UNetModel | EncoderUNetModel:
+    """A new network of a `kind`; of the `flags` those that its constructor takes are used.
+
+    ValueError, beginning with the flag's name, for values that no network can have.
+    """
+    constructors: dict[str, Callable[..., UNetModel | EncoderUNetModel]] = {
+        "model": create_model,
+        "classifier": create_classifier,
+        "sr": sr_create_model,
+    }
+    create, known = constructors[kind], {**flag_defaults(kind), **flags}
+    return create(**{name: known[name] for name in inspect.signature(create).parameters})
 
 
 def create_gaussian_diffusion(

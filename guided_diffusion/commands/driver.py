@@ -287,7 +287,7 @@ def _evaluation_again(
 def _compare_inputs(run: "Run", record: Mapping[str, Any]) -> "Run":
     """Tell which inputs have changed; the run with the hashes of today."""
     from guided_diffusion.checkpoints import fingerprint, read_checkpoint
-    from guided_diffusion.commands.request import contents_of
+    from guided_diffusion.sampling.sources import contents_of
 
     changed = False
     for name, then in record["inputs"].items():

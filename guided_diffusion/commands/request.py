@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Mapping
 
-from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError
-from esddpm_io.files import absolute, join, read_json
+from esddpm_io.files import absolute
 from guided_diffusion.checkpoints import fingerprint, read_checkpoint
 from guided_diffusion.sampling.sources import (
     Source,
+    noted_contents,
     open_generator_images,
     open_images_to_enlarge,
     open_source,
@@ -30,7 +30,6 @@ from guided_diffusion.settings.record import (
 )
 from guided_diffusion.settings.resolver import Resolved, check_same_noise, resolve_network
 
-IMAGES_FILE = "generator_images.json"
 _LARGEST_SEED = 2**64 - 1
 
 
@@ -208,7 +207,7 @@ def _start(
         start = StartSettings(
             "enlarge",
             absolute(request.images),
-            _contents(enlarged, save_dir),
+            noted_contents(enlarged, save_dir),
             enlarged.available,
             num_classes,
         )
@@ -222,35 +221,8 @@ def _start(
     start = StartSettings(
         "images",
         absolute(request.images),
-        _contents(images, save_dir),
+        noted_contents(images, save_dir),
         images.available,
         num_classes,
     )
     return start, images
-
-
-def _contents(source: Source, save_dir: str) -> str | None:
-    """The hash of the images' contents, noted in `save_dir` where it costs reading all files."""
-    stamp = source.stamp()
-    if stamp is None:
-        return source.fingerprint()
-    path = join(save_dir, IMAGES_FILE)
-    known = read_json(path)
-    if not (isinstance(known, dict) and known.get("stamp") == stamp):
-        known = {"stamp": stamp, "fingerprint": source.fingerprint()}
-        write_json(path, known)
-    return str(known["fingerprint"])
-
-
-def contents_of(start: StartSettings) -> str | None:
-    """The hash of the start images as they are now."""
-    return open_source(start, 1, 0).fingerprint()
-
-
-def check_source(source: Source, start: StartSettings, save_dir: str) -> None:
-    """UserError if the images are not those of the record any more."""
-    require(
-        _contents(source, save_dir) == start.contents,
-        f"{start.path} has changed since the run's settings were written: start it anew in "
-        "another folder",
-    )

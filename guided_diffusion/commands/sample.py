@@ -12,15 +12,15 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from esddpm_io.errors import check_at_least, terminate_cleanly
 from esddpm_io.files import read_json
-from guided_diffusion.commands.request import Request, check_source, settle
 from guided_diffusion.sampling.chunks import default_chunk_size
 from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE
 from guided_diffusion.sampling.job import Job, describe, rank_from_environment
 from guided_diffusion.sampling.sampler import choose_device
-from guided_diffusion.sampling.sources import Source, open_source
+from guided_diffusion.sampling.sources import Source, check_source, open_source
 from guided_diffusion.sampling.worker import run, telling_how_to_continue
 from guided_diffusion.script_util import (
     add_dict_to_argparser,
@@ -31,7 +31,9 @@ from guided_diffusion.script_util import (
 )
 from guided_diffusion.settings.layers import parse, require, without_effect
 from guided_diffusion.settings.record import Run
-from guided_diffusion.settings.resolver import OVERRIDE_FLAG
+
+if TYPE_CHECKING:
+    from guided_diffusion.commands.request import Request
 
 # Flags of every sampling command, and their defaults.
 COMMON_DEFAULTS = {
@@ -43,7 +45,7 @@ COMMON_DEFAULTS = {
     "model_path": "",
     "device": "",
     "seed": 0,
-    OVERRIDE_FLAG: False,
+    "override_checkpoint_flags": False,
 }
 # Flags of a process, which the record of the run says nothing of.
 _PLACE_DEFAULTS = {
@@ -106,6 +108,8 @@ def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
     else:
         named = bool(args.save_dir) or args.print_settings
         require(named, "--save_dir: name the folder for the samples")
+        from guided_diffusion.commands.request import settle
+
         settled = settle(_request(args, typed, kind), args.save_dir)
         run, source = settled.run, settled.source
         remarks = [*settled.remarks, *_in_vain(args, typed)]
@@ -143,7 +147,9 @@ def _recorded(args: argparse.Namespace, typed: set[str]) -> tuple[Run, Source, l
     return run, source, []
 
 
-def _request(args: argparse.Namespace, typed: set[str], kind: str) -> Request:
+def _request(args: argparse.Namespace, typed: set[str], kind: str) -> "Request":
+    from guided_diffusion.commands.request import Request
+
     networks = model_and_diffusion_defaults() | classifier_defaults()
     networks |= sr_model_and_diffusion_defaults()
     return Request(

@@ -13,7 +13,7 @@ from guided_diffusion.pixels import to_uint8
 from guided_diffusion.rng import RandomStreams
 from guided_diffusion.sampling.job import Job
 from guided_diffusion.sampling.sources import Start
-from guided_diffusion.settings.recognition import create_network
+from guided_diffusion.script_util import create_network
 from guided_diffusion.settings.record import WITHOUT_EFFECT, Guidance, Network, diffusion_of
 
 Report = Callable[[int], None]

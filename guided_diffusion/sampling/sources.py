@@ -6,12 +6,15 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError
+from esddpm_io.files import join, read_json
 from esddpm_io.images import ImageSource, open_images
 from guided_diffusion.pixels import to_float
 from guided_diffusion.rng import random_labels
 from guided_diffusion.settings.record import StartSettings
 
+IMAGES_FILE = "generator_images.json"
 _LABELS_AT_ONCE = 65536
 
 
@@ -185,3 +188,30 @@ def open_source(start: StartSettings, num_samples: int, seed: int) -> Source:
     if start.kind == "enlarge":
         return open_images_to_enlarge(start.path, num_samples)
     return open_generator_images(start.path, num_samples)
+
+
+def noted_contents(source: Source, save_dir: str) -> str | None:
+    """The hash of the images' contents, noted in `save_dir` where it costs reading all files."""
+    stamp = source.stamp()
+    if stamp is None:
+        return source.fingerprint()
+    path = join(save_dir, IMAGES_FILE)
+    known = read_json(path)
+    if not (isinstance(known, dict) and known.get("stamp") == stamp):
+        known = {"stamp": stamp, "fingerprint": source.fingerprint()}
+        write_json(path, known)
+    return str(known["fingerprint"])
+
+
+def contents_of(start: StartSettings) -> str | None:
+    """The hash of the start images as they are now."""
+    return open_source(start, 1, 0).fingerprint()
+
+
+def check_source(source: Source, start: StartSettings, save_dir: str) -> None:
+    """UserError if the images are not those of the record any more."""
+    if noted_contents(source, save_dir) != start.contents:
+        raise UserError(
+            f"{start.path} has changed since the run's settings were written: start it anew in "
+            "another folder"
+        )

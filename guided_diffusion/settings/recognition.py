@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from guided_diffusion import script_util
+from guided_diffusion.script_util import create_network, flag_defaults
 from guided_diffusion.unet import EncoderUNetModel, UNetModel
 
 _PUBLISHED = Path(__file__).parent / "published_models.toml"
@@ -49,15 +49,6 @@ class Recognised:
         return " ".join(
             f"--{name} {value}" for name, value in self.flags.items() if value != defaults[name]
         )
-
-
-def flag_defaults(kind: str) -> dict:
-    """All flags of a kind of network, its diffusion process included, and their defaults."""
-    return {
-        "model": script_util.model_and_diffusion_defaults,
-        "classifier": script_util.classifier_and_diffusion_defaults,
-        "sr": script_util.sr_model_and_diffusion_defaults,
-    }[kind]()
 
 
 def identify(
@@ -153,20 +144,6 @@ def outline_of(kind: str, flags: Mapping[str, object]) -> UNetModel | EncoderUNe
     """The network of `create_network` without memory for its weights: names and shapes alone."""
     with torch.device("meta"), _Uninitialised():
         return create_network(kind, flags)
-
-
-def create_network(kind: str, flags: Mapping[str, object]) -> UNetModel | EncoderUNetModel:
-    """A new network of a `kind`; of the `flags` those that its constructor takes are used.
-
-    ValueError, beginning with the flag's name, for values that no network can have.
-    """
-    constructors: dict[str, Callable[..., UNetModel | EncoderUNetModel]] = {
-        "model": script_util.create_model,
-        "classifier": script_util.create_classifier,
-        "sr": script_util.sr_create_model,
-    }
-    create, known = constructors[kind], {**flag_defaults(kind), **flags}
-    return create(**{name: known[name] for name in inspect.signature(create).parameters})
 
 
 def _candidates(shapes: Shapes, image_size: int | None) -> Iterator[tuple[str, dict[str, object]]]:

@@ -12,15 +12,14 @@ from esddpm_io.errors import UserError
 from guided_diffusion import script_util
 from guided_diffusion.checkpoints import (
     fingerprint,
-    identify,
     load_object,
     load_weights,
     read_checkpoint,
     read_sidecar,
-    recognise,
     save_checkpoint,
     write_sidecar,
 )
+from guided_diffusion.settings.recognition import identify, recognise
 
 GOLDEN = Path(__file__).parents[1] / "golden/published_checkpoints.json.gz"
 PUBLISHED = json.loads(gzip.decompress(GOLDEN.read_bytes()))

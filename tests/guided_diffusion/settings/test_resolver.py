@@ -9,8 +9,8 @@ import torch
 from esddpm_io.errors import UserError
 from guided_diffusion import script_util
 from guided_diffusion.checkpoints import save_checkpoint, write_sidecar
+from guided_diffusion.script_util import create_network
 from guided_diffusion.settings.presets import load_preset
-from guided_diffusion.settings.recognition import create_network
 from guided_diffusion.settings.resolver import check_same_noise, resolve_network
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
