@@ -355,6 +355,24 @@ def test_a_classifier_is_not_evaluated_every_0_steps(data, tmp_path):
     assert not any(name.startswith("val_") for name in figures(tmp_path / "run")[0])
 
 
+def test_defaults_of_the_flags_that_guided_diffusion_does_not_have():
+    want = {
+        "iterations": 0,
+        "sample_interval": 0,
+        "early_stop_steps": None,
+        "keep_checkpoints": 0,
+        "precision": "",
+        "channels_last": False,
+        "seed": 0,
+        "random_crop": False,
+        "random_flip": True,
+        "label_from": "name",
+        "num_workers": -1,
+    }
+    for script in (image_train, super_res_train):
+        assert want.items() <= vars(script.create_argparser().parse_args([])).items()
+
+
 def test_clean_images_for_the_classifier():
     parser = classifier_train.create_argparser()
     assert parser.parse_args([]).noised is True
