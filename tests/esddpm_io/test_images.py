@@ -97,6 +97,14 @@ def test_folder_order_colours_and_labels(tmp_path):
     assert len(source) == 3 and source.labels(0, 3) is None
 
 
+def test_numbers_in_names_count_as_numbers_and_come_before_letters(tmp_path):
+    names = ["2.png", "10.png", "a2.png", "a10.png", "b1.png"]
+    for index, name in enumerate(names):
+        Image.new("L", (1, 1), index).save(tmp_path / name)
+    source = open_images(tmp_path, flag="--d")
+    assert source.read(0, 5)[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
+
+
 SIXTEEN_BITS = np.array([[0, 128, 129], [257, 32768, 65535]], np.uint16)
 EIGHT_BITS = [[0, 0, 1], [1, 128, 255]]
 

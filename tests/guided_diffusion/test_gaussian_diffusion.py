@@ -309,3 +309,31 @@ def test_a_reverse_ddim_step_leads_to_the_next_noise_level(spacing):
         out["sample"], diffusion.q_sample(x_start, t + 1, noise), rtol=1e-4, atol=1e-4
     )
     torch.testing.assert_close(out["pred_xstart"], x_start, rtol=1e-3, atol=1e-3)
+
+
+def test_the_three_predictions_of_a_network_agree():
+    """x_0, the noise in x_t and the mean of x_{t-1} are one another's linear functions."""
+    base = create_gaussian_diffusion()
+    generator = torch.Generator().manual_seed(0)
+    x_start = torch.rand(3, 3, 4, 4, generator=generator) * 2 - 1
+    noise = torch.randn(x_start.shape, generator=generator)
+    t = torch.tensor([1, 200, 700])
+    x_t = base.q_sample(x_start, t, noise)
+    outputs = {
+        gd.ModelMeanType.START_X: x_start,
+        gd.ModelMeanType.EPSILON: noise,
+        gd.ModelMeanType.PREVIOUS_X: base.q_posterior_mean_variance(x_start, x_t, t)[0],
+    }
+    for kind, output in outputs.items():
+        diffusion = gd.GaussianDiffusion(
+            betas=base.betas,
+            model_mean_type=kind,
+            model_var_type=gd.ModelVarType.FIXED_SMALL,
+            loss_type=gd.LossType.MSE,
+        )
+        out = diffusion.p_mean_variance(lambda x, t, o=output: o, x_t, t, clip_denoised=False)
+        torch.testing.assert_close(out["pred_xstart"], x_start, rtol=0, atol=2e-3)
+        want = outputs[gd.ModelMeanType.PREVIOUS_X]
+        torch.testing.assert_close(out["mean"], want, rtol=0, atol=1e-4)
+        losses = diffusion.training_losses(lambda x, t, o=output: o, x_start, t, noise=noise)
+        assert losses["mse"].abs().max() < 1e-8

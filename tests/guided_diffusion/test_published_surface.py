@@ -187,6 +187,8 @@ def test_averages_of_half_precision_weights():
     average = [torch.ones(3)]
     layers.update_ema(average, [torch.full((3,), 3.0, dtype=torch.float16)], rate=0.5)
     assert average[0].tolist() == [2, 2, 2] and average[0].dtype == torch.float32
+    with pytest.raises(ValueError, match="argument 2 is"):
+        layers.update_ema(average, [torch.ones(3)] * 2)
 
 
 def test_operations_of_an_attention():

@@ -173,7 +173,9 @@ def images(tmp_path):
         ("mpiexec", "images", 1),
     ],
 )
-def test_sigterm_to_all_processes_at_once_saves(launcher, source, workers, tmp_path, request):
+def test_sigterm_to_all_processes_at_once_loses_nothing(
+    launcher, source, workers, tmp_path, request
+):
     """As `scancel` and preemption do: those that decode images must not end before the rest."""
     folder = tmp_path / "stopped"
     where = str(request.getfixturevalue(source))
@@ -186,6 +188,17 @@ def test_sigterm_to_all_processes_at_once_saves(launcher, source, workers, tmp_p
     last = int(figures(folder)[-1]["step"])
     assert f"after step {last};" in (folder / "log.txt").read_text(), output
     assert (folder / f"model{last:06d}.pt").exists() and (folder / f"opt{last:06d}.pt").exists()
+    if launcher == "alone":
+        return
+    for name, resume in (("stopped", "auto"), ("straight", "")):
+        end = ("--iterations", str(last + 2), "--resume_checkpoint", resume)
+        process = start_long_run(where, tmp_path / name, *more, *end, launcher=launcher)
+        output, _ = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 0, output
+    stopped, straight = (
+        tensors(tmp_path / name, last + 2, "model", "ema_0.9_") for name in ("stopped", "straight")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(stopped, straight, strict=True))
 
 
 def test_workers_end_when_the_parent_is_killed(images, tmp_path):
@@ -340,6 +353,24 @@ def test_a_resumed_classifier_is_evaluated_on_what_an_uninterrupted_one_is(
 def test_a_classifier_is_not_evaluated_every_0_steps(data, tmp_path):
     classifier_train.main(flags(**classifier_options(data, eval_interval=0), iterations=2))
     assert not any(name.startswith("val_") for name in figures(tmp_path / "run")[0])
+
+
+def test_defaults_of_the_flags_that_guided_diffusion_does_not_have():
+    want = {
+        "iterations": 0,
+        "sample_interval": 0,
+        "early_stop_steps": None,
+        "keep_checkpoints": 0,
+        "precision": "",
+        "channels_last": False,
+        "seed": 0,
+        "random_crop": False,
+        "random_flip": True,
+        "label_from": "name",
+        "num_workers": -1,
+    }
+    for script in (image_train, super_res_train):
+        assert want.items() <= vars(script.create_argparser().parse_args([])).items()
 
 
 def test_clean_images_for_the_classifier():
