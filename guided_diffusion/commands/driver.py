@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esddpm_io.atomic import write_json
 from esddpm_io.errors import EXIT_USER_ERROR, UserError, check_at_least, terminate_cleanly
 from esddpm_io.files import absolute, check_output_folder, is_blob, join, read_json, sha256
 from guided_diffusion.commands import scoring
@@ -27,6 +28,7 @@ from guided_diffusion.settings.presets import (
 
 if TYPE_CHECKING:
     from guided_diffusion.commands.request import Request, Settled
+    from guided_diffusion.sampling.chunks import ChunkFolder
     from guided_diffusion.sampling.launcher import WorkerCommand
     from guided_diffusion.settings.record import Run
 
@@ -161,7 +163,7 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
     if settled is None:
         return None
     if only_print:
-        _write_settings(output, settled.run)
+        _open_folder(output, settled.run, args.machine_idx)
     return Plan(
         settled.run,
         output,
@@ -179,23 +181,33 @@ def _settle(request: "Request", output: str) -> "Settled":
     return settle(request, output)
 
 
-def _write_settings(output: str, run: "Run") -> None:
-    """What the printed commands read."""
+def _open_folder(output: str, run: "Run", machine_idx: int) -> "ChunkFolder":
+    """Open the folder, and write what this machine's processes read: the run with our paths."""
     from guided_diffusion.sampling.chunks import ChunkFolder
 
-    ChunkFolder.open(output, run)
+    folder = ChunkFolder.open(output, run)
+    write_json(_settings_path(output, machine_idx), run.to_json())
+    return folder
+
+
+def _settings_path(output: str, machine_idx: int) -> str:
+    """Machine 0 has the folder's own; the files may lie elsewhere on the others."""
+    from guided_diffusion.sampling.chunks import SETTINGS_FILE
+
+    name, _, ending = SETTINGS_FILE.partition(".")
+    own = f"{name}_machine_{machine_idx}.{ending}"
+    return join(output, own if machine_idx else SETTINGS_FILE)
 
 
 def _execute(plan: Plan, argv: list[str]) -> None:
     """Run the workers, and on machine 0 gather and evaluate."""
     from guided_diffusion.sampling import outputs
-    from guided_diffusion.sampling.chunks import ChunkFolder
     from guided_diffusion.sampling.gathering import gather
     from guided_diffusion.sampling.launcher import Launcher, WorkersFailed
 
     terminate_cleanly()
     again = shlex.join([sys.executable, str(DRIVER), *argv])
-    folder = ChunkFolder.open(plan.output, plan.run)
+    folder = _open_folder(plan.output, plan.run, plan.machine_idx)
     try:
         while True:
             folder.remove_damaged(print)
@@ -260,7 +272,7 @@ def _plan_again(args: argparse.Namespace, typed: set[str]) -> Plan:
         command.argv.extend(["--chunk_size", str(record["sampling"]["chunk_size"])])
         print(command, flush=True)
     if not args.execute:
-        _write_settings(output, run)
+        _open_folder(output, run, args.machine_idx)
     return Plan(
         run,
         output,
@@ -487,7 +499,6 @@ def _worker_commands(
     args: argparse.Namespace, typed: set[str], guided: bool, output: str, log_name: str
 ) -> "list[WorkerCommand]":
     """The command of every process of this machine: where the run's settings are, and its place."""
-    from guided_diffusion.sampling.chunks import SETTINGS_FILE
     from guided_diffusion.sampling.launcher import WorkerCommand
 
     devices = _choose_devices(args, typed)
@@ -498,7 +509,7 @@ def _worker_commands(
     for local, device in enumerate(devices):
         rank = local + len(devices) * args.machine_idx
         flags = {
-            "settings": join(output, SETTINGS_FILE),
+            "settings": _settings_path(output, args.machine_idx),
             "device": device,
             "global_rank": rank,
             "world_size": len(devices) * args.num_machines,

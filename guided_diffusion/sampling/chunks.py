@@ -42,12 +42,15 @@ class ChunkFolder:
     def open(cls, folder: str | os.PathLike, run: Run) -> "ChunkFolder":
         """Open the folder for this run, whose record becomes its `settings.json`.
 
-        Raises UserError, saying what differs, if it holds samples of other settings.
+        One that differs in nothing but paths stays: they may be those of another machine. Raises
+        UserError, saying what differs, if it holds samples of other settings.
         """
         path = join(folder, SETTINGS_FILE)
         content = read_json(path)
         if content is not None:
             there = cls(folder, Run.from_json(content, where=path))
+            if there.run.identity == run.identity and there.num_samples == run.num_samples:
+                return cls(folder, run)
             if (differences := run.differences(there.run)) and there._has_samples():
                 raise UserError(
                     f"{folder} holds samples of other settings ({'; '.join(differences)}): choose "
@@ -59,8 +62,7 @@ class ChunkFolder:
                 f"{folder} has samples, but no {SETTINGS_FILE} that says what they are: choose "
                 "another folder, or remove this one"
             )
-        if content != json.loads(json.dumps(run.to_json())):
-            write_json(path, run.to_json())
+        write_json(path, run.to_json())
         return cls(folder, run)
 
     @classmethod

@@ -297,8 +297,28 @@ def test_only_printing_needs_no_files(capsys):
     for rank, line in zip((2, 3), lines[2:], strict=True):
         assert line.split()[1] == str(SCRIPTS / "classifier_sample_diffusion_and_reverse.py")
         assert f"--global_rank {rank} --world_size 6" in line
-        assert f"--settings {folder}/settings.json" in line
+        assert f"--settings {folder}/settings_machine_1.json" in line
     assert not folder.exists()
+
+
+def test_files_may_lie_elsewhere_on_another_machine(tiny, tmp_path, whole_job, capsys):
+    """And after they were moved: the record has the same hashes, so the samples go together."""
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    moved.mkdir()
+    for name in ("model.pt", "classifier.pt", "images.npz", "tiny.toml"):
+        shutil.copy(tiny.root / name, moved / name)
+    driver.main([*flags(tiny, out), "--num_machines", "2"])
+    other = flags(tiny, out, dataset=moved / "tiny.toml", num_machines=2, machine_idx=1)
+    driver.main(other)
+    paths = [
+        json.loads((out / name).read_text())["network"]["path"]
+        for name in ("settings.json", "settings_machine_1.json")
+    ]
+    assert paths == [str(tiny.model), str(moved / "model.pt")]
+    for command in (out_line for out_line in capsys.readouterr().out.splitlines()):
+        if "--settings" in command:
+            assert subprocess.run(command.split(), capture_output=True).returncode == 0
+    assert_equal(chunks(out), all_samples(whole_job[1]))
 
 
 def test_printed_commands_do_what_the_driver_would(tiny, tmp_path, whole_job, capsys):
