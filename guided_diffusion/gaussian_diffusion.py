@@ -479,7 +479,9 @@ class GaussianDiffusion:
 
         return self._reverse_loop(step, model, shape, noise, device, progress, denoise_steps, randn)
 
-    def solver_sample_loop(self, model: Callable, shape: tuple[int, ...], *args, **kwargs):
+    def solver_sample_loop(
+        self, model: Callable, shape: tuple[int, ...], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """Samples in [-1, 1] of `shape`; arguments of `solver_sample_loop_progressive`."""
         return _final_sample(self.solver_sample_loop_progressive(model, shape, *args, **kwargs))
 
@@ -527,7 +529,9 @@ class GaussianDiffusion:
         stop = None if t_prime is None else process.num_timesteps
         return process._reverse_loop(step, model, shape, noise, device, progress, stop, randn)
 
-    def _respaced(self, t_prime: int | None, steps: int | None, spacing: str):
+    def _respaced(
+        self, t_prime: int | None, steps: int | None, spacing: str
+    ) -> "GaussianDiffusion":
         """The process that keeps only the timesteps that a solver evaluates."""
         from .respace import SpacedDiffusion  # which is derived from this class
 
