@@ -16,6 +16,7 @@ import torch
 
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
+from .solvers import evaluation_timesteps, make_solver
 
 Randn = Callable[[torch.Tensor], torch.Tensor]
 
@@ -121,7 +122,7 @@ class GaussianDiffusion:
         self.model_var_type = model_var_type
         self.loss_type = loss_type
         self.rescale_timesteps = rescale_timesteps
-        self.betas = betas
+        self.betas = self.original_betas = betas
         self.num_timesteps = len(betas)
 
         alphas = 1.0 - betas
@@ -477,6 +478,81 @@ class GaussianDiffusion:
             )
 
         return self._reverse_loop(step, model, shape, noise, device, progress, denoise_steps, randn)
+
+    def solver_sample_loop(
+        self, model: Callable, shape: tuple[int, ...], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Samples in [-1, 1] of `shape`; arguments of `solver_sample_loop_progressive`."""
+        return _final_sample(self.solver_sample_loop_progressive(model, shape, *args, **kwargs))
+
+    def solver_sample_loop_progressive(
+        self,
+        model: Callable,
+        shape: tuple[int, ...],
+        noise: torch.Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable | None = None,
+        cond_fn: Callable | None = None,
+        model_kwargs: dict | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        t_prime: int | None = None,
+        steps: int | None = None,
+        sampler: str = "dpmpp_2m_sde",
+        spacing: str = "uniform",
+        eta: float | None = None,
+        randn: Randn | None = None,
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield "sample" and "pred_xstart" of every step of a solver; see `_reverse_loop`.
+
+        The network runs at the `evaluation_timesteps` of t_prime, steps and spacing (without
+        `steps` at all steps of this process below t_prime). t_prime and the timesteps are the
+        original process's, also where this one is respaced. With `t_prime` `noise` holds clean
+        images (early stop); without it `noise` is x_T, drawn if None. `sampler` and `eta` are
+        those of `make_solver`; a learned variance is not used, guidance goes by
+        `condition_score`. ValueError that names the argument if one is out of its range.
+        """
+        if self.model_mean_type == ModelMeanType.PREVIOUS_X:
+            raise ValueError("solvers need a network that predicts the noise or x_0")
+        if t_prime is not None and noise is None:
+            raise ValueError("t_prime needs the clean start images as `noise`")
+        process = self._respaced(t_prime, steps, spacing)
+        solver = make_solver(sampler, process.alphas_cumprod[::-1], eta)
+
+        def step(x: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
+            out = process.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+            if cond_fn is not None:
+                out = process.condition_score(cond_fn, out, x, t, model_kwargs)
+            z = (randn or torch.randn_like)(x)
+            return {"sample": solver(x, out["pred_xstart"], z), "pred_xstart": out["pred_xstart"]}
+
+        stop = None if t_prime is None else process.num_timesteps
+        return process._reverse_loop(step, model, shape, noise, device, progress, stop, randn)
+
+    def _respaced(
+        self, t_prime: int | None, steps: int | None, spacing: str
+    ) -> "GaussianDiffusion":
+        """The process that keeps only the timesteps that a solver evaluates."""
+        from .respace import SpacedDiffusion  # which is derived from this class
+
+        total = len(self.original_betas)
+        stop = total if t_prime is None else t_prime
+        levels = np.cumprod(1.0 - self.original_betas)
+        # Also without `steps`, so that t_prime and spacing are checked.
+        times = evaluation_timesteps(levels, stop, 1 if steps is None else steps, spacing)
+        if steps is None:
+            times = [t for t in self._kept_timesteps() if t < stop]
+        return SpacedDiffusion(
+            use_timesteps=times,
+            betas=self.original_betas,
+            model_mean_type=self.model_mean_type,
+            model_var_type=self.model_var_type,
+            loss_type=self.loss_type,
+            rescale_timesteps=self.rescale_timesteps,
+        )
+
+    def _kept_timesteps(self) -> list[int]:
+        return list(range(self.num_timesteps))
 
     def _reverse_loop(
         self,

@@ -94,6 +94,10 @@ class SpacedDiffusion(GaussianDiffusion):
         levels = np.cumprod(1.0 - betas)[self.timestep_map]
         kwargs["betas"] = 1 - levels / np.append(1.0, levels[:-1])
         super().__init__(**kwargs)
+        self.original_betas = betas
+
+    def _kept_timesteps(self) -> list[int]:
+        return self.timestep_map
 
     def _scale_timesteps(self, t: torch.Tensor) -> torch.Tensor:
         original = self._original_timesteps(t)

@@ -292,6 +292,16 @@ def test_loop_signatures_are_frozen():
             "denoise_steps",
             "randn",
         ]
+    solver = inspect.signature(gd.GaussianDiffusion.solver_sample_loop_progressive)
+    assert list(solver.parameters) == [
+        *common,
+        "t_prime",
+        "steps",
+        "sampler",
+        "spacing",
+        "eta",
+        "randn",
+    ]
 
 
 @pytest.mark.parametrize("spacing", ["", "20"])
