@@ -15,71 +15,17 @@ from evaluations.features import (
     check_engine,
     choose_engine,
     extract,
+    graph_identity,
     load_graph,
 )
 from evaluations.graph_file import Graph
 from evaluations.inputs import FeatureCache, Images, ImageSet, open_set
 from evaluations.metrics import Value
 from evaluations.moments import Gaussian
-from evaluations.neighbours import ARITHMETICS
-from evaluations.scoring import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, Scorer
+from evaluations.scoring import METRICS, Scorer
+from evaluations.settings import Settings
 
-PUBLISHED_METRICS = ("inception_score", "fid", "sfid", "precision", "recall")
-ALL_METRICS = (*PUBLISHED_METRICS, "kid", "density", "coverage")
-_NEED_REFERENCE_POOL = {"precision", "recall", "kid", "density", "coverage"}
-# Fewest images on either side for which a metric is defined
-_FEWEST = {
-    "inception_score": 1,
-    "fid": 2,
-    "sfid": 2,
-    "precision": PRECISION_NEIGHBOURS + 1,
-    "recall": PRECISION_NEIGHBOURS + 1,
-    "kid": 2,
-    "density": DENSITY_NEIGHBOURS + 1,
-    "coverage": DENSITY_NEIGHBOURS + 1,
-}
 _LOOKED_AT = 64  # images whose values tell 0-1 from 0-255: one bright pixel is enough
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything but the images that decides the figures.
-
-    metrics: of `ALL_METRICS`. neighbour_arithmetic: `float16`, the published rounding of distances
-    for precision and recall, or `float32`. bootstrap: repeats for 95 % confidence intervals, 0 for
-    none. allow_mixed_precision: let features of another precision meet the reference's statistics.
-    """
-
-    inception_path: str | None = None
-    backend: str = "auto"
-    device: str = "auto"
-    precision: str = "float32"
-    metrics: tuple[str, ...] = PUBLISHED_METRICS
-    neighbour_arithmetic: str = "float16"
-    kid_subsets: int = 100
-    kid_subset_size: int = 1000
-    bootstrap: int = 0
-    seed: int = 0
-    batch_size: int = 64
-    cache_dir: str | None = None
-    allow_mixed_precision: bool = False
-
-    def __post_init__(self):
-        unknown = [name for name in self.metrics if name not in ALL_METRICS]
-        if unknown or not self.metrics:
-            raise UserError(
-                f"--metrics {', '.join(unknown) or '(none)'}: choose from {', '.join(ALL_METRICS)}"
-            )
-        if self.neighbour_arithmetic not in ARITHMETICS:
-            raise UserError(
-                f"--neighbour_arithmetic {self.neighbour_arithmetic}: choose from "
-                f"{', '.join(ARITHMETICS)}"
-            )
-        for name, least in [("batch_size", 1), ("bootstrap", 0), ("seed", 0), ("kid_subsets", 1)]:
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}")
-        if self.kid_subset_size < 2:
-            raise UserError(f"--kid_subset_size {self.kid_subset_size}: it must be at least 2")
 
 
 @dataclass(frozen=True)
@@ -105,7 +51,7 @@ class Evaluation:
     settings: Settings
     graph: str
     graph_sha256: str
-    is_inception: bool
+    identity: str
     backend: str
 
 
@@ -117,25 +63,29 @@ def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
     image goes through the graph, and the features of the reference are computed once.
     `UserError` (a `ValueError`) for anything the caller can put right.
     """
-    chosen = Settings(**settings)
+    chosen = Settings.of(settings)
     if not samples:
         raise UserError("SAMPLE: give at least one sample batch")
     reference_set = open_set(reference, flag="REF")
     sample_sets = [open_set(sample, flag="SAMPLE") for sample in samples]
     graph = _checked_graph(chosen, reference_set, *sample_sets)
+    _check_not_swapped(reference_set, sample_sets)
+    for image_set in (reference_set, *sample_sets):
+        image_set.source.check()
     engine = choose_engine(graph, chosen.backend, chosen.precision, chosen.device)
-    about_reference = _told(_doubts_about_images(reference_set, reference_set))
+    told = _Warnings()
+    about_reference = told(_doubts_about_images(reference_set, reference_set))
     early = [
-        [*about_reference, *_told(_doubts_about_images(one, reference_set))] for one in sample_sets
+        [*about_reference, *told(_doubts_about_images(one, reference_set))] for one in sample_sets
     ]
-    extractor = _Extractor(engine, graph.digest, chosen)
-    statistics_do = not _NEED_REFERENCE_POOL.intersection(chosen.metrics)
+    extractor = _Extractor(engine, graph, chosen)
+    statistics_do = not any(METRICS[name].needs_images for name in chosen.metrics)
     reference_features = extractor(reference_set, statistics_do=statistics_do)
-    singular = _told(_doubts_about_covariances(reference_set.name, reference_features, chosen))
+    singular = told(_doubts_about_covariances(reference_set.name, reference_features, chosen))
     results = []
     for image_set, notes in zip(sample_sets, early, strict=True):
         features = extractor(image_set, keep_spatial=chosen.bootstrap > 0)
-        notes += singular + _told(_doubts_about_covariances(image_set.name, features, chosen))
+        notes += singular + told(_doubts_about_covariances(image_set.name, features, chosen))
         weights = graph.softmax_weights
         results.append(_result(image_set, reference_features, features, weights, chosen, notes))
     return Evaluation(
@@ -144,7 +94,7 @@ def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
         settings=chosen,
         graph=graph.path,
         graph_sha256=graph.digest,
-        is_inception=graph.is_inception,
+        identity=graph_identity(graph),
         backend=engine.name,
     )
 
@@ -155,7 +105,7 @@ def check_inputs(reference: str, num_samples: int | None = None, **settings) -> 
     Reads headers and the graph, and loads no engine: for callers that have hours of work to do
     before they evaluate.
     """
-    chosen = Settings(**settings)
+    chosen = Settings.of(settings)
     _checked_graph(chosen, open_set(reference, flag="--ref_batch"))
     check_engine(chosen.backend, chosen.precision, chosen.device)
     if num_samples is not None:
@@ -175,11 +125,18 @@ def _checked_graph(chosen: Settings, *image_sets: ImageSet) -> Graph:
     return graph
 
 
-def _told(notes: list[str]) -> list[str]:
-    """Print warnings as soon as they are known; features may take hours."""
-    for note in notes:
-        print(f"warning: {note}", file=sys.stderr, flush=True)
-    return notes
+class _Warnings:
+    """Prints warnings as soon as they are known, for features may take hours; each of them once."""
+
+    def __init__(self):
+        self._told: set[str] = set()
+
+    def __call__(self, notes: list[str]) -> list[str]:
+        for note in notes:
+            if note not in self._told:
+                print(f"warning: {note}", file=sys.stderr, flush=True)
+        self._told.update(notes)
+        return notes
 
 
 def _doubts_about_images(image_set: ImageSet, reference: ImageSet) -> list[str]:
@@ -202,11 +159,8 @@ def _doubts_about_images(image_set: ImageSet, reference: ImageSet) -> list[str]:
 def _doubts_about_covariances(name: str, features: Features, chosen: Settings) -> list[str]:
     return [
         f"{name}: {singular}: the covariance is singular and {metric} comes out too high"
-        for metric, gaussian in (
-            ("fid", features.pool_gaussian),
-            ("sfid", features.spatial_gaussian),
-        )
-        if metric in chosen.metrics and (singular := gaussian.too_few())
+        for metric in chosen.metrics
+        if (which := METRICS[metric].gaussian) and (singular := getattr(features, which).too_few())
     ]
 
 
@@ -219,10 +173,19 @@ def _result(
     notes: list[str],
 ) -> Result:
     count = len(image_set.source)
-    scorer = Scorer(reference, samples, weights, chosen)
+    scorer = Scorer(
+        reference,
+        samples,
+        weights,
+        neighbour_arithmetic=chosen.neighbour_arithmetic,
+        kid_subsets=chosen.kid_subsets,
+        kid_subset_size=chosen.kid_subset_size,
+        seed=chosen.seed,
+    )
     try:
         values = {name: scorer.value(name) for name in chosen.metrics}
-        intervals = {name: scorer.interval(name) for name in chosen.metrics if chosen.bootstrap}
+        groups = chosen.bootstrap
+        intervals = {name: scorer.interval(name, groups) for name in chosen.metrics if groups}
     except ValueError as error:
         raise UserError(f"{image_set.name}: {error}") from error
     intervals = {name: interval for name, interval in intervals.items() if interval is not None}
@@ -230,11 +193,12 @@ def _result(
 
 
 def _check_count(name: str, count: int, chosen: tuple[str, ...]) -> None:
-    short = [metric for metric in chosen if count < _FEWEST[metric]]
+    short = [metric for metric in chosen if count < METRICS[metric].fewest]
     if short:
+        fewest = max(METRICS[metric].fewest for metric in short)
         raise UserError(
-            f"{name} has {count} images, {', '.join(short)} need at least "
-            f"{max(_FEWEST[metric] for metric in short)}: add images or choose other --metrics"
+            f"{name} has {count} images, {', '.join(short)} need at least {fewest}: add images or "
+            "choose other --metrics"
         )
 
 
@@ -244,6 +208,16 @@ def _check_dimensions(image_set: ImageSet, given: Gaussian | None, dimensions: i
             f"{image_set.name} has statistics of {given.dimensions}-dimensional features, the "
             f"graph gives {dimensions}: they were made with another graph or image size"
         )
+
+
+def _check_not_swapped(reference: ImageSet, samples: list[ImageSet]) -> None:
+    for sample in samples:
+        if sample.has_statistics and not reference.has_statistics:
+            raise UserError(
+                f"SAMPLE: {sample.name} holds statistics (mu, sigma), as a reference batch does, "
+                f"and the reference {reference.name} has none: are the two swapped? If not, make a "
+                "reference with make_reference.py"
+            )
 
 
 def _check_precision(image_set: ImageSet, chosen: Settings) -> None:
@@ -259,12 +233,13 @@ def _check_precision(image_set: ImageSet, chosen: Settings) -> None:
 class _Extractor:
     """Features of image sets, from the cache where there is one; given statistics stand."""
 
-    def __init__(self, engine: Engine, graph_digest: str, settings: Settings):
+    def __init__(self, engine: Engine, graph: Graph, settings: Settings):
         self._engine, self._settings = engine, settings
         self._cache = None
         if settings.cache_dir is not None:
-            how = f"{graph_digest} {engine.name} {settings.precision}"
+            how = f"{graph.digest} {engine.name} {settings.precision}"
             self._cache = FeatureCache(settings.cache_dir, how)
+            self._dimensions = len(graph.softmax_weights)
 
     def __call__(
         self, image_set: ImageSet, keep_spatial: bool = False, statistics_do: bool = False
@@ -287,7 +262,7 @@ class _Extractor:
         if self._cache is None:
             return self._extract(image_set, keep_spatial)
         path = self._cache.path(image_set.source, keep_spatial)
-        features = self._cache.load(path)
+        features = self._cache.load(path, len(image_set.source), self._dimensions)
         if features is None:
             features = self._extract(image_set, keep_spatial)
             self._cache.save(path, features)

@@ -12,10 +12,12 @@ import warnings
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import run_main, terminate_cleanly
 from esddpm_io.files import check_output_file
-from evaluations.evaluation import ALL_METRICS, PUBLISHED_METRICS, Settings, evaluate
+from evaluations.evaluation import evaluate
 from evaluations.features import BACKENDS, PRECISIONS
 from evaluations.neighbours import ARITHMETICS
 from evaluations.report import Names, as_json, lines, table
+from evaluations.scoring import ALL_METRICS, PUBLISHED_METRICS
+from evaluations.settings import Settings
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -74,8 +76,8 @@ def create_argparser() -> argparse.ArgumentParser:
         "--bootstrap",
         type=int,
         default=defaults.bootstrap,
-        metavar="REPEATS",
-        help="95 %% confidence intervals from this many draws (100 or more)",
+        metavar="GROUPS",
+        help="95 %% confidence intervals, from leaving out so many groups of samples in turn (40)",
     )
     what.add_argument("--seed", type=int, default=defaults.seed, help="of subsets and draws")
     out = parser.add_argument_group("output")

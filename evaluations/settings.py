@@ -1,0 +1,66 @@
+"""Everything but the images that decides the figures."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from esddpm_io.errors import UserError
+from evaluations.neighbours import ARITHMETICS
+from evaluations.scoring import METRICS, PUBLISHED_METRICS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keywords of `evaluate`.
+
+    metrics: names of `METRICS`. neighbour_arithmetic: `float16`, the published rounding of
+    distances for precision and recall, or `float32`. bootstrap: groups of samples that are left
+    out in turn for 95 % confidence intervals, 0 for none. allow_mixed_precision: let features of
+    another precision meet the reference's statistics.
+    """
+
+    inception_path: str | None = None
+    backend: str = "auto"
+    device: str = "auto"
+    precision: str = "float32"
+    metrics: tuple[str, ...] = PUBLISHED_METRICS
+    neighbour_arithmetic: str = "float16"
+    kid_subsets: int = 100
+    kid_subset_size: int = 1000
+    bootstrap: int = 0
+    seed: int = 0
+    batch_size: int = 64
+    cache_dir: str | None = None
+    allow_mixed_precision: bool = False
+
+    @classmethod
+    def of(cls, keywords: dict[str, object]) -> "Settings":
+        """The settings of a call; `UserError` for a keyword that there is not."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [name for name in keywords if name not in known]:
+            raise UserError(f"unknown setting {', '.join(unknown)}: choose from {', '.join(known)}")
+        return cls(**keywords)
+
+    def __post_init__(self):
+        metrics = (self.metrics,) if isinstance(self.metrics, str) else tuple(self.metrics)
+        object.__setattr__(self, "metrics", metrics)  # frozen, but this is its making
+        unknown = [str(name) for name in metrics if name not in METRICS]
+        if unknown or not metrics:
+            raise UserError(
+                f"--metrics {', '.join(unknown) or '(none)'}: choose from {', '.join(METRICS)}"
+            )
+        if self.neighbour_arithmetic not in ARITHMETICS:
+            raise UserError(
+                f"--neighbour_arithmetic {self.neighbour_arithmetic}: choose from "
+                f"{', '.join(ARITHMETICS)}"
+            )
+        for name, least in [
+            ("batch_size", 1),
+            ("bootstrap", 0),
+            ("seed", 0),
+            ("kid_subsets", 1),
+            ("kid_subset_size", 2),
+        ]:
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}")
+        if self.bootstrap == 1:
+            raise UserError("--bootstrap 1: an interval takes 2 groups or more, or 0 for none")
