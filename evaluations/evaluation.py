@@ -4,11 +4,13 @@ import dataclasses
 import os
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from esddpm_io.errors import UserError
 from esddpm_io.files import check_output_folder
+from evaluations.devices import extract_on_devices
 from evaluations.features import (
     Engine,
     Features,
@@ -72,7 +74,10 @@ def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
     _check_not_swapped(reference_set, sample_sets)
     for image_set in (reference_set, *sample_sets):
         image_set.source.check()
-    engine = choose_engine(graph, chosen.backend, chosen.precision, chosen.device)
+    for device in chosen.device_list:
+        check_engine("torch", chosen.precision, device)
+    backend = "torch" if chosen.devices else chosen.backend
+    engine = choose_engine(graph, backend, chosen.precision, chosen.device)
     told = _Warnings()
     about_reference = told(_doubts_about_images(reference_set, reference_set))
     early = [
@@ -234,12 +239,11 @@ class _Extractor:
     """Features of image sets, from the cache where there is one; given statistics stand."""
 
     def __init__(self, engine: Engine, graph: Graph, settings: Settings):
-        self._engine, self._settings = engine, settings
+        self._engine, self._graph, self._settings = engine, graph, settings
         self._cache = None
         if settings.cache_dir is not None:
             how = f"{graph.digest} {engine.name} {settings.precision}"
             self._cache = FeatureCache(settings.cache_dir, how)
-            self._dimensions = len(graph.softmax_weights)
 
     def __call__(
         self, image_set: ImageSet, keep_spatial: bool = False, statistics_do: bool = False
@@ -262,17 +266,31 @@ class _Extractor:
         if self._cache is None:
             return self._extract(image_set, keep_spatial)
         path = self._cache.path(image_set.source, keep_spatial)
-        features = self._cache.load(path, len(image_set.source), self._dimensions)
+        features = self._cache.load(path, len(image_set.source), len(self._graph.softmax_weights))
         if features is None:
-            features = self._extract(image_set, keep_spatial)
+            features = self._extract(image_set, keep_spatial, path)
             self._cache.save(path, features)
+            for share in path.parent.glob(f"{path.stem}-*{path.suffix}"):
+                share.unlink()
         return features
 
-    def _extract(self, image_set: ImageSet, keep_spatial: bool) -> Features:
-        return extract(
-            self._engine,
-            image_set.source,
-            name=os.path.basename(image_set.name),
-            batch_size=self._settings.batch_size,
-            keep_spatial=keep_spatial,
+    def _extract(
+        self, image_set: ImageSet, keep_spatial: bool, store: Path | None = None
+    ) -> Features:
+        settings = self._settings
+        options = {
+            "name": os.path.basename(image_set.name),
+            "batch_size": settings.batch_size,
+            "keep_spatial": keep_spatial,
+        }
+        if not settings.devices:
+            return extract(self._engine, image_set.source, **options)
+        return extract_on_devices(
+            image_set.images,
+            settings.device_list,
+            {"path": self._graph.path, "backend": "torch", "precision": settings.precision},
+            count=len(image_set.source),
+            dimensions=len(self._graph.softmax_weights),
+            store=store,
+            **options,
         )

@@ -47,6 +47,10 @@ def create_argparser() -> argparse.ArgumentParser:
         help="auto: the one that can use a GPU, else tensorflow, else torch",
     )
     graph.add_argument("--device", default=defaults.device, help="torch only: cpu, cuda, cuda:1 …")
+    graph.add_argument(
+        "--devices",
+        help="one process on each, as in 0,1 or cpu,cpu; torch only; the figures stay the same",
+    )
     graph.add_argument("--precision", choices=PRECISIONS, default=defaults.precision)
     graph.add_argument(
         "--allow_mixed_precision",

@@ -3,6 +3,8 @@
 import hashlib
 import importlib.util
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -218,18 +220,21 @@ def extract(
     batch_size: int = 64,
     keep_pool: bool = True,
     keep_spatial: bool = False,
+    share: tuple[int, int] | None = None,
 ) -> Features:
-    """Features of all images of `source`, which is read `batch_size` images at a time.
+    """Features of the images of `source`, all or those from `share[0]` to `share[1]` - 1.
+
+    `batch_size` images at a time are read, in the background while the network is busy.
 
     Memory: the pool features (and spatial ones) that are kept, and two covariances. `UserError`
     naming the image if a feature is NaN or infinite.
     """
     pool_moments, spatial_moments = RunningMoments(), RunningMoments()
     pools, spatials = [], []
-    with Progress(len(source), "images", f"features of {name}") as progress:
-        for start in range(0, len(source), batch_size):
-            stop = min(start + batch_size, len(source))
-            pool, spatial = flatten_outputs(*engine(source.read(start, stop)))
+    first, end = share or (0, len(source))
+    with Progress(end - first, "images", f"features of {name}") as progress:
+        for start, images in read_ahead(source, first, end, batch_size):
+            pool, spatial = flatten_outputs(*engine(images))
             _check_finite(pool, spatial, start, name)
             pool_moments.add(pool)
             spatial_moments.add(spatial)
@@ -237,13 +242,28 @@ def extract(
                 pools.append(pool)
             if keep_spatial:
                 spatials.append(spatial)
-            progress.update(stop - start)
+            progress.update(len(images))
     return Features(
         pool=np.concatenate(pools) if keep_pool else np.empty((0, pool.shape[1]), np.float32),
         pool_gaussian=pool_moments.gaussian(),
         spatial_gaussian=spatial_moments.gaussian(),
         spatial=np.concatenate(spatials) if keep_spatial else None,
     )
+
+
+def read_ahead(
+    source: ImageSource, start: int, stop: int, batch_size: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Batches uint8 [n, H, W, 3] and the index of their first image, read one ahead."""
+    with ThreadPoolExecutor(1) as reader:
+        waiting = None
+        for first in range(start, stop, batch_size):
+            batch = first, reader.submit(source.read, first, min(first + batch_size, stop))
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = batch
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
 
 
 def flatten_outputs(pool: np.ndarray, spatial: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

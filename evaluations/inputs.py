@@ -49,6 +49,7 @@ class ImageSet:
     pool_gaussian: Gaussian | None = None
     spatial_gaussian: Gaussian | None = None
     precision: str = "float32"
+    images: Images | None = None  # what it was opened from, for another process to open
 
     @property
     def has_statistics(self) -> bool:
@@ -63,18 +64,20 @@ def open_set(images: Images, *, flag: str) -> ImageSet:
     """
     if not isinstance(images, str | os.PathLike):
         images = _array(images, flag)
-        return ImageSet(f"array {list(images.shape)}", ArrayImages(images, flag=flag))
+        return ImageSet(
+            f"array {list(images.shape)}", ArrayImages(images, flag=flag), images=images
+        )
     name = str(images)
     source = open_images(images, flag=flag)
     if not name.endswith(".npz"):
-        return ImageSet(name, source)
+        return ImageSet(name, source, images=images)
     with NpzReader(images, flag=flag) as reader:
         pool = _given_gaussian(reader, "mu", "sigma", flag)
         spatial = _given_gaussian(reader, "mu_s", "sigma_s", flag)
         precision = "float32"
         if "feature_precision" in reader.names:
             precision = str(reader.array("feature_precision").reshape(-1)[0])
-    return ImageSet(name, source, pool, spatial, precision)
+    return ImageSet(name, source, pool, spatial, precision, images)
 
 
 def _array(images: object, flag: str) -> np.ndarray:

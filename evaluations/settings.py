@@ -15,12 +15,14 @@ class Settings:
     metrics: names of `METRICS`. neighbour_arithmetic: `float16`, the published rounding of
     distances for precision and recall, or `float32`. bootstrap: groups of samples that are left
     out in turn for 95 % confidence intervals, 0 for none. allow_mixed_precision: let features of
-    another precision meet the reference's statistics.
+    another precision meet the reference's statistics. devices: a process on each of several,
+    as in `cpu,cpu` or `0,1`, in place of `device`.
     """
 
     inception_path: str | None = None
     backend: str = "auto"
     device: str = "auto"
+    devices: str | None = None
     precision: str = "float32"
     metrics: tuple[str, ...] = PUBLISHED_METRICS
     neighbour_arithmetic: str = "float16"
@@ -62,5 +64,15 @@ class Settings:
         ]:
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}")
+        if self.devices is not None and (self.device != "auto" or self.backend == "tensorflow"):
+            raise UserError("--devices goes with neither --device nor --backend tensorflow")
+        if self.devices is not None and not self.device_list:
+            raise UserError("--devices: name one or more, as in 0,1 or cpu,cpu")
         if self.bootstrap == 1:
             raise UserError("--bootstrap 1: an interval takes 2 groups or more, or 0 for none")
+
+    @property
+    def device_list(self) -> list[str]:
+        """`devices` one by one, where a number is a CUDA device's; empty without."""
+        names = [name.strip() for name in (self.devices or "").split(",")]
+        return [f"cuda:{name}" if name.isdigit() else name for name in names if name]

@@ -503,6 +503,7 @@ def test_flags_and_defaults_are_frozen():
         "metric_name": None,
         "backend": "auto",
         "device": "auto",
+        "devices": None,
         "precision": "float32",
         "allow_mixed_precision": False,
         "batch_size": 64,
