@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import sys
 import tempfile
 import types
@@ -68,6 +69,8 @@ def open_binary(path: str | os.PathLike, *, flag: str = "") -> BinaryIO:
         except (sys.modules["blobfile"].Error, OSError, ValueError) as error:
             raise UserError(f"{prefix}cannot read {path}: {first_line(error)}") from error
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # to open one would wait for its writer
+            raise UserError(f"{prefix}cannot read {path}: it is a pipe, not a file")
         return open(Path(path), "rb")
     except FileNotFoundError as error:
         raise UserError(f"{prefix}there is no file {path}") from error

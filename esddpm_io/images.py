@@ -1,11 +1,12 @@
 """Images by index: out of an .npz, an .npy or a folder, and into PNGs and grids."""
 
+import contextlib
 import hashlib
 import math
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +18,7 @@ from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError
 from esddpm_io.files import blobfile, fingerprint_file, is_blob, open_binary
 from esddpm_io.npz import NpyReader, NpzReader
+from esddpm_io.progress import Progress
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _LABELLED_NAME = re.compile(r"\d+_label_(\d+)\.[^.]+$")
@@ -47,6 +49,12 @@ class ImageSource:
     def labels(self, start: int, stop: int) -> np.ndarray | None:
         """Their labels, int64 [n], or None if the source has none."""
         raise NotImplementedError
+
+    def check(self) -> None:
+        """`UserError`, naming the image, for what reading all of them would meet, at less cost.
+
+        Files of one array are checked as far as their headers go when they are opened.
+        """
 
     def fingerprint(self) -> str:
         """A hash that stays the same while the contents do, wherever the files lie."""
@@ -141,16 +149,40 @@ class _FolderImages(ImageSource):
         out = np.empty((stop - start, *self.shape[1:]), np.uint8)
         for row, name in enumerate(self._names[start:stop]):
             image = self._open(name)
-            if image.shape != out.shape[1:]:
-                raise UserError(
-                    f"{self._prefix}{self._path}/{name} is {image.shape[1]}x{image.shape[0]}, the "
-                    f"first image of the folder {self.shape[2]}x{self.shape[1]}"
-                )
+            self._check_size(name, *image.shape[:2])
             out[row] = image
         return out
 
     def labels(self, start: int, stop: int) -> np.ndarray | None:
         return None if self._labels is None else self._labels[start:stop]
+
+    def check(self) -> None:
+        """Every file is there, of one size, and whole as far as its format lets one see."""
+        with (
+            Progress(len(self), "images", f"checking {self._path}") as progress,
+            ThreadPoolExecutor(_FILES_AT_ONCE) as pool,
+        ):
+            sizes = pool.map(self._checked_size, self._names)
+            for name, size in zip(self._names, sizes, strict=True):
+                self._check_size(name, *size)
+                progress.update(1)
+
+    def _checked_size(self, name: str) -> tuple[int, int]:
+        with self._image(name) as image:
+            size = image.height, image.width
+            if image.format == "PNG":
+                image.verify()  # the CRCs of its chunks
+            else:
+                image.draft("RGB", (1, 1))  # a JPEG is then unpacked at an eighth of its size
+                image.load()
+        return size
+
+    def _check_size(self, name: str, height: int, width: int) -> None:
+        if (height, width) != self.shape[1:3]:
+            raise UserError(
+                f"{self._prefix}{self._path}/{name} is {width}x{height}, the first image of the "
+                f"folder {self.shape[2]}x{self.shape[1]}"
+            )
 
     def fingerprint(self) -> str:
         return self._digest_files(lambda path: fingerprint_file(path, flag=self._prefix[:-2]))
@@ -165,10 +197,16 @@ class _FolderImages(ImageSource):
         return _digest(f"{name}:{text}" for name, text in zip(self._names, found, strict=True))
 
     def _open(self, name: str) -> np.ndarray:
+        with self._image(name) as image:
+            return _to_rgb(image)
+
+    @contextlib.contextmanager
+    def _image(self, name: str) -> Iterator[Image.Image]:
         path = f"{self._path}/{name}"
         with open_binary(path, flag=self._prefix.rstrip(": ")) as stream:
             try:
-                return decode_image(stream)
+                with _opened(stream) as image:
+                    yield image
             except UserError as error:
                 raise UserError(f"{self._prefix}cannot read the image {path}: {error}") from error
 
@@ -179,6 +217,8 @@ def open_images(path: str | os.PathLike, *, flag: str) -> ImageSource:
     Raises `UserError`, naming `flag` and the file, if there is nothing there, no image in it, or
     an array that is not uint8 [N, H, W, 3].
     """
+    if not str(path):
+        raise UserError(f"{flag}: the path is empty")
     path = str(path).rstrip("/") or "/"
     if path.endswith(".npy"):
         return _NpyImages(path, flag)
@@ -197,17 +237,28 @@ def decode_image(file: str | os.PathLike | BinaryIO) -> np.ndarray:
     Grey and palettes become RGB, alpha is dropped, 16 bits a value become 8 (65535 is 255).
     Raises UserError, with the reason alone, for what is no whole image or has no known range.
     """
+    with _opened(file) as image:
+        return _to_rgb(image)
+
+
+@contextlib.contextmanager
+def _opened(file: str | os.PathLike | BinaryIO) -> Iterator[Image.Image]:
+    """The image in a file; what is wrong with it, in the block too, becomes a UserError."""
     try:
         with Image.open(file) as image:
-            if image.mode.startswith("I"):
-                image = _eight_bits(np.asarray(image))
-            elif image.mode == "F":
-                raise ValueError("floating-point values have no known range")
-            return np.asarray(image.convert("RGB"))
+            yield image
     except UnidentifiedImageError as error:
         raise UserError("not an image") from error
     except _BROKEN_IMAGE as error:
         raise UserError(f"{error}") from error
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):
+        image = _eight_bits(np.asarray(image))
+    elif image.mode == "F":
+        raise ValueError("floating-point values have no known range")
+    return np.asarray(image.convert("RGB"))
 
 
 def _eight_bits(values: np.ndarray) -> Image.Image:

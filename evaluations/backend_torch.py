@@ -28,6 +28,8 @@ _NORMALISATIONS = {
     "FusedBatchNormV3",
     "BiasAdd",
 }
+# What an operation that does not fit its attributes or inputs runs into
+_UNFIT = (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError)
 _PASSED_THROUGH = {"Identity", "CheckNumerics", "StopGradient"}
 
 
@@ -61,10 +63,10 @@ class TorchEngine:
             for name, function, inputs, finished in self._steps:
                 try:
                     values[name] = function(*(values[source] for source in inputs))
-                except RuntimeError as error:
+                except (RuntimeError, *_UNFIT) as error:
                     if isinstance(error, torch.OutOfMemoryError):
                         raise UserError(f"--batch_size {len(images)}: out of memory") from error
-                    first = str(error).strip().splitlines()[0]
+                    first = first_line(error)
                     raise UserError(
                         f"the graph failed on {images.shape} at {name}: {first}"
                     ) from error
@@ -80,14 +82,25 @@ class TorchEngine:
 
     def _source(self, reference: str) -> str:
         """The node behind an input, past nodes that hand on what they get."""
+        node = self._node(reference)
+        seen = {reference}
+        while node.op in _PASSED_THROUGH and node.name != IMAGES_NODE:
+            if not node.inputs:
+                raise UserError(f"{self._graph.path}: {node.name} has no input")
+            reference = node.inputs[0]
+            if reference in seen:
+                raise UserError(f"{self._graph.path}: {node.name} depends on itself")
+            seen.add(reference)
+            node = self._node(reference)
+        return node.name
+
+    def _node(self, reference: str) -> Node:
         name, _, output = reference.partition(":")
         if output not in ("", "0"):
             raise UserError(f"{self._graph.path}: output {output} of {name} is not supported")
-        node = self._graph.nodes.get(name)
-        if node is None:
+        if name not in self._graph.nodes:
             raise UserError(f"{self._graph.path}: there is no node {name}")
-        passes = node.op in _PASSED_THROUGH and name != IMAGES_NODE
-        return self._source(node.inputs[0]) if passes else name
+        return self._graph.nodes[name]
 
     def _sources(self, name: str) -> list[str]:
         """The nodes that a node takes its data from (`^name` is control only)."""
@@ -127,7 +140,7 @@ class TorchEngine:
                 function = self._folded_convolution(name, convolution)
                 sources = self._sources(convolution)
             else:
-                function = self._function(name, sources)
+                function = self._function(name)
             steps.append((name, function, [s for s in sources if s not in constants]))
         return self._with_lifetimes(steps)
 
@@ -147,9 +160,9 @@ class TorchEngine:
 
     def _constants(self, name: str) -> list[np.ndarray | None]:
         nodes = [self._graph.nodes[source] for source in self._sources(name)]
-        return [node.attributes.get("value") if node.op == "Const" else None for node in nodes]
+        return [self._graph.constant(node.name) if node.op == "Const" else None for node in nodes]
 
-    def _function(self, name: str, sources: list[str]) -> Function:
+    def _function(self, name: str) -> Function:
         node = self._graph.nodes[name]
         if node.op not in _BUILDERS:
             raise UserError(
@@ -157,9 +170,16 @@ class TorchEngine:
                 f"which is not among those known here ({', '.join(sorted(_BUILDERS))}); use "
                 "--backend tensorflow"
             )
+        return self._build(name, _BUILDERS[node.op])
+
+    def _build(self, name: str, build: Builder) -> Function:
+        node = self._graph.nodes[name]
         try:
-            return _BUILDERS[node.op](self, node, self._constants(name))
-        except (KeyError, TypeError, AttributeError) as error:
+            _check_steps(node)
+            return build(self, node, self._constants(name))
+        except UserError:
+            raise
+        except _UNFIT as error:
             raise UserError(
                 f"--backend torch: {self._graph.path}: the {node.op} node {name} lacks an "
                 f"attribute or a constant input ({error})"
@@ -179,9 +199,11 @@ class TorchEngine:
         return folded
 
     def _folded_convolution(self, name: str, convolution: str) -> Function:
-        scale, shift = _scale_and_shift(self._graph.nodes[name], self._constants(name))
-        kernel = self._constants(convolution)[1].astype(np.float64)
-        return _convolution(self, self._graph.nodes[convolution], kernel * scale, shift)
+        def build(engine: TorchEngine, node: Node, constants: list) -> Function:
+            scale, shift = _scale_and_shift(self._graph.nodes[name], self._constants(name))
+            return _convolution(engine, node, constants[1].astype(np.float64) * scale, shift)
+
+        return self._build(convolution, build)
 
 
 def _device(name: str) -> torch.device:
@@ -328,6 +350,13 @@ def _padded(
         return x, (totals[0] // 2, totals[1] // 2)
     (top, left), (height, width) = (total // 2 for total in totals), totals
     return F.pad(x, (left, width - left, top, height - top), value=fill), (0, 0)
+
+
+def _check_steps(node: Node) -> None:
+    """A window or a step of 0 is none."""
+    for name in ("strides", "ksize", "dilations"):
+        if min(node.attributes.get(name) or [1]) < 1:
+            raise ValueError(f"{name} {node.attributes[name]}")
 
 
 def _check_layout(node: Node) -> None:

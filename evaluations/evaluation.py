@@ -4,38 +4,29 @@ import dataclasses
 import os
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from esddpm_io.errors import UserError
 from esddpm_io.files import check_output_folder
+from evaluations.devices import extract_on_devices
 from evaluations.features import (
     Engine,
     Features,
     check_engine,
     choose_engine,
     extract,
+    graph_identity,
     load_graph,
 )
 from evaluations.graph_file import Graph
 from evaluations.inputs import FeatureCache, Images, ImageSet, open_set
 from evaluations.metrics import Value
 from evaluations.moments import Gaussian
-from evaluations.scoring import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, Scorer
+from evaluations.scoring import METRICS, Scorer
 from evaluations.settings import Settings
 
-_NEED_REFERENCE_POOL = {"precision", "recall", "kid", "density", "coverage"}
-# Fewest images on either side for which a metric is defined
-_FEWEST = {
-    "inception_score": 1,
-    "fid": 2,
-    "sfid": 2,
-    "precision": PRECISION_NEIGHBOURS + 1,
-    "recall": PRECISION_NEIGHBOURS + 1,
-    "kid": 2,
-    "density": DENSITY_NEIGHBOURS + 1,
-    "coverage": DENSITY_NEIGHBOURS + 1,
-}
 _LOOKED_AT = 64  # images whose values tell 0-1 from 0-255: one bright pixel is enough
 
 
@@ -62,7 +53,7 @@ class Evaluation:
     settings: Settings
     graph: str
     graph_sha256: str
-    is_inception: bool
+    identity: str
     backend: str
 
 
@@ -74,25 +65,32 @@ def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
     image goes through the graph, and the features of the reference are computed once.
     `UserError` (a `ValueError`) for anything the caller can put right.
     """
-    chosen = Settings(**settings)
+    chosen = Settings.of(settings)
     if not samples:
         raise UserError("SAMPLE: give at least one sample batch")
     reference_set = open_set(reference, flag="REF")
     sample_sets = [open_set(sample, flag="SAMPLE") for sample in samples]
     graph = _checked_graph(chosen, reference_set, *sample_sets)
-    engine = choose_engine(graph, chosen.backend, chosen.precision, chosen.device)
-    about_reference = _told(_doubts_about_images(reference_set, reference_set))
+    _check_not_swapped(reference_set, sample_sets)
+    for image_set in (reference_set, *sample_sets):
+        image_set.source.check()
+    for device in chosen.device_list:
+        check_engine("torch", chosen.precision, device)
+    backend = "torch" if chosen.devices else chosen.backend
+    engine = choose_engine(graph, backend, chosen.precision, chosen.device)
+    told = _Warnings()
+    about_reference = told(_doubts_about_images(reference_set, reference_set))
     early = [
-        [*about_reference, *_told(_doubts_about_images(one, reference_set))] for one in sample_sets
+        [*about_reference, *told(_doubts_about_images(one, reference_set))] for one in sample_sets
     ]
-    extractor = _Extractor(engine, graph.digest, chosen)
-    statistics_do = not _NEED_REFERENCE_POOL.intersection(chosen.metrics)
+    extractor = _Extractor(engine, graph, chosen)
+    statistics_do = not any(METRICS[name].needs_images for name in chosen.metrics)
     reference_features = extractor(reference_set, statistics_do=statistics_do)
-    singular = _told(_doubts_about_covariances(reference_set.name, reference_features, chosen))
+    singular = told(_doubts_about_covariances(reference_set.name, reference_features, chosen))
     results = []
     for image_set, notes in zip(sample_sets, early, strict=True):
         features = extractor(image_set, keep_spatial=chosen.bootstrap > 0)
-        notes += singular + _told(_doubts_about_covariances(image_set.name, features, chosen))
+        notes += singular + told(_doubts_about_covariances(image_set.name, features, chosen))
         weights = graph.softmax_weights
         results.append(_result(image_set, reference_features, features, weights, chosen, notes))
     return Evaluation(
@@ -101,7 +99,7 @@ def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
         settings=chosen,
         graph=graph.path,
         graph_sha256=graph.digest,
-        is_inception=graph.is_inception,
+        identity=graph_identity(graph),
         backend=engine.name,
     )
 
@@ -112,7 +110,7 @@ def check_inputs(reference: str, num_samples: int | None = None, **settings) -> 
     Reads headers and the graph, and loads no engine: for callers that have hours of work to do
     before they evaluate.
     """
-    chosen = Settings(**settings)
+    chosen = Settings.of(settings)
     _checked_graph(chosen, open_set(reference, flag="--ref_batch"))
     check_engine(chosen.backend, chosen.precision, chosen.device)
     if num_samples is not None:
@@ -132,11 +130,18 @@ def _checked_graph(chosen: Settings, *image_sets: ImageSet) -> Graph:
     return graph
 
 
-def _told(notes: list[str]) -> list[str]:
-    """Print warnings as soon as they are known; features may take hours."""
-    for note in notes:
-        print(f"warning: {note}", file=sys.stderr, flush=True)
-    return notes
+class _Warnings:
+    """Prints warnings as soon as they are known, for features may take hours; each of them once."""
+
+    def __init__(self):
+        self._told: set[str] = set()
+
+    def __call__(self, notes: list[str]) -> list[str]:
+        for note in notes:
+            if note not in self._told:
+                print(f"warning: {note}", file=sys.stderr, flush=True)
+        self._told.update(notes)
+        return notes
 
 
 def _doubts_about_images(image_set: ImageSet, reference: ImageSet) -> list[str]:
@@ -159,11 +164,8 @@ def _doubts_about_images(image_set: ImageSet, reference: ImageSet) -> list[str]:
 def _doubts_about_covariances(name: str, features: Features, chosen: Settings) -> list[str]:
     return [
         f"{name}: {singular}: the covariance is singular and {metric} comes out too high"
-        for metric, gaussian in (
-            ("fid", features.pool_gaussian),
-            ("sfid", features.spatial_gaussian),
-        )
-        if metric in chosen.metrics and (singular := gaussian.too_few())
+        for metric in chosen.metrics
+        if (which := METRICS[metric].gaussian) and (singular := getattr(features, which).too_few())
     ]
 
 
@@ -176,10 +178,19 @@ def _result(
     notes: list[str],
 ) -> Result:
     count = len(image_set.source)
-    scorer = Scorer(reference, samples, weights, chosen)
+    scorer = Scorer(
+        reference,
+        samples,
+        weights,
+        neighbour_arithmetic=chosen.neighbour_arithmetic,
+        kid_subsets=chosen.kid_subsets,
+        kid_subset_size=chosen.kid_subset_size,
+        seed=chosen.seed,
+    )
     try:
         values = {name: scorer.value(name) for name in chosen.metrics}
-        intervals = {name: scorer.interval(name) for name in chosen.metrics if chosen.bootstrap}
+        groups = chosen.bootstrap
+        intervals = {name: scorer.interval(name, groups) for name in chosen.metrics if groups}
     except ValueError as error:
         raise UserError(f"{image_set.name}: {error}") from error
     intervals = {name: interval for name, interval in intervals.items() if interval is not None}
@@ -187,11 +198,12 @@ def _result(
 
 
 def _check_count(name: str, count: int, chosen: tuple[str, ...]) -> None:
-    short = [metric for metric in chosen if count < _FEWEST[metric]]
+    short = [metric for metric in chosen if count < METRICS[metric].fewest]
     if short:
+        fewest = max(METRICS[metric].fewest for metric in short)
         raise UserError(
-            f"{name} has {count} images, {', '.join(short)} need at least "
-            f"{max(_FEWEST[metric] for metric in short)}: add images or choose other --metrics"
+            f"{name} has {count} images, {', '.join(short)} need at least {fewest}: add images or "
+            "choose other --metrics"
         )
 
 
@@ -201,6 +213,16 @@ def _check_dimensions(image_set: ImageSet, given: Gaussian | None, dimensions: i
             f"{image_set.name} has statistics of {given.dimensions}-dimensional features, the "
             f"graph gives {dimensions}: they were made with another graph or image size"
         )
+
+
+def _check_not_swapped(reference: ImageSet, samples: list[ImageSet]) -> None:
+    for sample in samples:
+        if sample.has_statistics and not reference.has_statistics:
+            raise UserError(
+                f"SAMPLE: {sample.name} holds statistics (mu, sigma), as a reference batch does, "
+                f"and the reference {reference.name} has none: are the two swapped? If not, make a "
+                "reference with make_reference.py"
+            )
 
 
 def _check_precision(image_set: ImageSet, chosen: Settings) -> None:
@@ -216,11 +238,11 @@ def _check_precision(image_set: ImageSet, chosen: Settings) -> None:
 class _Extractor:
     """Features of image sets, from the cache where there is one; given statistics stand."""
 
-    def __init__(self, engine: Engine, graph_digest: str, settings: Settings):
-        self._engine, self._settings = engine, settings
+    def __init__(self, engine: Engine, graph: Graph, settings: Settings):
+        self._engine, self._graph, self._settings = engine, graph, settings
         self._cache = None
         if settings.cache_dir is not None:
-            how = f"{graph_digest} {engine.name} {settings.precision}"
+            how = f"{graph.digest} {engine.name} {settings.precision}"
             self._cache = FeatureCache(settings.cache_dir, how)
 
     def __call__(
@@ -244,17 +266,31 @@ class _Extractor:
         if self._cache is None:
             return self._extract(image_set, keep_spatial)
         path = self._cache.path(image_set.source, keep_spatial)
-        features = self._cache.load(path)
+        features = self._cache.load(path, len(image_set.source), len(self._graph.softmax_weights))
         if features is None:
-            features = self._extract(image_set, keep_spatial)
+            features = self._extract(image_set, keep_spatial, path)
             self._cache.save(path, features)
+            for share in path.parent.glob(f"{path.stem}-*{path.suffix}"):
+                share.unlink()
         return features
 
-    def _extract(self, image_set: ImageSet, keep_spatial: bool) -> Features:
-        return extract(
-            self._engine,
-            image_set.source,
-            name=os.path.basename(image_set.name),
-            batch_size=self._settings.batch_size,
-            keep_spatial=keep_spatial,
+    def _extract(
+        self, image_set: ImageSet, keep_spatial: bool, store: Path | None = None
+    ) -> Features:
+        settings = self._settings
+        options = {
+            "name": os.path.basename(image_set.name),
+            "batch_size": settings.batch_size,
+            "keep_spatial": keep_spatial,
+        }
+        if not settings.devices:
+            return extract(self._engine, image_set.source, **options)
+        return extract_on_devices(
+            image_set.images,
+            settings.device_list,
+            {"path": self._graph.path, "backend": "torch", "precision": settings.precision},
+            count=len(image_set.source),
+            dimensions=len(self._graph.softmax_weights),
+            store=store,
+            **options,
         )

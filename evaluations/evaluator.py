@@ -16,7 +16,8 @@ from evaluations.evaluation import evaluate
 from evaluations.features import BACKENDS, PRECISIONS
 from evaluations.neighbours import ARITHMETICS
 from evaluations.report import Names, as_json, lines, table
-from evaluations.settings import ALL_METRICS, PUBLISHED_METRICS, Settings
+from evaluations.scoring import ALL_METRICS, PUBLISHED_METRICS
+from evaluations.settings import Settings
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -46,6 +47,10 @@ def create_argparser() -> argparse.ArgumentParser:
         help="auto: the one that can use a GPU, else tensorflow, else torch",
     )
     graph.add_argument("--device", default=defaults.device, help="torch only: cpu, cuda, cuda:1 …")
+    graph.add_argument(
+        "--devices",
+        help="one process on each, as in 0,1 or cpu,cpu; torch only; the figures stay the same",
+    )
     graph.add_argument("--precision", choices=PRECISIONS, default=defaults.precision)
     graph.add_argument(
         "--allow_mixed_precision",
@@ -75,8 +80,8 @@ def create_argparser() -> argparse.ArgumentParser:
         "--bootstrap",
         type=int,
         default=defaults.bootstrap,
-        metavar="REPEATS",
-        help="95 %% confidence intervals from this many draws (100 or more)",
+        metavar="GROUPS",
+        help="95 %% confidence intervals, from leaving out so many groups of samples in turn (40)",
     )
     what.add_argument("--seed", type=int, default=defaults.seed, help="of subsets and draws")
     out = parser.add_argument_group("output")

@@ -1,15 +1,20 @@
 """From images to features: finding the graph, choosing an engine, streaming the images through."""
 
+import hashlib
 import importlib.util
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from esddpm_io.atomic import write_json
 from esddpm_io.download import download
 from esddpm_io.errors import UserError
+from esddpm_io.files import open_binary, read_json
 from esddpm_io.images import ImageSource
 from esddpm_io.progress import Progress
 from evaluations.graph_file import (
@@ -26,6 +31,9 @@ GRAPH_NAME = "classify_image_graph_def.pb"
 GRAPH_URL = (
     f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_NAME}"
 )
+# Of the published file, as others have noted them; a download of our own is remembered besides
+GRAPH_BYTES, GRAPH_MD5 = 95_673_916, "e6bb154e85f5d4331c22abcddb5dcf31"
+PUBLISHED, UNVERIFIED, OTHER = "published", "unverified", "other"
 SPATIAL_CHANNELS = 7  # of mixed_6/conv: 17 x 17 x 7 = 2023 numbers, about as many as the pool's
 BACKENDS = ("auto", "tensorflow", "torch")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -73,11 +81,42 @@ def find_graph(path: str | None = None) -> str:
     if not cached.exists():
         try:
             download(GRAPH_URL, cached)
+            remember_graph(cached)
         except UserError as error:
             raise UserError(
                 f"{error}; the working directory or --inception_path will do as well"
             ) from error
     return str(cached)
+
+
+def remember_graph(path: str | os.PathLike) -> None:
+    """Note the SHA-256 of a graph that has just come from `GRAPH_URL`: it is the published one."""
+    with open_binary(path) as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    write_json(_known_graphs_path(), {GRAPH_NAME: digest})
+
+
+def _known_graphs_path() -> Path:
+    return cached_graph_path().with_name("known_graphs.json")
+
+
+def graph_identity(graph: Graph) -> str:
+    """`PUBLISHED`, `UNVERIFIED` (its nodes, of other or unknown weights) or `OTHER`.
+
+    The published graph is known by size and MD5, or by the SHA-256 of a download that
+    `remember_graph` has noted.
+    """
+    if not graph.has_inception_nodes:
+        return OTHER
+    known = read_json(_known_graphs_path())
+    if isinstance(known, dict) and known.get(GRAPH_NAME) == graph.digest:
+        return PUBLISHED
+    with open_binary(graph.path, flag="--inception_path") as stream:
+        if stream.seek(0, os.SEEK_END) != GRAPH_BYTES:
+            return UNVERIFIED
+        stream.seek(0)
+        digest = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False))
+    return PUBLISHED if digest.hexdigest() == GRAPH_MD5 else UNVERIFIED
 
 
 def load_graph(path: str | None = None) -> Graph:
@@ -94,7 +133,7 @@ def load_graph(path: str | None = None) -> Graph:
         )
     try:
         has_weights = np.ndim(graph.softmax_weights) == 2
-    except (IndexError, KeyError):
+    except (IndexError, KeyError, UserError):
         has_weights = False
     if not has_weights:
         raise UserError(f"--inception_path: {LOGITS_NODE} of {path} has no weights")
@@ -181,18 +220,21 @@ def extract(
     batch_size: int = 64,
     keep_pool: bool = True,
     keep_spatial: bool = False,
+    share: tuple[int, int] | None = None,
 ) -> Features:
-    """Features of all images of `source`, which is read `batch_size` images at a time.
+    """Features of the images of `source`, all or those from `share[0]` to `share[1]` - 1.
+
+    `batch_size` images at a time are read, in the background while the network is busy.
 
     Memory: the pool features (and spatial ones) that are kept, and two covariances. `UserError`
     naming the image if a feature is NaN or infinite.
     """
     pool_moments, spatial_moments = RunningMoments(), RunningMoments()
     pools, spatials = [], []
-    with Progress(len(source), "images", f"features of {name}") as progress:
-        for start in range(0, len(source), batch_size):
-            stop = min(start + batch_size, len(source))
-            pool, spatial = flatten_outputs(*engine(source.read(start, stop)))
+    first, end = share or (0, len(source))
+    with Progress(end - first, "images", f"features of {name}") as progress:
+        for start, images in read_ahead(source, first, end, batch_size):
+            pool, spatial = flatten_outputs(*engine(images))
             _check_finite(pool, spatial, start, name)
             pool_moments.add(pool)
             spatial_moments.add(spatial)
@@ -200,13 +242,28 @@ def extract(
                 pools.append(pool)
             if keep_spatial:
                 spatials.append(spatial)
-            progress.update(stop - start)
+            progress.update(len(images))
     return Features(
         pool=np.concatenate(pools) if keep_pool else np.empty((0, pool.shape[1]), np.float32),
         pool_gaussian=pool_moments.gaussian(),
         spatial_gaussian=spatial_moments.gaussian(),
         spatial=np.concatenate(spatials) if keep_spatial else None,
     )
+
+
+def read_ahead(
+    source: ImageSource, start: int, stop: int, batch_size: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Batches uint8 [n, H, W, 3] and the index of their first image, read one ahead."""
+    with ThreadPoolExecutor(1) as reader:
+        waiting = None
+        for first in range(start, stop, batch_size):
+            batch = first, reader.submit(source.read, first, min(first + batch_size, stop))
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = batch
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
 
 
 def flatten_outputs(pool: np.ndarray, spatial: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,14 +8,15 @@ promises never to change.
 
 import dataclasses
 import hashlib
+import math
 import os
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from esddpm_io.errors import UserError
+from esddpm_io.files import open_binary
 
 # The nodes that the metrics are defined on
 IMAGES_NODE = "ExpandDims"  # fed with float NHWC pixels 0-255
@@ -38,6 +39,7 @@ _DTYPES = {
     19: np.dtype("<f2"),
 }
 _DT_STRING = 7
+_MOST_VALUES = 1 << 27  # of a tensor that is told by one value; the largest real one has 2 million
 
 # What reading a file that is no graph, or half a one, runs into
 _BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, struct.error)
@@ -71,24 +73,32 @@ class Graph:
         return self.constant(self.nodes[LOGITS_NODE].inputs[1])
 
     @property
-    def is_inception(self) -> bool:
-        """Whether this is the 2015 Inception network (whatever its weights)."""
+    def has_inception_nodes(self) -> bool:
+        """Whether this is the 2015 Inception network by its nodes, whatever its weights."""
         return "mixed_10/join" in self.nodes and self.softmax_weights.shape == (2048, 1008)
 
     def constant(self, name: str) -> np.ndarray:
         """The value of the Const node `name`, through any Identity before it."""
         node = self.nodes[name.removesuffix(":0")]
+        seen = set()
         while node.op == "Identity":
+            if node.name in seen:
+                raise UserError(f"{self.path}: {node.name} depends on itself")
+            seen.add(node.name)
             node = self.nodes[node.inputs[0].removesuffix(":0")]
         if node.op != "Const":
             raise UserError(f"{self.path}: {name} is a {node.op}, a Const was expected")
-        return node.attributes["value"]
+        value = node.attributes.get("value")
+        if not isinstance(value, np.ndarray):
+            raise UserError(f"{self.path}: the Const {node.name} has no numbers")
+        return value
 
 
 def read_graph(path: str | os.PathLike, *, flag: str = "--inception_path") -> Graph:
     """Read the frozen graph at `path`; `UserError` naming `flag` if it is missing or broken."""
     try:
-        data = Path(path).read_bytes()
+        with open_binary(path, flag=flag) as stream:
+            data = stream.read()
     except OSError as error:
         raise UserError(f"{flag}: cannot read {path}: {error.strerror}") from error
     try:
@@ -223,7 +233,9 @@ def _tensor(data: memoryview) -> np.ndarray | bytes | None:
 
 def _spread(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Values fill the shape in order; the last one is repeated to its end, none means zeros."""
-    size = int(np.prod(shape, dtype=np.int64))
+    size = math.prod(shape)
+    if not 0 <= size <= _MOST_VALUES or min(shape, default=0) < 0:
+        raise ValueError(f"a tensor of shape {list(shape)}")
     full = np.zeros(size, values.dtype)
     full[: len(values)] = values
     if len(values):

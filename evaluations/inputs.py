@@ -28,7 +28,7 @@ class ArrayImages(ImageSource):
         self._images = images
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        return self._images[start:stop]
+        return np.ascontiguousarray(self._images[start:stop])  # PyTorch takes no negative strides
 
     def labels(self, start: int, stop: int) -> None:
         return None
@@ -49,6 +49,7 @@ class ImageSet:
     pool_gaussian: Gaussian | None = None
     spatial_gaussian: Gaussian | None = None
     precision: str = "float32"
+    images: Images | None = None  # what it was opened from, for another process to open
 
     @property
     def has_statistics(self) -> bool:
@@ -61,19 +62,34 @@ def open_set(images: Images, *, flag: str) -> ImageSet:
     An .npz may hold `mu`, `sigma` (pool) and `mu_s`, `sigma_s` (spatial): they are used as they
     stand.
     """
-    if isinstance(images, np.ndarray):
-        return ImageSet(f"array {list(images.shape)}", ArrayImages(images, flag=flag))
+    if not isinstance(images, str | os.PathLike):
+        images = _array(images, flag)
+        return ImageSet(
+            f"array {list(images.shape)}", ArrayImages(images, flag=flag), images=images
+        )
     name = str(images)
     source = open_images(images, flag=flag)
     if not name.endswith(".npz"):
-        return ImageSet(name, source)
+        return ImageSet(name, source, images=images)
     with NpzReader(images, flag=flag) as reader:
         pool = _given_gaussian(reader, "mu", "sigma", flag)
         spatial = _given_gaussian(reader, "mu_s", "sigma_s", flag)
         precision = "float32"
         if "feature_precision" in reader.names:
             precision = str(reader.array("feature_precision").reshape(-1)[0])
-    return ImageSet(name, source, pool, spatial, precision)
+    return ImageSet(name, source, pool, spatial, precision, images)
+
+
+def _array(images: object, flag: str) -> np.ndarray:
+    """A NumPy array, or what can be seen as one, such as a tensor on the CPU."""
+    if not hasattr(images, "__array__"):
+        raise UserError(
+            f"{flag} is a {type(images).__name__}: give a path or a uint8 array [N, H, W, 3]"
+        )
+    try:
+        return np.asarray(images)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise UserError(f"{flag} cannot be seen as a NumPy array: {error}") from error
 
 
 def _given_gaussian(reader: NpzReader, mean: str, covariance: str, flag: str) -> Gaussian | None:
@@ -114,18 +130,24 @@ class FeatureCache:
         return self._folder / f"{kind}-{digest.hexdigest()[:32]}.npz"
 
     @staticmethod
-    def load(path: Path) -> Features | None:
-        """The features in the file, or None if it is not there."""
+    def load(path: Path, count: int, dimensions: int) -> Features | None:
+        """The features of `count` images, `dimensions` of the pool, or None if they are not there.
+
+        What does not fit these numbers, or itself, is as if it were not there.
+        """
         if not path.exists():
             return None
         try:
             with NpzReader(path, flag="--cache_dir") as reader:
-                return Features(
+                features = Features(
                     reader.array("pool"),
                     _read_gaussian(reader, "pool"),
                     _read_gaussian(reader, "spatial"),
                     reader.array("spatial") if "spatial" in reader.names else None,
                 )
+            if not _is_sound(features, count, dimensions):
+                raise UserError(f"--cache_dir: {path} holds other numbers than it should")
+            return features
         except UserError as error:
             warnings.warn(f"cached features are made anew: {error}", stacklevel=2)
             return None
@@ -153,3 +175,26 @@ def _read_gaussian(reader: NpzReader, name: str) -> Gaussian:
     }
     count = int(reader.array(f"{name}_count"))
     return Gaussian(reader.array(f"{name}_mean"), count=count, **fields)
+
+
+def _is_sound(features: Features, count: int, dimensions: int) -> bool:
+    """Whether features read from a file are of so many images, finite, and fit their moments."""
+    pool, spatial = features.pool, features.spatial
+    gaussians = features.pool_gaussian, features.spatial_gaussian
+    shapes = pool.shape == (count, dimensions) == (len(pool), features.pool_gaussian.dimensions)
+    if spatial is not None:
+        shapes = shapes and spatial.shape == (count, features.spatial_gaussian.dimensions)
+    return (
+        shapes
+        and all(one.count == count and _has_shape(one) and one.is_finite() for one in gaussians)
+        and all(array is None or bool(np.isfinite(array).all()) for array in (pool, spatial))
+        and np.allclose(pool.mean(axis=0, dtype=np.float64), gaussians[0].mean, rtol=1e-6)
+    )
+
+
+def _has_shape(gaussian: Gaussian) -> bool:
+    width = gaussian.dimensions
+    if gaussian.rows is None:
+        covariance = gaussian.covariance
+        return covariance is not None and covariance.shape == (width, width)
+    return gaussian.rows.shape == (gaussian.count, width)

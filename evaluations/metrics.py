@@ -4,11 +4,12 @@ The distance of Gaussians is in `moments`, what counts neighbours in `neighbours
 here as well, so that this module has every metric.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import log_softmax
+from scipy.special import log_softmax, stdtrit
 
 from evaluations.moments import Gaussian, RunningMoments, frechet_distance, gaussian_of
 from evaluations.neighbours import density_coverage, neighbour_radii, precision_recall
@@ -17,17 +18,18 @@ __all__ = [
     "Gaussian",
     "RunningMoments",
     "Value",
-    "bootstrap_interval",
     "density_coverage",
     "frechet_distance",
     "gaussian_of",
     "inception_score",
+    "jackknife_interval",
     "kernel_distance",
     "neighbour_radii",
     "precision_recall",
 ]
 
 INCEPTION_SPLIT = 5000  # images a block of the published Inception score
+_KERNEL_ROWS = 1024  # of pairs at a time, which bounds the memory of a kernel's sum
 
 
 @dataclass(frozen=True)
@@ -67,51 +69,76 @@ def kernel_distance(
     """Kernel distance KID (Bińkowski et al. 2018), mean and deviation over random subsets.
 
     Each is the unbiased squared maximum mean discrepancy of `subset_size` rows of `reference` and
-    of `samples` [N, D], drawn without replacement, under the cubic kernel (xy / D + 1)^3. Fewer
-    rows than that: subsets of the smaller set's size. `ValueError` if that is under 2.
+    of `samples` [N, D], drawn without replacement, under the cubic kernel (xy / D + 1)^3.
+
+    A set of no more rows than that has only one such subset: the value is then that of all rows
+    of both sets. The deviation is None there and wherever a set has less than twice `subset_size`
+    rows: subsets that share most of their rows differ by less than independent ones would.
+    `ValueError` if either side has fewer than 2 rows.
     """
-    size = min(subset_size, len(reference), len(samples))
-    if size < 2:
+    fewest = min(len(reference), len(samples))
+    if fewest < 2:
         raise ValueError("the kernel distance needs at least 2 images on either side")
+    if fewest <= subset_size:
+        return Value(_unbiased_mmd2(reference, samples))
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(subsets):
-        x = reference[rng.choice(len(reference), size, replace=False)]
-        y = samples[rng.choice(len(samples), size, replace=False)]
+        x = reference[rng.choice(len(reference), subset_size, replace=False)]
+        y = samples[rng.choice(len(samples), subset_size, replace=False)]
         values.append(_unbiased_mmd2(x, y))
-    return Value(float(np.mean(values)), float(np.std(values)))
+    means_something = fewest >= 2 * subset_size and subsets > 1
+    return Value(float(np.mean(values)), float(np.std(values)) if means_something else None)
 
 
 def _unbiased_mmd2(x: np.ndarray, y: np.ndarray) -> float:
-    """Squared maximum mean discrepancy of rows [n, D] each; a row never meets itself."""
-    n = len(x)
+    """Squared maximum mean discrepancy of rows [n, D] and [m, D]; a row never meets itself."""
 
-    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return ((a @ b.T).astype(np.float64) / a.shape[1] + 1.0) ** 3
+    def within(a: np.ndarray) -> float:
+        own = (np.einsum("nd,nd->n", a, a, dtype=np.float64) / a.shape[1] + 1.0) ** 3
+        return (_kernel_sum(a, a) - own.sum()) / (len(a) * (len(a) - 1))
 
-    xx, yy = kernel(x, x), kernel(y, y)
-    within = xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)
-    return within / (n * (n - 1)) - 2.0 * kernel(x, y).mean()
+    return float(within(x) + within(y) - 2.0 * _kernel_sum(x, y) / (len(x) * len(y)))
 
 
-def bootstrap_interval(
+def _kernel_sum(a: np.ndarray, b: np.ndarray) -> float:
+    """The cubic kernel summed over all pairs of rows, a block of them at a time."""
+    total = 0.0
+    for start in range(0, len(a), _KERNEL_ROWS):
+        products = (a[start : start + _KERNEL_ROWS] @ b.T).astype(np.float64)
+        total += ((products / a.shape[1] + 1.0) ** 3).sum()
+    return total
+
+
+def jackknife_interval(
     estimate: Callable[[np.ndarray], float],
     count: int,
     *,
-    repeats: int,
+    groups: int,
+    logarithmic: bool = False,
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Confidence interval of a metric by drawing its `count` points anew (Efron 1979).
+    """Confidence interval of a metric from leaving out groups of its rows (Tukey 1958).
 
-    `estimate` takes row indices int64 [count] and returns the metric of these rows. The interval
-    is t - (upper, lower quantile of d - mean d), with t the metric of all rows and d those of
-    rows drawn with replacement. Distances between distributions grow when rows come twice, hence
-    the mean: the interval is about t, the figure one gets from `count` rows.
+    `estimate` takes row indices int64 and returns the metric of these rows. With t the metric of
+    all `count` rows and t_j that without group j of g, the variance is (g - 1) / g times the sum
+    of (t_j - mean)^2 and the interval t plus and minus Student's quantile of g - 1 degrees times
+    its root. It is about the figure that one gets on average from `count` rows. `logarithmic`:
+    all that is done to the logarithm, for positive metrics whose spread grows with their value.
+
+    Rows are never drawn twice, as the bootstrap does: distances between distributions grow with
+    repeated rows, which makes its intervals too wide.
     """
-    rng = np.random.default_rng(seed)
-    whole = estimate(np.arange(count))
-    drawn = np.array([estimate(rng.integers(0, count, count)) for _ in range(repeats)])
-    tail = (1.0 - level) / 2.0
-    low, high = np.quantile(drawn - drawn.mean(), [tail, 1.0 - tail])
-    return float(whole - high), float(whole - low)
+    groups = min(groups, count)
+    order = np.random.default_rng(seed).permutation(count)
+    scale, back = (np.log, np.exp) if logarithmic else (float, float)
+    whole = scale(estimate(np.arange(count)))
+    bounds = np.linspace(0, count, groups + 1).astype(int)
+    without = [
+        scale(estimate(np.sort(np.delete(order, slice(*bound)))))
+        for bound in itertools.pairwise(bounds)
+    ]
+    deviation = np.sqrt((groups - 1) * np.var(without))
+    half_width = float(stdtrit(groups - 1, (1.0 + level) / 2.0) * deviation)
+    return float(back(whole - half_width)), float(back(whole + half_width))

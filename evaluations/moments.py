@@ -108,6 +108,27 @@ class RunningMoments:
         self._count = total
 
 
+def merged(gaussians: list[Gaussian]) -> Gaussian:
+    """The Gaussian of several sets of samples together; each has a `count`."""
+    if len(gaussians) == 1:
+        return gaussians[0]
+    total = sum(one.count for one in gaussians)
+    mean = sum(one.mean * (one.count / total) for one in gaussians)
+    parts = []
+    for one in gaussians:
+        # Rows of one set's spread about its own mean, and what that mean lies off the common one
+        shift = (one.mean - mean) * np.sqrt(one.count / (total - 1))
+        parts += [(one, (max(one.count - 1, 1)) / (total - 1)), (shift, 1.0)]
+    if total <= gaussians[0].dimensions:
+        rows = [np.sqrt(w) * p.rows if isinstance(p, Gaussian) else p[None] for p, w in parts]
+        return Gaussian(mean, rows=np.concatenate(rows), count=total)
+    covariance = np.zeros((len(mean), len(mean)))
+    for part, weight in parts:
+        own = part.full_covariance() if isinstance(part, Gaussian) else np.outer(part, part)
+        covariance += weight * own
+    return Gaussian(mean, covariance, count=total)
+
+
 def gaussian_of(features: np.ndarray) -> Gaussian:
     """The Gaussian of the rows of `features` [N, D]."""
     moments = RunningMoments()

@@ -5,33 +5,26 @@ import os
 import re
 
 from evaluations.evaluation import Evaluation, Result
+from evaluations.features import OTHER, PUBLISHED
+from evaluations.scoring import METRICS
 
-# For each metric: its published name, and its name and JSON key with another graph than Inception
-_NAMES = {
-    "inception_score": ("Inception Score", "Classifier score", "classifier_score"),
-    "fid": ("FID", "Frechet distance", "frechet_distance"),
-    "sfid": ("sFID", "Spatial Frechet distance", "spatial_frechet_distance"),
-    "precision": ("Precision", "Precision", "precision"),
-    "recall": ("Recall", "Recall", "recall"),
-    "kid": ("KID", "Kernel distance", "kernel_distance"),
-    "density": ("Density", "Density", "density"),
-    "coverage": ("Coverage", "Coverage", "coverage"),
-}
 _IS_FID = re.compile(r"\s*s?FID\s*", re.IGNORECASE)
 
 
 class Names:
     """What to call the metrics.
 
-    The graph decides: figures of the 2015 Inception network have their published names, whatever
-    `metric_name` says. With any other graph they are not FID and must not be called so: they are
+    The graph decides: figures of the published 2015 Inception graph have their published names,
+    whatever `metric_name` says. Of a graph that has its nodes but is not known to have its weights
+    they are `FID (unverified graph)` and the like. With any other graph they are
     `Frechet distance (FEATURES)` and the like, where FEATURES is what stands in the brackets of
     `metric_name` or, where that is not given or is FID, the graph's file name.
     """
 
     def __init__(self, evaluation: Evaluation, metric_name: str | None = None):
-        self._published = evaluation.is_inception
-        self.features = "Inception 2015"
+        self._published = evaluation.identity != OTHER
+        self._known = evaluation.identity == PUBLISHED
+        self.features = "Inception 2015" if self._known else "unverified graph"
         if not self._published:
             stem = os.path.splitext(os.path.basename(evaluation.graph))[0].replace("_", " ")
             given = re.search(r"\((.+)\)", metric_name or "")
@@ -39,18 +32,20 @@ class Names:
             self.features = stem if name is None or _IS_FID.fullmatch(name) else name
 
     def label(self, metric: str) -> str:
-        published, other, _ = _NAMES[metric]
-        return published if self._published else f"{other} ({self.features})"
+        names = METRICS[metric]
+        if self._known:
+            return names.published
+        return f"{names.published if self._published else names.other} ({self.features})"
 
     def key(self, metric: str) -> str:
-        return metric if self._published else _NAMES[metric][2]
+        return metric if self._published else METRICS[metric].key
 
 
 def lines(result: Result, names: Names) -> list[str]:
-    """`Name: value`, one a metric, in the order asked for; by default the five published lines."""
+    """`Name: value`, one a metric, in the order asked for, to 6 digits (JSON has all of them)."""
     out = []
     for metric, value in result.metrics.items():
-        text = f"{names.label(metric)}: {value.value}"
+        text = f"{names.label(metric)}: {value.value:.6g}"
         if metric in result.intervals:
             low, high = result.intervals[metric]
             text += f" (95 % interval {low:.6g} to {high:.6g})"
@@ -87,6 +82,7 @@ def as_json(evaluation: Evaluation, names: Names) -> dict:
         "reference": evaluation.reference,
         "features": names.features,
         "graph_sha256": evaluation.graph_sha256,
+        "graph": evaluation.identity,
         "settings": settings,
         "results": [_result_json(result, names) for result in evaluation.results],
     }

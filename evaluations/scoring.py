@@ -1,16 +1,17 @@
-"""Every metric of one pair of feature sets, by its name, with its confidence interval."""
+"""Every metric of one pair of feature sets: the table of metrics, and what they share."""
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from evaluations import metrics
 from evaluations.features import Features
 from evaluations.metrics import Value
-from evaluations.settings import Settings
 
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5  # the papers' choices
+Estimate = Callable[[np.ndarray], float]  # the metric of the sample rows int64 [n] that it is given
 
 
 class Scorer:
@@ -21,78 +22,159 @@ class Scorer:
         reference: Features,
         samples: Features,
         softmax_weights: np.ndarray,
-        settings: Settings,
+        *,
+        neighbour_arithmetic: str,
+        kid_subsets: int,
+        kid_subset_size: int,
+        seed: int,
     ):
-        self._reference, self._samples = reference, samples
-        self._weights, self._settings = softmax_weights, settings
+        self.reference, self.samples, self.weights = reference, samples, softmax_weights
+        self._arithmetic = neighbour_arithmetic
+        self._kid_subsets, self._kid_subset_size = kid_subsets, kid_subset_size
+        self._seed = seed
 
     def value(self, name: str) -> Value:
         """The metric `name` of all images."""
-        if name == "inception_score":
-            return metrics.inception_score(self._samples.pool, self._weights)
-        if name == "fid":
-            return Value(self._frechet("pool_gaussian", self._samples.pool_gaussian))
-        if name == "sfid":
-            return Value(self._frechet("spatial_gaussian", self._samples.spatial_gaussian))
-        if name == "kid":
-            return metrics.kernel_distance(
-                self._reference.pool,
-                self._samples.pool,
-                self._settings.kid_subsets,
-                self._settings.kid_subset_size,
-                self._settings.seed,
-            )
-        return Value(float(self._points(name).mean()))
+        return METRICS[name].value(self)
 
-    def interval(self, name: str) -> tuple[float, float] | None:
-        """Its 95 % interval from the bootstrap, or None where that does not apply.
+    def interval(self, name: str, groups: int) -> tuple[float, float] | None:
+        """Its 95 % interval (see `metrics.jackknife_interval`), None where there is none.
 
-        Samples are drawn anew, except for recall and coverage, which are shares of the reference
-        points; the reference's statistics and all neighbours' radii stay as they are. Not for the
-        kernel distance: it is only unbiased if no image meets itself, and it has its deviation
-        over subsets.
+        Samples are left out; the reference, its statistics and its radii stay as they are.
         """
-        if name == "kid":
+        metric, count = METRICS[name], len(self.samples.pool)
+        if metric.resampled is None or count < 3:
             return None
-        estimate, count = self._estimator(name)
-        return metrics.bootstrap_interval(
-            estimate, count, repeats=self._settings.bootstrap, seed=self._settings.seed
+        logarithmic = metric.gaussian is not None
+        if logarithmic and not self.value(name).value > 0:  # of a set against itself
+            return None
+        return metrics.jackknife_interval(
+            metric.resampled(self), count, groups=groups, logarithmic=logarithmic, seed=self._seed
         )
 
-    def _estimator(self, name: str) -> tuple[Callable[[np.ndarray], float], int]:
-        """The metric as a function of the rows drawn, and the number of rows there are."""
-        pool, spatial = self._samples.pool, self._samples.spatial
-        if name == "inception_score":
-            return lambda rows: metrics.inception_score(pool[rows], self._weights).value, len(pool)
-        if name == "fid":
-            return lambda rows: self._frechet("pool_gaussian", pool[rows]), len(pool)
-        if name == "sfid":
-            return lambda rows: self._frechet("spatial_gaussian", spatial[rows]), len(spatial)
-        points = self._points(name)
-        return lambda rows: float(points[rows].mean()), len(points)
+    def frechet(self, which: str) -> Value:
+        gaussians = (getattr(one, f"{which}_gaussian") for one in (self.reference, self.samples))
+        return Value(metrics.frechet_distance(*gaussians))
 
-    def _frechet(self, which: str, samples: metrics.Gaussian | np.ndarray) -> float:
-        if isinstance(samples, np.ndarray):
-            samples = metrics.gaussian_of(samples)
-        return metrics.frechet_distance(getattr(self._reference, which), samples)
+    def frechet_of_rows(self, which: str) -> Estimate:
+        reference = getattr(self.reference, f"{which}_gaussian")
+        features = getattr(self.samples, which)
+        return lambda rows: metrics.frechet_distance(reference, metrics.gaussian_of(features[rows]))
 
-    def _points(self, name: str) -> np.ndarray:
-        """The share of each point in a metric that is a mean over points."""
-        if name in ("precision", "recall"):
-            return self._precision_recall[name == "recall"]
-        return self._density_coverage[name == "coverage"]
+    def kernel_distance(self) -> Value:
+        pools = self.reference.pool, self.samples.pool
+        return metrics.kernel_distance(*pools, self._kid_subsets, self._kid_subset_size, self._seed)
 
     @functools.cached_property
-    def _precision_recall(self) -> tuple[np.ndarray, np.ndarray]:
-        return metrics.precision_recall(
-            self._reference.pool,
-            self._samples.pool,
-            PRECISION_NEIGHBOURS,
-            self._settings.neighbour_arithmetic,
-        )
+    def precision_recall(self) -> tuple[np.ndarray, np.ndarray]:
+        pools = self.reference.pool, self.samples.pool
+        return metrics.precision_recall(*pools, PRECISION_NEIGHBOURS, self._arithmetic)
 
     @functools.cached_property
-    def _density_coverage(self) -> tuple[np.ndarray, np.ndarray]:
-        return metrics.density_coverage(
-            self._reference.pool, self._samples.pool, DENSITY_NEIGHBOURS
-        )
+    def density_coverage(self) -> tuple[np.ndarray, np.ndarray]:
+        pools = self.reference.pool, self.samples.pool
+        return metrics.density_coverage(*pools, DENSITY_NEIGHBOURS)
+
+
+def _mean(points: np.ndarray) -> Value:
+    return Value(float(points.mean()))
+
+
+def _mean_of_rows(points: np.ndarray) -> Estimate:
+    return lambda rows: float(points[rows].mean())
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: adding one is adding an entry to `METRICS`.
+
+    published: its name with the 2015 Inception network. other, key: its name and JSON key with
+    another graph. fewest: images on either side for which it is defined. value: of a `Scorer`.
+    needs_images: whether the reference's images are needed, not only its statistics. gaussian: the
+    Gaussian that it compares, if it does. resampled: the metric as a function of sample rows, from
+    which its interval comes; None for those whose error leaving out samples does not tell: recall
+    and coverage are shares of the reference's points, the Inception score is too skewed (intervals
+    cover 84 % where it is near 1), and KID has its deviation over subsets.
+    """
+
+    published: str
+    other: str
+    key: str
+    fewest: int
+    value: Callable[[Scorer], Value]
+    resampled: Callable[[Scorer], Estimate] | None = None
+    needs_images: bool = False
+    gaussian: str | None = None
+
+
+METRICS = {
+    "inception_score": Metric(
+        "Inception Score",
+        "Classifier score",
+        "classifier_score",
+        fewest=1,
+        value=lambda s: metrics.inception_score(s.samples.pool, s.weights),
+    ),
+    "fid": Metric(
+        "FID",
+        "Frechet distance",
+        "frechet_distance",
+        fewest=2,
+        value=lambda s: s.frechet("pool"),
+        resampled=lambda s: s.frechet_of_rows("pool"),
+        gaussian="pool_gaussian",
+    ),
+    "sfid": Metric(
+        "sFID",
+        "Spatial Frechet distance",
+        "spatial_frechet_distance",
+        fewest=2,
+        value=lambda s: s.frechet("spatial"),
+        resampled=lambda s: s.frechet_of_rows("spatial"),
+        gaussian="spatial_gaussian",
+    ),
+    "precision": Metric(
+        "Precision",
+        "Precision",
+        "precision",
+        fewest=PRECISION_NEIGHBOURS + 1,
+        value=lambda s: _mean(s.precision_recall[0]),
+        resampled=lambda s: _mean_of_rows(s.precision_recall[0]),
+        needs_images=True,
+    ),
+    "recall": Metric(
+        "Recall",
+        "Recall",
+        "recall",
+        fewest=PRECISION_NEIGHBOURS + 1,
+        value=lambda s: _mean(s.precision_recall[1]),
+        needs_images=True,
+    ),
+    "kid": Metric(
+        "KID",
+        "Kernel distance",
+        "kernel_distance",
+        fewest=2,
+        value=Scorer.kernel_distance,
+        needs_images=True,
+    ),
+    "density": Metric(
+        "Density",
+        "Density",
+        "density",
+        fewest=DENSITY_NEIGHBOURS + 1,
+        value=lambda s: _mean(s.density_coverage[0]),
+        resampled=lambda s: _mean_of_rows(s.density_coverage[0]),
+        needs_images=True,
+    ),
+    "coverage": Metric(
+        "Coverage",
+        "Coverage",
+        "coverage",
+        fewest=DENSITY_NEIGHBOURS + 1,
+        value=lambda s: _mean(s.density_coverage[1]),
+        needs_images=True,
+    ),
+}
+PUBLISHED_METRICS = ("inception_score", "fid", "sfid", "precision", "recall")
+ALL_METRICS = tuple(METRICS)

@@ -1,26 +1,28 @@
-"""What decides the figures beside the images."""
+"""Everything but the images that decides the figures."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from esddpm_io.errors import UserError
 from evaluations.neighbours import ARITHMETICS
-
-PUBLISHED_METRICS = ("inception_score", "fid", "sfid", "precision", "recall")
-ALL_METRICS = (*PUBLISHED_METRICS, "kid", "density", "coverage")
+from evaluations.scoring import METRICS, PUBLISHED_METRICS
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything but the images that decides the figures.
+    """The keywords of `evaluate`.
 
-    metrics: of `ALL_METRICS`. neighbour_arithmetic: `float16`, the published rounding of distances
-    for precision and recall, or `float32`. bootstrap: repeats for 95 % confidence intervals, 0 for
-    none. allow_mixed_precision: let features of another precision meet the reference's statistics.
+    metrics: names of `METRICS`. neighbour_arithmetic: `float16`, the published rounding of
+    distances for precision and recall, or `float32`. bootstrap: groups of samples that are left
+    out in turn for 95 % confidence intervals, 0 for none. allow_mixed_precision: let features of
+    another precision meet the reference's statistics. devices: a process on each of several,
+    as in `cpu,cpu` or `0,1`, in place of `device`.
     """
 
     inception_path: str | None = None
     backend: str = "auto"
     device: str = "auto"
+    devices: str | None = None
     precision: str = "float32"
     metrics: tuple[str, ...] = PUBLISHED_METRICS
     neighbour_arithmetic: str = "float16"
@@ -32,19 +34,45 @@ class Settings:
     cache_dir: str | None = None
     allow_mixed_precision: bool = False
 
+    @classmethod
+    def of(cls, keywords: dict[str, object]) -> "Settings":
+        """The settings of a call; `UserError` for a keyword that there is not."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [name for name in keywords if name not in known]:
+            raise UserError(f"unknown setting {', '.join(unknown)}: choose from {', '.join(known)}")
+        return cls(**keywords)
+
     def __post_init__(self):
-        unknown = [name for name in self.metrics if name not in ALL_METRICS]
-        if unknown or not self.metrics:
+        metrics = (self.metrics,) if isinstance(self.metrics, str) else tuple(self.metrics)
+        object.__setattr__(self, "metrics", metrics)  # frozen, but this is its making
+        unknown = [str(name) for name in metrics if name not in METRICS]
+        if unknown or not metrics:
             raise UserError(
-                f"--metrics {', '.join(unknown) or '(none)'}: choose from {', '.join(ALL_METRICS)}"
+                f"--metrics {', '.join(unknown) or '(none)'}: choose from {', '.join(METRICS)}"
             )
         if self.neighbour_arithmetic not in ARITHMETICS:
             raise UserError(
                 f"--neighbour_arithmetic {self.neighbour_arithmetic}: choose from "
                 f"{', '.join(ARITHMETICS)}"
             )
-        for name, least in [("batch_size", 1), ("bootstrap", 0), ("seed", 0), ("kid_subsets", 1)]:
+        for name, least in [
+            ("batch_size", 1),
+            ("bootstrap", 0),
+            ("seed", 0),
+            ("kid_subsets", 1),
+            ("kid_subset_size", 2),
+        ]:
             if getattr(self, name) < least:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be at least {least}")
-        if self.kid_subset_size < 2:
-            raise UserError(f"--kid_subset_size {self.kid_subset_size}: it must be at least 2")
+        if self.devices is not None and (self.device != "auto" or self.backend == "tensorflow"):
+            raise UserError("--devices goes with neither --device nor --backend tensorflow")
+        if self.devices is not None and not self.device_list:
+            raise UserError("--devices: name one or more, as in 0,1 or cpu,cpu")
+        if self.bootstrap == 1:
+            raise UserError("--bootstrap 1: an interval takes 2 groups or more, or 0 for none")
+
+    @property
+    def device_list(self) -> list[str]:
+        """`devices` one by one, where a number is a CUDA device's; empty without."""
+        names = [name.strip() for name in (self.devices or "").split(",")]
+        return [f"cuda:{name}" if name.isdigit() else name for name in names if name]

@@ -20,7 +20,8 @@ from evaluations.features import GRAPH_NAME, find_graph
 from evaluations.inputs import FeatureCache
 from evaluations.metrics import frechet_distance, gaussian_of
 from evaluations.report import Names
-from evaluations.settings import ALL_METRICS, PUBLISHED_METRICS, Settings
+from evaluations.scoring import ALL_METRICS, PUBLISHED_METRICS
+from evaluations.settings import Settings
 from tests.evaluations.graph_writer import GOLDEN, small_graph
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -79,7 +80,10 @@ def test_five_lines_named_by_what_they_are(run):
     assert "warning: samples.npz: 50 images for 1792-dimensional features" in err
     saved = json.loads(Path("out/result.json").read_text())
     result = saved["results"][0]
-    assert list(result["metrics"].values()) == list(numbers(out).values())
+    saved_values = list(result["metrics"].values())
+    assert saved_values == pytest.approx(list(numbers(out).values()), rel=1e-5)
+    assert all(len(line.split(": ")[1]) <= 12 for line in out.splitlines())  # 6 digits
+    assert len(str(result["metrics"]["frechet_distance"])) > 12  # and all of them
     assert list(result["metrics"]) == [
         "classifier_score",
         "frechet_distance",
@@ -102,12 +106,14 @@ def test_names_that_are_given(run):
 
 @pytest.mark.parametrize("given", [None, "FID", "Frechet distance (emoji32 features)"])
 def test_the_inception_graph_has_the_published_names_whatever_is_given(given):
-    evaluation = Evaluation("ref", (), Settings(), "any_name.pb", "0" * 64, True, "torch")
+    evaluation = Evaluation("ref", (), Settings(), "any_name.pb", "0" * 64, "published", "torch")
     names = Names(evaluation, given)
     labels = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
     assert [names.label(metric) for metric in PUBLISHED_METRICS] == labels
-    other = Names(dataclasses.replace(evaluation, is_inception=False), given)
+    other = Names(dataclasses.replace(evaluation, identity="other"), given)
     assert not [metric for metric in ALL_METRICS if "FID" in other.label(metric)]
+    unverified = Names(dataclasses.replace(evaluation, identity="unverified"), given)
+    assert unverified.label("fid") == "FID (unverified graph)"
 
 
 def test_doubtful_inputs_are_told_of_before_the_features(run):
@@ -216,12 +222,15 @@ def test_all_metrics_with_intervals(run):
     assert len(lines) == len(ALL_METRICS)
     for line in lines:
         value = float(line.split(": ")[1].split(" ")[0])
-        if line.startswith("Kernel"):
+        if line.startswith(("Classifier", "Kernel", "Recall", "Coverage")):
             assert "interval" not in line
             continue
         low, high = map(float, line.split("interval ")[1].rstrip(")").split(" to "))
         assert low < value < high
     _, out, _ = run("ref.npz", "samples.npz", "--metrics", "kid", "recall", "--table")
+    assert " ± " not in out  # there is one subset of a thousand images
+    kid = ["--metrics", "kid", "--kid_subset_size", "20"]
+    _, out, _ = run("ref.npz", "samples.npz", *kid, "--table")
     assert " ± " in out
 
 
@@ -240,7 +249,8 @@ def test_cache_is_used_by_content_and_only_then(run, monkeypatch):
     with pytest.warns(UserWarning, match="made anew"):
         broken = run("ref.npz", "samples.npz", "--cache_dir", "cache")
     assert broken[:2] == first[:2]
-    assert FeatureCache.load(files[0]) is not None  # and written again
+    there = [FeatureCache.load(file, count, 24) for file in files for count in (50, 60)]
+    assert len([features for features in there if features]) == 2  # and written again
 
 
 def test_reference_batch_round_trip(run, folder, capsys):
@@ -379,7 +389,7 @@ def test_bad_options_are_named(run, options, words):
 
 
 def test_missing_graph_says_where_to_put_it(run, monkeypatch, tmp_path):
-    assert "cannot read nowhere.pb" in run("ref.npz", "samples.npz", graph="nowhere.pb")[2]
+    assert "there is no file nowhere.pb" in run("ref.npz", "samples.npz", graph="nowhere.pb")[2]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ES_DDPM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("evaluations.features.GRAPH_URL", "http://127.0.0.1:9/graph.pb")
@@ -493,6 +503,7 @@ def test_flags_and_defaults_are_frozen():
         "metric_name": None,
         "backend": "auto",
         "device": "auto",
+        "devices": None,
         "precision": "float32",
         "allow_mixed_precision": False,
         "batch_size": 64,
@@ -510,7 +521,7 @@ def test_flags_and_defaults_are_frozen():
 
 def test_fewer_samples_than_dimensions_are_scored_exactly(folder):
     """The spatial distance of 60 and 50 images in 1792 dimensions, from kept features."""
-    options = {"inception_path": str(folder / "small.pb"), "backend": "torch", "bootstrap": 1}
+    options = {"inception_path": str(folder / "small.pb"), "backend": "torch", "bootstrap": 2}
     evaluation = evaluate(folder / "ref.npz", folder / "samples.npz", **options)
     assert "covariance is singular" in " ".join(evaluation.results[0].warnings)
     from evaluations.features import choose_engine, flatten_outputs, load_graph

@@ -79,7 +79,7 @@ def test_constants_are_found_through_identities(tmp_path):
 
 
 def test_missing_empty_and_truncated_files_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"--inception_path: cannot read .*none\.pb"):
+    with pytest.raises(UserError, match=r"--inception_path: there is no file .*none\.pb"):
         read_graph(tmp_path / "none.pb")
     with pytest.raises(UserError, match="not a frozen graph"):
         read(tmp_path, b"")

@@ -1,0 +1,177 @@
+"""Features by several processes, one on each device, from shares of the images that are merged."""
+
+import contextlib
+import math
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+from esddpm_io.errors import UserError
+from esddpm_io.progress import Progress
+from evaluations.features import Features, choose_engine, extract, load_graph
+from evaluations.inputs import FeatureCache, Images, open_set
+from evaluations.moments import merged
+
+_MOST_IMAGES = 8192  # of a share: what a process that is killed loses
+_POLL_S = 0.5
+Share = tuple[int, int]  # first image and the one after the last
+
+
+def shares_of(count: int, devices: int, batch_size: int) -> list[Share]:
+    """The images 0 … count-1 in shares of whole batches, the same for the same arguments.
+
+    Batches are those of one process, so that the network sees the same arrays.
+    """
+    images = min(math.ceil(count / devices), _MOST_IMAGES)
+    step = math.ceil(images / batch_size) * batch_size
+    return [(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def extract_on_devices(
+    images: Images,
+    devices: list[str],
+    engine: dict[str, str],
+    *,
+    count: int,
+    dimensions: int,
+    name: str,
+    batch_size: int,
+    keep_spatial: bool,
+    store: Path | None,
+) -> Features:
+    """Features of `count` images as `extract` gives them, by one process a device.
+
+    `engine` has the `path` of the graph, `backend` and `precision`. With `store`, the name of a
+    file of the feature cache, every share is kept beside it when it is done, and taken from there
+    by a run that starts again. `UserError` as `extract`, or if a process dies.
+    """
+    shares = shares_of(count, len(devices), batch_size)
+    paths = (
+        {} if store is None else {s: store.with_stem(f"{store.stem}-{s[0]}-{s[1]}") for s in shares}
+    )
+    done = {
+        share: features
+        for share, path in paths.items()
+        if (features := FeatureCache.load(path, share[1] - share[0], dimensions)) is not None
+    }
+    waiting: queue.SimpleQueue[Share] = queue.SimpleQueue()
+    for share in shares:
+        if share not in done:
+            waiting.put(share)
+    lock = threading.Lock()
+    with Progress(count, "images", f"features of {name}") as progress:
+        progress.update(sum(stop - start for start, stop in done))
+
+        def keep(share: Share, features: Features) -> None:
+            if store is not None:
+                FeatureCache.save(paths[share], features)
+            with lock:
+                done[share] = features
+                progress.update(share[1] - share[0])
+
+        arguments = images, engine, name, batch_size, keep_spatial
+        _work_through(waiting, devices[: waiting.qsize()], arguments, keep)
+    return merge([done[share] for share in shares])
+
+
+def merge(parts: list[Features]) -> Features:
+    """The features of sets that follow one another, as those of one set."""
+    spatial = None if parts[0].spatial is None else np.concatenate([p.spatial for p in parts])
+    return Features(
+        np.concatenate([part.pool for part in parts]),
+        merged([part.pool_gaussian for part in parts]),
+        merged([part.spatial_gaussian for part in parts]),
+        spatial,
+    )
+
+
+def _work_through(
+    waiting: queue.SimpleQueue,
+    devices: list[str],
+    arguments: tuple,
+    keep: Callable[[Share, Features], None],
+) -> None:
+    """One process a device and one thread that hands shares to it; the first error is raised."""
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with contextlib.ExitStack() as stack:
+        threads = stack.enter_context(ThreadPoolExecutor(max(len(devices), 1)))
+        futures = []
+        for device in devices:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, device, *arguments), daemon=True)
+            process.start()
+            # Ended before the threads are waited for, which an ended process lets go.
+            stack.callback(process.terminate)
+            theirs.close()
+            futures.append(threads.submit(_hand_out, waiting, ours, device, keep))
+        for future in futures:
+            future.result()
+
+
+def _hand_out(
+    waiting: queue.SimpleQueue, connection: Connection, device: str, keep: Callable
+) -> None:
+    with connection:
+        while True:
+            try:
+                share = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                connection.send(share)
+                answer = connection.recv()
+            except (EOFError, OSError) as error:
+                raise UserError(f"--devices: the process on {device} has died") from error
+            if isinstance(answer, Exception):
+                raise answer
+            keep(share, answer)
+
+
+def _serve(
+    connection: Connection,
+    device: str,
+    images: Images,
+    engine: dict[str, str],
+    name: str,
+    batch_size: int,
+    keep_spatial: bool,
+) -> None:
+    """The process of one device: shares in, features out, until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it too, and ends us
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):
+        share = connection.recv()
+        try:
+            graph = load_graph(engine["path"])
+            run = choose_engine(graph, engine["backend"], engine["precision"], device)
+            source = open_set(images, flag="SAMPLE").source
+            while True:
+                with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+                    features = extract(
+                        run,
+                        source,
+                        name=name,
+                        batch_size=batch_size,
+                        keep_spatial=keep_spatial,
+                        share=share,
+                    )
+                connection.send(features)
+                share = connection.recv()
+        except UserError as error:
+            connection.send(error)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when `parent` is gone, even by SIGKILL and in the middle of a share."""
+    while os.getppid() == parent:
+        time.sleep(_POLL_S)
+    os._exit(1)

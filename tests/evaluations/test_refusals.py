@@ -1,0 +1,225 @@
+"""What the evaluator refuses or names otherwise, since the figure would be another one's."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from esddpm_io.errors import UserError
+from evaluations import evaluate, features
+from evaluations.features import graph_identity, load_graph, remember_graph
+from evaluations.graph_file import Graph, Node
+from tests.evaluations.graph_writer import GOLDEN, constant, graph, node, small_graph
+
+
+@pytest.fixture(scope="module")
+def images():
+    with np.load(GOLDEN / "evaluator_images.npz") as file:
+        return file["reference"][:30], file["samples"][:30]
+
+
+@pytest.fixture
+def score(tmp_path, monkeypatch, capsys):
+    """`evaluate` in an empty folder with a small graph; returns figures and what was printed."""
+    monkeypatch.chdir(tmp_path)
+    Path("small.pb").write_bytes(small_graph())
+
+    def call(*sets, **settings):
+        options = {"inception_path": "small.pb", "backend": "torch", "metrics": "fid"}
+        capsys.readouterr()
+        evaluation = evaluate(*sets, **{**options, **settings})
+        return evaluation.results[0].metrics, capsys.readouterr().err
+
+    return call
+
+
+def refused_early(score, capsys, words: str, *sets, **settings) -> None:
+    """Refused with these words, before any image went through the graph."""
+    with pytest.raises(UserError, match=words):
+        score(*sets, **settings)
+    assert "features of" not in capsys.readouterr().err
+
+
+def test_a_changed_byte_is_not_scored(score, images):
+    np.savez("a.npz", arr_0=images[1])
+    data = bytearray(Path("a.npz").read_bytes())
+    data[len(data) // 2] ^= 1
+    Path("a.npz").write_bytes(data)
+    with pytest.raises(UserError, match=r"SAMPLE: arr_0 in a\.npz is not .*CRC-32"):
+        score(images[0], "a.npz")
+
+
+def test_the_last_image_of_a_folder_is_looked_at_first(score, images, capsys):
+    Path("set").mkdir()
+    for index, image in enumerate(images[1]):
+        Image.fromarray(image).save(f"set/{index}.png")
+        Image.fromarray(image).save(f"set/{index}.jpg")
+    score(images[0], "set")
+    last = Path("set/99.png")
+    Image.new("RGB", (9, 8)).save(last)
+    refused_early(score, capsys, r"set/99\.png is 9x8", images[0], "set")
+    last.write_bytes(Path("set/7.png").read_bytes()[:-30])
+    refused_early(score, capsys, r"SAMPLE: cannot read the image set/99\.png", images[0], "set")
+    last.unlink()
+    last.mkdir()
+    refused_early(score, capsys, r"SAMPLE: cannot read set/99\.png", images[0], "set")
+    last.rmdir()
+    os.mkfifo(last)
+    refused_early(score, capsys, r"set/99\.png: it is a pipe", images[0], "set")
+    last.unlink()
+    jpeg = Path("set/7.jpg").read_bytes()
+    Path("set/99.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    refused_early(score, capsys, r"cannot read the image set/99\.jpg", images[0], "set")
+
+
+def test_an_array_shorter_than_its_header_is_refused_first(score, images, capsys):
+    np.save("a.npy", images[1])
+    Path("a.npy").write_bytes(Path("a.npy").read_bytes()[:-1])
+    refused_early(score, capsys, r"SAMPLE: a\.npy is not a complete", images[0], "a.npy")
+
+
+def test_swapped_reference_and_samples_are_refused(score, images, capsys):
+    np.savez("ref.npz", arr_0=images[0], mu=np.zeros(24), sigma=np.eye(24))
+    np.savez("samples.npz", arr_0=images[1])
+    score("ref.npz", "samples.npz")
+    refused_early(score, capsys, "are the two swapped", "samples.npz", "ref.npz")
+
+
+def test_library_calls_at_their_edges(score, images, capsys):
+    reference, samples = images
+    plain = score(reference, samples, metrics=("fid",))[0]
+    assert score(reference, samples, metrics="fid")[0] == plain
+    assert score(torch.from_numpy(reference), torch.from_numpy(samples))[0] == plain
+    mirrored = samples[:, :, ::-1]
+    assert score(reference, mirrored)[0] == score(reference, mirrored.copy())[0]
+    refused_early(score, capsys, "unknown setting metric: choose from", *images, metric="fid")
+    refused_early(score, capsys, "SAMPLE: the path is empty", reference, "")
+    refused_early(score, capsys, "SAMPLE is a list: give a path", reference, [1, 2])
+
+
+def test_a_warning_is_printed_once(score, images):
+    small = images[0][:20]
+    _, err = score(images[0], small, small, small)
+    assert err.count("20 images for 24-dimensional features") == 1
+
+
+@pytest.mark.parametrize("damage", ["nan", "rows", "columns", "moments", "spatial"])
+def test_a_damaged_cache_file_is_made_anew(score, images, damage):
+    expected, _ = score(*images, cache_dir="cache")
+    for path in Path("cache").iterdir():
+        with np.load(path) as file:
+            arrays = dict(file)
+        if damage == "nan":
+            arrays["pool"][3, 5] = np.nan
+        elif damage == "rows":
+            arrays["pool"] = arrays["pool"][:-1]
+        elif damage == "columns":
+            arrays["pool"] = arrays["pool"][:, :-1]
+        elif damage == "moments":
+            arrays["pool_mean"] = arrays["pool_mean"] + 1
+        else:
+            arrays["spatial_rows"] = arrays["spatial_rows"][:, :-1]
+        np.savez(path, **arrays)
+    with pytest.warns(UserWarning, match="holds other numbers than it should"):
+        got, _ = score(*images, cache_dir="cache")
+    assert got == expected
+
+
+def inception_nodes(weights: np.ndarray) -> Graph:
+    nodes = [
+        Node("mixed_10/join", "Concat", (), {}),
+        Node("w", "Const", (), {"value": weights}),
+        Node("softmax/logits/MatMul", "MatMul", ("x", "w"), {}),
+    ]
+    return Graph("graph.pb", "a" * 64, {one.name: one for one in nodes})
+
+
+def test_only_the_published_file_is_known(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ES_DDPM_CACHE", "cache")
+    Path("graph.pb").write_bytes(b"of the right nodes")
+    inception = inception_nodes(np.zeros((2048, 1008), np.float32))
+    assert graph_identity(inception) == "unverified"
+    assert graph_identity(inception_nodes(np.zeros((24, 8), np.float32))) == "other"
+    # By size and MD5 …
+    monkeypatch.setattr(features, "GRAPH_BYTES", 18)
+    assert graph_identity(inception) == "unverified"
+    monkeypatch.setattr(features, "GRAPH_MD5", "4dd0b9b7d9ae5d6ea2b8cf5f4b2a6a11")
+    assert graph_identity(inception) == "unverified"
+    # … or as what was once downloaded.
+    remember_graph("graph.pb")
+    assert graph_identity(inception) == "unverified"  # its digest is said to be another
+    digest = "e" * 64
+    (tmp_path / "cache" / "known_graphs.json").write_text(
+        f'{{"{features.GRAPH_NAME}": "{digest}"}}'
+    )
+    known = Graph(inception.path, digest, inception.nodes)
+    assert graph_identity(known) == "published"
+
+
+WEIGHTS = constant("w", np.ones((2, 3), np.float32))
+HEAD = [
+    node("ExpandDims", "Identity", ["x"], T=1),
+    WEIGHTS,
+    node("softmax/logits/MatMul", "MatMul", ["pool_3", "w"], T=1),
+]
+KERNEL = constant("k", np.ones((1, 1, 3, 2), np.float32))
+LAYER = {"T": 1, "padding": b"SAME"}
+
+
+@pytest.mark.parametrize(
+    "nodes, words",
+    [
+        (
+            [
+                node("pool_3", "Identity", ["mixed_6/conv"]),
+                node("mixed_6/conv", "Relu", ["pool_3"]),
+            ],
+            "depends on itself",
+        ),
+        (
+            [
+                node("pool_3", "Identity", ["mixed_6/conv"]),
+                node("mixed_6/conv", "Identity", ["pool_3"]),
+            ],
+            "depends on itself",
+        ),
+        (
+            [
+                KERNEL,
+                node("mixed_6/conv", "Conv2D", ["ExpandDims", "k"], strides=[1, 0, 0, 1], **LAYER),
+                node("pool_3", "Relu", ["mixed_6/conv"]),
+            ],
+            "strides",
+        ),
+        (
+            [
+                node("k", "Const"),
+                node("mixed_6/conv", "Conv2D", ["ExpandDims", "k"], strides=[1] * 4, **LAYER),
+                node("pool_3", "Relu", ["mixed_6/conv"]),
+            ],
+            "k has no numbers",
+        ),
+        ([node("mixed_6/conv", "Relu"), node("pool_3", "Identity")], "pool_3 has no input"),
+    ],
+)
+def test_graphs_that_cannot_be_run_are_one_line(score, images, nodes, words):
+    Path("bad.pb").write_bytes(graph(*HEAD, *nodes))
+    with pytest.raises(UserError, match=words):
+        score(*images, inception_path="bad.pb")
+
+
+def test_weights_that_cannot_be_found_are_one_line(tmp_path):
+    loop = [node("w", "Identity", ["v"]), node("v", "Identity", ["w"])]
+    both = [node("mixed_6/conv", "Relu", ["ExpandDims"]), node("pool_3", "Relu", ["ExpandDims"])]
+    for weights in (loop, [node("w", "Const")]):
+        path = tmp_path / "bad.pb"
+        path.write_bytes(graph(HEAD[0], HEAD[2], *both, *weights))
+        with pytest.raises(UserError, match="has no weights"):
+            load_graph(str(path))
+    os.mkfifo(tmp_path / "pipe.pb")
+    with pytest.raises(UserError, match=r"--inception_path: .*it is a pipe"):
+        load_graph(str(tmp_path / "pipe.pb"))
