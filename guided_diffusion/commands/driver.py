@@ -17,6 +17,7 @@ from esddpm_io.atomic import write_json
 from esddpm_io.errors import EXIT_USER_ERROR, UserError, check_at_least, terminate_cleanly
 from esddpm_io.files import absolute, check_output_folder, is_blob, join, read_json, sha256
 from guided_diffusion.commands import scoring
+from guided_diffusion.commands.sampler_flags import WITH_ETA, add_sampler_flags, by_name
 from guided_diffusion.settings.layers import parse, require, without_effect
 from guided_diffusion.settings.presets import (
     GUIDED_SAMPLER,
@@ -79,7 +80,9 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--not_eval_metrics", action="store_true", help="skip the evaluation")
     devices = "GPU indices, none (as CUDA says), cpu, cpu,cpu"
     add("--devices", default=DEFAULT_DEVICES, help=devices)
-    add("--eta", type=float, default=0.0, help="with DDIM: 0 adds no noise, 1 as much as DDPM")
+    add_sampler_flags(add)
+    clip = "clamp predicted images to [-1, 1]; see docs/samplers.md for when not to"
+    add("--clip_denoised", type=_truth_value, default=True, help=clip)
     add("--use_fp16", type=_truth_value, help="True or False instead of what the preset says")
     add("--seed", type=int, default=0, help="the same seed gives the same samples")
     add("--model_path", help="checkpoint instead of the preset's")
@@ -133,14 +136,17 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
     preset = load_preset(args.dataset)
     for remark in _ignored_flags(args, typed, preset):
         print(f"warning: {remark}", file=sys.stderr)
-    print(_describe_steps(args, _chain(args, preset)))
-    output = absolute(args.output_dir) if args.output_dir else str(_default_output(args, preset))
+    named = by_name(args, typed, ("chain_length", "reverse_steps"))
+    if not named:
+        print(_describe_steps(args, _chain(args, preset)))
+    default = str(_default_output(args, preset, bool(named)))
+    output = absolute(args.output_dir) if args.output_dir else default
     print(f"output folder: {output}")
     evaluation = None
     only_print = not (args.execute or args.print_settings)
     try:
         _check_files(args, typed, preset, output)
-        settled = _settle(_request(args, typed, preset), output)
+        settled = _settle(_request(args, typed, preset, named), output)
     except UserError as error:
         if not only_print:
             raise
@@ -148,6 +154,10 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
         print(f"note: these commands cannot run yet: {error}", file=sys.stderr)
     for remark in settled.remarks if settled else []:
         print(f"note: {remark}", file=sys.stderr)
+    if named and settled:
+        from guided_diffusion.sampling.worker import describe_chain
+
+        print(describe_chain(settled.run))
     if args.print_settings:
         from guided_diffusion.sampling.job import describe
 
@@ -157,7 +167,7 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
         evaluation = scoring.read_flags(args, preset)
         evaluation.check(settled.run.num_samples)
     guided = preset.is_guided or bool(args.classifier_path)
-    commands = _worker_commands(args, typed, guided, output, _log_name(args))
+    commands = _worker_commands(args, typed, guided, output, _log_name(args, bool(named)))
     for command in commands:
         print(command, flush=True)
     if settled is None:
@@ -357,8 +367,11 @@ def _describe_steps(args: argparse.Namespace, steps: list[int]) -> str:
     return f"{args.reverse_steps} of {len(steps)} steps, starting at original timestep {start}"
 
 
-def _default_output(args: argparse.Namespace, preset: Preset) -> Path:
+def _default_output(args: argparse.Namespace, preset: Preset, named: bool) -> Path:
     """The output folder that stands for what is sampled and how."""
+    if named:
+        suffix = f"_{args.save_dir_suffix}" if args.save_dir_suffix else ""
+        return SCRIPTS_FOLDER / "exps" / preset.name / f"{_named(args)}_steps{suffix}"
     kind = f"diffusion_and_reverse_{args.reverse_steps}_steps"
     if args.start_from_scratch:
         kind = "generate_from_scratch"
@@ -367,7 +380,15 @@ def _default_output(args: argparse.Namespace, preset: Preset) -> Path:
     return SCRIPTS_FOLDER / "exps" / preset.name / chain / f"{kind}{suffix}"
 
 
-def _log_name(args: argparse.Namespace) -> str:
+def _named(args: argparse.Namespace) -> str:
+    """Sampler, T' and evaluations, as folders and logs have them."""
+    start = "from_scratch" if args.start_from_scratch else f"t{args.t_prime}"
+    return f"{args.sampler or 'ddpm'}_{start}_{args.steps}"
+
+
+def _log_name(args: argparse.Namespace, named: bool) -> str:
+    if named:
+        return f"{_named(args)}_steps_global_rank_{{rank}}.log"
     part = "" if args.start_from_scratch else f"_reverse_{args.reverse_steps}_steps"
     return f"ddpm_{args.chain_length}_length{part}_global_rank_{{rank}}.log"
 
@@ -384,7 +405,10 @@ def _ignored_flags(args: argparse.Namespace, typed: set[str], preset: Preset) ->
             "reverse_steps": (scratch, "with --start_from_scratch"),
             "dataset_path": (scratch, "with --start_from_scratch"),
             "limit": (scratch, "with --start_from_scratch"),
-            "eta": (not _uses_ddim(args), "without DDIM (--chain_length ddim250, say)"),
+            "eta": (
+                not _uses_ddim(args) and args.sampler not in WITH_ETA,
+                "without DDIM (--chain_length ddim250, say) or --sampler dpmpp_2m_sde",
+            ),
             "classifier_guidance_scale": (
                 unguided,
                 f"with the data set {preset.name}: it has no classifier (see --classifier_path)",
@@ -420,7 +444,9 @@ def _files(args: argparse.Namespace, typed: set[str], preset: Preset) -> dict[st
     return {flag: absolute(path) if path else "" for flag, path in found.items()}
 
 
-def _request(args: argparse.Namespace, typed: set[str], preset: Preset) -> "Request":
+def _request(
+    args: argparse.Namespace, typed: set[str], preset: Preset, named: dict[str, Any]
+) -> "Request":
     from guided_diffusion.commands.request import Request
 
     files = _files(args, typed, preset)
@@ -430,9 +456,10 @@ def _request(args: argparse.Namespace, typed: set[str], preset: Preset) -> "Requ
         model_path=files["model_path"],
         typed={} if args.use_fp16 is None else {"use_fp16": args.use_fp16},
         respacing=args.chain_length,
-        steps=None if args.start_from_scratch else args.reverse_steps,
+        **({"steps": None if args.start_from_scratch else args.reverse_steps} | named),
         use_ddim=_uses_ddim(args),
         eta=args.eta,
+        clip_denoised=args.clip_denoised,
         seed=args.seed,
         images=files["dataset_path"],
         num_samples=args.num_samples,

@@ -19,6 +19,10 @@ _OF_A_WORKER = {
     "start_from_scratch": True,
     "save_numpy_array": False,
     "save_png_files": False,
+    "t_prime": None,
+    "steps": None,
+    "sampler": None,
+    "spacing": "uniform",
 }
 
 
@@ -28,6 +32,8 @@ def build_parser(description: str, defaults: dict) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_dict_to_argparser(parser, {**COMMON_DEFAULTS, **defaults})
+    eta = "with --use_ddim True: 0 (default) adds no noise, 1 that of DDPM"
+    parser.add_argument("--eta", type=float, help=eta)
     parser.add_argument(
         "--print_settings",
         nargs="?",

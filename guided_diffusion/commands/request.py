@@ -1,7 +1,7 @@
 """What a command asks for, held against its files: a `Request` in, the record of the run out."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from esddpm_io.errors import UserError
 from esddpm_io.files import absolute
@@ -20,6 +20,7 @@ from guided_diffusion.script_util import (
 from guided_diffusion.settings.layers import require
 from guided_diffusion.settings.presets import Preset
 from guided_diffusion.settings.record import (
+    SAMPLERS,
     Guidance,
     Network,
     Run,
@@ -29,6 +30,7 @@ from guided_diffusion.settings.record import (
     diffusion_from,
 )
 from guided_diffusion.settings.resolver import Resolved, check_same_noise, resolve_network
+from guided_diffusion.solvers import evaluation_timesteps
 
 _LARGEST_SEED = 2**64 - 1
 
@@ -38,9 +40,11 @@ class Request:
     """A run as flags say it; `names` are what the user calls the flags where that differs.
 
     kind: "model", or "sr" for super-resolution. typed: flags of networks and process that were
-    typed. steps: how many steps of the chain are taken, None for all of them from noise. images:
-    the start images' path, or the images to enlarge. num_samples: how many from noise. limit: only
-    the first of the start images (0: all).
+    typed. steps: how many steps of the chain are taken, None for all of them from noise. Or, with
+    `sampler` (one of SAMPLERS), t_prime is where sampling starts (None: from noise), steps how many
+    times the network is evaluated, and spacing where. images: the start images' path, or the images
+    to enlarge. num_samples: how many from noise. limit: only the first of the start images (0:
+    all). eta None: the sampler's own.
     """
 
     kind: str
@@ -49,7 +53,10 @@ class Request:
     respacing: str
     steps: int | None
     use_ddim: bool = False
-    eta: float = 0.0
+    sampler: str | None = None
+    t_prime: int | None = None
+    spacing: str = "uniform"
+    eta: float | None = None
     clip_denoised: bool = True
     seed: int = 0
     images: str = ""
@@ -60,6 +67,11 @@ class Request:
     preset: Preset | None = None
     override: bool = False
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def from_noise(self) -> bool:
+        """Whether there are no images to start from."""
+        return self.steps is None if self.sampler is None else self.t_prime is None
 
     def flag(self, name: str) -> str:
         """The flag of this name, as the user types it."""
@@ -85,7 +97,10 @@ def settle(request: Request, save_dir: str) -> Settled:
         0 <= request.seed <= _LARGEST_SEED,
         f"{request.flag('seed')} must be in 0 … {_LARGEST_SEED}, not {request.seed}",
     )
-    require(0 <= request.eta <= 1, f"{request.flag('eta')} must be in 0 … 1, not {request.eta:g}")
+    require(
+        request.eta is None or 0 <= request.eta <= 1,
+        f"{request.flag('eta')} must be in 0 … 1, not {request.eta}",
+    )
     require(
         request.limit >= 0,
         f"{request.flag('limit')} must be at least 1, or 0 for all generator images",
@@ -156,6 +171,8 @@ def _guidance(request: Request, classifier: Resolved | None) -> Guidance | None:
 
 def _sampler(request: Request, networks: list[Resolved]) -> SamplerSettings:
     """The chain, checked, with the original timesteps of its steps."""
+    if request.sampler is not None:
+        return _sampler_by_name(request, networks)
     try:
         chain = diffusion_from(networks[0].process, request.respacing).timestep_map
     except ValueError as error:
@@ -169,29 +186,66 @@ def _sampler(request: Request, networks: list[Resolved]) -> SamplerSettings:
         f"({request.flag('timestep_respacing')} {request.respacing}), not {steps}",
     )
     timesteps = tuple(reversed(chain[:steps]))
-    for network in networks:
-        trained = network.early_stop_steps
-        if trained is not None and timesteps[0] >= trained:
-            most = sum(timestep < trained for timestep in chain)
-            flag = "--start_from_scratch" if request.steps is None else steps_flag
-            raise UserError(
-                f"{flag}: sampling would start at original timestep {timesteps[0]}, but "
-                f"{network.path} was trained on timesteps below {trained} only; "
-                f"{steps_flag} can be 1 … {most} here"
-            )
+    _check_trained(request, networks, timesteps, chain)
+    eta = (request.eta or 0.0) if request.use_ddim else 1.0
     return SamplerSettings(
         name="ddim" if request.use_ddim else "ddpm",
         respacing=request.respacing,
         steps=request.steps,
         timesteps=timesteps,
-        eta=request.eta if request.use_ddim else 1.0,
+        eta=eta,
         clip_denoised=request.clip_denoised,
     )
 
 
+def _sampler_by_name(request: Request, networks: list[Resolved]) -> SamplerSettings:
+    """T', the number of evaluations and the sampler, checked, with the timesteps they mean."""
+    assert request.sampler is not None
+    require(
+        request.sampler in SAMPLERS,
+        f"{request.flag('sampler')} must be one of {', '.join(SAMPLERS)}, not {request.sampler}",
+    )
+    levels = diffusion_from(networks[0].process, "").alphas_cumprod
+    t_prime = len(levels) if request.t_prime is None else request.t_prime
+    require(request.steps is not None, f"{request.flag('steps')}: say how many evaluations")
+    try:
+        found = evaluation_timesteps(levels, t_prime, request.steps or 0, request.spacing)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error  # begins with the flag's name
+    timesteps = tuple(found)
+    _check_trained(request, networks, timesteps, range(len(levels)))
+    own = {"ddpm": 1.0, "ddim": 0.0, "dpmpp_2m": 0.0, "dpmpp_2m_sde": 1.0}[request.sampler]
+    fixed = request.sampler in ("ddpm", "dpmpp_2m")
+    return SamplerSettings(
+        name=request.sampler,
+        respacing=None,
+        steps=None if request.from_noise else len(timesteps),
+        timesteps=timesteps,
+        eta=own if request.eta is None or fixed else request.eta,
+        clip_denoised=request.clip_denoised,
+    )
+
+
+def _check_trained(
+    request: Request, networks: list[Resolved], timesteps: Sequence[int], chain: Sequence[int]
+) -> None:
+    """UserError if a network was trained on fewer timesteps than sampling starts from."""
+    for network in networks:
+        trained = network.early_stop_steps
+        if trained is not None and timesteps[0] >= trained:
+            most = sum(timestep < trained for timestep in chain)
+            own = request.flag("denoise_steps" if request.sampler is None else "t_prime")
+            flag = "--start_from_scratch" if request.from_noise else own
+            raise UserError(
+                f"{flag}: sampling would start at original timestep {timesteps[0]}, but "
+                f"{network.path} was trained on timesteps below {trained} only; "
+                f"{own} can be 1 … {most} here"
+            )
+
+
 def _size_of_images(request: Request) -> int | None:
     """Height of the start images, a guess for the network's where nothing says it."""
-    if request.kind == "sr" or request.steps is None:
+    if request.kind == "sr" or request.from_noise:
         return None
     source = open_generator_images(request.images, flag=request.flag("dataset_path"))
     return source.size
@@ -212,7 +266,7 @@ def _start(
             num_classes,
         )
         return start, enlarged
-    if request.steps is None:
+    if request.from_noise:
         start = StartSettings("noise", num_classes=num_classes)
         return start, open_source(start, request.num_samples, request.seed)
     flag = request.flag("dataset_path")

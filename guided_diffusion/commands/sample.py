@@ -12,10 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from esddpm_io.errors import check_at_least, terminate_cleanly
 from esddpm_io.files import read_json
+from guided_diffusion.commands.sampler_flags import WITH_ETA, add_sampler_flags, by_name
 from guided_diffusion.sampling.chunks import default_chunk_size
 from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE
 from guided_diffusion.sampling.job import Job, describe, rank_from_environment
@@ -41,7 +42,6 @@ COMMON_DEFAULTS = {
     "num_samples": 10000,
     "batch_size": 16,
     "use_ddim": False,
-    "eta": 0.0,
     "model_path": "",
     "device": "",
     "seed": 0,
@@ -83,6 +83,7 @@ def build_parser(guided: bool, prog: str | None = None) -> argparse.ArgumentPars
     add_dict_to_argparser(parser, {k: v for k, v in defaults.items() if k not in _TYPES_OF_UNSET})
     for name, kind in _TYPES_OF_UNSET.items():
         parser.add_argument(f"--{name}", type=kind, default=None)
+    add_sampler_flags(parser.add_argument)
     for name in _SWITCHES:
         parser.add_argument(f"--{name}", nargs="?", const=True, default=False, type=str2bool)
     return parser
@@ -152,12 +153,13 @@ def _request(args: argparse.Namespace, typed: set[str], kind: str) -> "Request":
 
     networks = model_and_diffusion_defaults() | classifier_defaults()
     networks |= sr_model_and_diffusion_defaults()
+    chain: dict[str, Any] = {"steps": None if args.start_from_scratch else args.denoise_steps}
     return Request(
         kind=kind,
         model_path=args.model_path,
         typed={name: getattr(args, name) for name in typed if name in networks},
         respacing=args.timestep_respacing,
-        steps=None if args.start_from_scratch else args.denoise_steps,
+        **(chain | by_name(args, typed, ("timestep_respacing", "denoise_steps", "use_ddim"))),
         use_ddim=args.use_ddim,
         eta=args.eta,
         clip_denoised=args.clip_denoised,
@@ -180,7 +182,10 @@ def _in_vain(args: argparse.Namespace, typed: set[str]) -> list[str]:
             "denoise_steps": (scratch, "with --start_from_scratch"),
             "dataset_path": (scratch, "with --start_from_scratch"),
             "limit": (scratch, "with --start_from_scratch"),
-            "eta": (not args.use_ddim, "without --use_ddim True"),
+            "eta": (
+                not args.use_ddim and args.sampler not in WITH_ETA,
+                "without --use_ddim True, --sampler ddim or dpmpp_2m_sde",
+            ),
         },
     )
 

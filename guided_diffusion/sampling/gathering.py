@@ -58,9 +58,11 @@ def how_sampled(folder: ChunkFolder) -> dict[str, object]:
 
 
 def t_prime(run: Run) -> int:
-    """T' of the published pair of chain length C and steps K: T K / C, in original timesteps.
+    """T', in original timesteps; of the published pair of chain length C and steps K, T K / C.
 
-    The chain's step K, which sampling starts at, lies a little below it.
+    That chain's step K, which sampling starts at, lies a little below it.
     """
+    if run.sampler.respacing is None:
+        return run.sampler.timesteps[0] + 1
     process = diffusion_of(run)
     return round(process.original_num_steps * len(run.sampler.timesteps) / process.num_timesteps)

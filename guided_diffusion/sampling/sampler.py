@@ -1,7 +1,7 @@
 """The models on a device: a range of indices in, finished images out."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from guided_diffusion.sampling.job import Job
 from guided_diffusion.sampling.sources import Start
 from guided_diffusion.script_util import create_network
 from guided_diffusion.settings.record import WITHOUT_EFFECT, Guidance, Network, diffusion_of
+from guided_diffusion.solvers import SOLVERS
 
 Report = Callable[[int], None]
 
@@ -47,13 +48,9 @@ class Sampler:
         sampler, size = self._run.sampler, self._run.image_size
         begin = self._source.start(start, stop)
         streams = RandomStreams(self._run.seed, start, stop)
-        loop = self.diffusion.p_sample_loop_progressive
-        if sampler.name == "ddim":
-            ddim = self.diffusion.ddim_sample_loop_progressive
-            loop = functools.partial(ddim, eta=sampler.eta)
         finite = []
         for done, out in enumerate(
-            loop(
+            self._loop()(
                 self._predict,
                 (stop - start, 3, size, size),
                 noise=self._to_device(begin.images),
@@ -61,7 +58,6 @@ class Sampler:
                 cond_fn=self._cond_fn,
                 model_kwargs=self._model_kwargs(begin),
                 device=self.device,
-                denoise_steps=sampler.steps,
                 randn=streams.randn,
             ),
             start=1,
@@ -71,6 +67,19 @@ class Sampler:
             report(done)
         self._check_finite(torch.stack(finite).cpu().numpy(), start)
         return to_uint8(out["sample"]), begin.labels
+
+    def _loop(self) -> Callable[..., Iterator[dict[str, torch.Tensor]]]:
+        """The reverse loop of the run's sampler, with what only this sampler takes."""
+        sampler, diffusion = self._run.sampler, self.diffusion
+        if sampler.name in SOLVERS:
+            t_prime = None if sampler.steps is None else sampler.timesteps[0] + 1
+            solve = diffusion.solver_sample_loop_progressive
+            name, eta = sampler.name, sampler.eta
+            return functools.partial(solve, t_prime=t_prime, sampler=name, eta=eta)
+        if sampler.name == "ddim":
+            ddim = diffusion.ddim_sample_loop_progressive
+            return functools.partial(ddim, eta=sampler.eta, denoise_steps=sampler.steps)
+        return functools.partial(diffusion.p_sample_loop_progressive, denoise_steps=sampler.steps)
 
     def free_memory(self) -> None:
         """Give memory that a failed batch has left behind back to the device."""

@@ -215,6 +215,10 @@ def describe_chain(run: Run) -> str:
     """One line on the steps of a run and where it starts."""
     sampler = run.sampler
     loop, steps = sampler.name.upper(), len(sampler.timesteps)
+    if sampler.respacing is None:
+        start = "pure noise" if sampler.steps is None else f"T' = {sampler.timesteps[0] + 1}"
+        times = ", ".join(map(str, sampler.timesteps))
+        return f"{sampler.name}: {steps} evaluations from {start}, at original timesteps {times}"
     if sampler.steps is None:
         return f"{loop}: {steps} steps from pure noise at original timestep {sampler.timesteps[0]}"
     return f"{loop}: {steps} reverse steps, starting at original timestep {sampler.timesteps[0]}"

@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from esddpm_io.errors import UserError
 from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.script_util import create_gaussian_diffusion
+from guided_diffusion.solvers import SOLVERS
 
 Value = bool | int | float | str
+SAMPLERS = ("ddpm", "ddim", *SOLVERS)
 # Flags of a network that its samples do not depend on, and what they are while it samples.
 WITHOUT_EFFECT: dict[str, Value] = {"use_checkpoint": False, "dropout": 0.0}
 # Flags of the diffusion process that only training or the chain's choice of steps knows.
@@ -64,13 +66,14 @@ class StartSettings:
 class SamplerSettings:
     """The reverse loop.
 
-    name: "ddpm" or "ddim"; respacing: the chain, as --timestep_respacing writes it; steps: how
-    many of its last steps are taken (None: all, from pure noise); timesteps: the original timesteps
-    of all network evaluations, in their order; eta: share of DDPM's noise in DDIM.
+    name: one of SAMPLERS; timesteps: the original timesteps of all network evaluations, in their
+    order; steps: their number, or None where sampling starts from pure noise. respacing: the chain
+    whose last steps they are, as --timestep_respacing writes it; None where T' and their number
+    were given by name. eta: share of DDPM's noise in DDIM, of the SDE's noise in dpmpp_2m_sde.
     """
 
     name: str
-    respacing: str
+    respacing: str | None
     steps: int | None
     timesteps: tuple[int, ...]
     eta: float
@@ -120,6 +123,7 @@ class Run:
             "sampler": self.sampler.name,
             "timestep_respacing": self.sampler.respacing,
             "denoise_steps": self.sampler.steps,
+            "timesteps": list(self.sampler.timesteps),
             "eta": self.sampler.eta,
             "clip_denoised": self.sampler.clip_denoised,
             "seed": self.seed,
@@ -163,7 +167,17 @@ class Run:
 
 def diffusion_of(run: Run) -> SpacedDiffusion:
     """The respaced diffusion process of a run."""
-    return diffusion_from(run.process, run.sampler.respacing)
+    if run.sampler.respacing is not None:
+        return diffusion_from(run.process, run.sampler.respacing)
+    whole = diffusion_from(run.process, "")
+    return SpacedDiffusion(
+        use_timesteps=run.sampler.timesteps,
+        betas=whole.original_betas,
+        model_mean_type=whole.model_mean_type,
+        model_var_type=whole.model_var_type,
+        loss_type=whole.loss_type,
+        rescale_timesteps=whole.rescale_timesteps,
+    )
 
 
 def diffusion_from(process: Mapping[str, Value], respacing: str) -> SpacedDiffusion:

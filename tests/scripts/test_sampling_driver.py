@@ -483,7 +483,8 @@ def test_commands_are_printed_for_devices_of_another_machine(capsys):
         (
             "--dataset lsun_cat --classifier_guidance_scale 1 --eta 0.5",
             [
-                "--eta has no effect without DDIM (--chain_length ddim250, say)",
+                "--eta has no effect without DDIM (--chain_length ddim250, say) or --sampler "
+                "dpmpp_2m_sde",
                 "--classifier_guidance_scale has no effect with the data set lsun_cat: it has no "
                 "classifier (see --classifier_path)",
             ],
@@ -512,6 +513,29 @@ def test_precision_and_eta_reach_the_workers(tiny, tmp_path):
     run = ChunkFolder.load(tmp_path / "out").run
     assert run.network.flags["use_fp16"] is False and run.origins["use_fp16"] == "typed"
     assert (run.sampler.name, run.sampler.eta) == ("ddim", 0.3)
+
+
+def test_evaluations_and_sampler_by_name(tiny, tmp_path, capsys):
+    """The folder that stands for them, the timesteps said and kept, the samples of a worker."""
+    begin = ["--devices", "cpu", "--t_prime", "500", "--steps", "4", "--sampler", "dpmpp_2m_sde"]
+    driver.main([*begin, "--save_dir_suffix", "a"])
+    printed = capsys.readouterr().out
+    assert f"output folder: {SCRIPTS}/exps/imagenet64/dpmpp_2m_sde_t500_4_steps_a\n" in printed
+    out = tmp_path / "out"
+    argv = ["--dataset", str(tiny.root / "tiny.toml"), "--output_dir", str(out), "--execute"]
+    argv += ["--classifier_guidance_scale", "0", "--clip_denoised", "no", "--batch_size", "4"]
+    driver.main([*begin, *argv])
+    said = "dpmpp_2m_sde: 4 evaluations from T' = 500, at original timesteps 499, 374, 249, 124"
+    assert said in capsys.readouterr().out
+    sampling = json.loads((out / "metrics.json").read_text())["sampling"]
+    assert sampling["t_prime"] == 500 and sampling["timesteps"] == [499, 374, 249, 124]
+    worker = tiny.worker_flags(tmp_path / "one", clip_denoised=False)
+    for flag in ("--timestep_respacing", "--denoise_steps"):
+        del worker[worker.index(flag) : worker.index(flag) + 2]
+    worker += ["--t_prime", "500", "--steps", "4", "--sampler", "dpmpp_2m_sde"]
+    assert_equal(all_samples(out), by_one_process(tmp_path / "one", worker, guided=False))
+    with pytest.raises(UserError, match="cannot be mixed with --chain_length: give either"):
+        driver.main([*begin, "--chain_length", "50"])
 
 
 def test_typed_defaults_are_taken_at_their_word(tiny, tmp_path, monkeypatch):

@@ -7,10 +7,12 @@ import pytest
 from esddpm_io import images
 from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import write_sidecar
+from guided_diffusion.commands import sampler_flags
 from guided_diffusion.commands.sample import build_parser, read_job
 from guided_diffusion.sampling.job import rank_from_environment
 from guided_diffusion.script_util import classifier_defaults, model_and_diffusion_defaults
-from guided_diffusion.settings.record import Run
+from guided_diffusion.settings.record import SAMPLERS, Run
+from guided_diffusion.solvers import SPACINGS
 from tests.tiny_sampling import CLASSIFIER, IMAGE_SIZE, MODEL
 
 
@@ -187,13 +189,67 @@ def test_flags_typed_in_vain_are_remarked(tiny, tmp_path):
 
     assert remarks(num_samples=7, eta=0.5) == (
         "--num_samples has no effect without --start_from_scratch",
-        "--eta has no effect without --use_ddim True",
+        "--eta has no effect without --use_ddim True, --sampler ddim or dpmpp_2m_sde",
     )
     assert remarks(start_from_scratch=True, num_samples=7, limit=3) == tuple(
         f"--{name} has no effect with --start_from_scratch"
         for name in ("denoise_steps", "dataset_path", "limit")
     )
     assert remarks(use_ddim=True, eta=0.5) == ()
+
+
+def named_flags(tiny, tmp_path, **flags: object) -> list[str]:
+    """A worker's flags with T' and evaluations by name in place of a chain."""
+    argv = tiny.worker_flags(tmp_path)
+    for flag in ("--timestep_respacing", "--denoise_steps"):
+        del argv[argv.index(flag) : argv.index(flag) + 2]
+    return argv + [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+
+def test_evaluations_and_sampler_by_name(tiny, tmp_path):
+    def sampler(**flags: object):
+        return read_job(named_flags(tiny, tmp_path, **flags), guided=False).run.sampler
+
+    found = sampler(t_prime=500, steps=5, sampler="dpmpp_2m_sde")
+    assert found.timesteps == (499, 399, 299, 199, 99)
+    assert (found.respacing, found.steps, found.eta) == (None, 5, 1.0)
+    assert sampler(t_prime=500, steps=5, sampler="dpmpp_2m_sde", eta=0.5).eta == 0.5
+    assert sampler(t_prime=500, steps=5, sampler="dpmpp_2m", eta=0.5).eta == 0.0
+    assert sampler(t_prime=500, steps=5, sampler="ddim").eta == 0.0
+    assert sampler(t_prime=100, steps=100).timesteps == tuple(reversed(range(100)))
+    assert sampler(t_prime=100, steps=100).name == "ddpm"
+    spaced = sampler(t_prime=500, steps=3, spacing="logsnr").timesteps
+    assert spaced[0] == 499 and spaced[-1] == 0
+    scratch = sampler(start_from_scratch=True, num_samples=4, steps=4, sampler="dpmpp_2m")
+    assert scratch.steps is None and scratch.timesteps == (999, 749, 499, 249)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"t_prime": 0, "steps": 1}, r"^--t_prime must be in 1 ... 1000, not 0"),
+        ({"t_prime": 1001, "steps": 1}, r"^--t_prime must be in 1 ... 1000, not 1001"),
+        ({"t_prime": 5, "steps": 6}, r"^--steps must be in 1 ... 5 for t_prime 5, not 6"),
+        ({"t_prime": 5, "steps": 0}, r"^--steps must be in 1 ... 5"),
+        ({"t_prime": 5}, r"^--steps: say how many times the network is evaluated"),
+        ({"sampler": "ddim"}, r"^--steps: say how many"),
+        ({"steps": 5}, r"^--t_prime: say the noise level to start from"),
+        ({"steps": 5, "t_prime": 9, "start_from_scratch": True}, r"^--t_prime: leave it out with"),
+        ({"steps": 5, "t_prime": 9, "denoise_steps": 2}, r"cannot be mixed with --denoise_steps: "),
+        (
+            {"steps": 5, "t_prime": 9, "use_ddim": True},
+            r"cannot be mixed with --use_ddim: give eit",
+        ),
+    ],
+)
+def test_evaluations_by_name_that_cannot_be(tiny, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        read_job(named_flags(tiny, tmp_path, **flags), guided=False)
+
+
+def test_names_of_samplers_are_those_of_the_record_and_the_solvers():
+    assert sampler_flags.SAMPLERS == SAMPLERS
+    assert sampler_flags.SPACINGS == SPACINGS
 
 
 def test_flags_may_be_abbreviated_as_argparse_lets_them(tiny, tmp_path):

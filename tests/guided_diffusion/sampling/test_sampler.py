@@ -8,6 +8,7 @@ from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import load_weights
 from guided_diffusion.commands.sample import read_job
 from guided_diffusion.pixels import to_uint8
+from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.rng import RandomStreams
 from guided_diffusion.sampling import sampler as sampler_module
 from guided_diffusion.sampling.sampler import Sampler, choose_device
@@ -21,11 +22,21 @@ from tests.tiny_sampling import CLASSIFIER, IMAGE_SIZE, MODEL
 
 
 def by_the_library(
-    tiny, start: int, stop: int, loop: str, scale: float, **options: float
+    tiny, start: int, stop: int, loop: str, scale: float, use_timesteps=None, **options: object
 ) -> np.ndarray:
     """Samples start … stop-1 by the library's own loops, without the engine."""
     flags = {**model_and_diffusion_defaults(), **MODEL, "timestep_respacing": "5"}
     model, diffusion = create_model_and_diffusion(**flags)
+    if use_timesteps is not None:
+        diffusion = SpacedDiffusion(
+            use_timesteps=use_timesteps,
+            betas=diffusion.original_betas,
+            model_mean_type=diffusion.model_mean_type,
+            model_var_type=diffusion.model_var_type,
+            loss_type=diffusion.loss_type,
+        )
+    else:
+        options = {"denoise_steps": 2, **options}
     load_weights(model, str(tiny.model), flag="")
     classifier = create_classifier(
         **{**classifier_defaults(), **CLASSIFIER, "image_size": IMAGE_SIZE}
@@ -49,7 +60,6 @@ def by_the_library(
         noise=clean,
         cond_fn=gradient if scale else None,
         model_kwargs={"y": torch.from_numpy(labels)},
-        denoise_steps=2,
         randn=RandomStreams(0, start, stop).randn,
         **options,
     )
@@ -76,6 +86,29 @@ def test_ddim_with_eta(tiny, tmp_path):
     assert np.abs(images.astype(int) - expected).max() <= 1
     without = by_the_library(tiny, 3, 7, "ddim_sample_loop", 0.0)
     assert (without != expected).mean() > 0.1
+
+
+@pytest.mark.parametrize("scale", [0.0, 50.0])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde"])
+def test_samplers_by_name_are_those_of_the_library(tiny, tmp_path, name, scale):
+    """The same whatever the batch, and with the timesteps of a chain the same as that chain."""
+    flags = tiny.guided_flags(tmp_path, classifier_scale=scale)
+    for flag in ("--timestep_respacing", "--denoise_steps"):
+        del flags[flags.index(flag) : flags.index(flag) + 2]
+    flags += ["--t_prime", "500", "--steps", "2", "--sampler", name]
+    sampler = Sampler(read_job(flags, guided=True))
+    images, labels = sampler.sample(3, 7)
+    for row in range(4):
+        alone = sampler.sample(3 + row, 4 + row)[0][0]
+        assert np.abs(alone.astype(int) - images[row]).max() <= 1
+    np.testing.assert_array_equal(labels, np.load(tiny.images)["arr_1"][3:7])
+    loop = {"ddpm": "p_sample_loop", "ddim": "ddim_sample_loop"}.get(name, "solver_sample_loop")
+    more = {"denoise_steps": 2}
+    if loop == "solver_sample_loop":
+        more = {"t_prime": 500, "sampler": name}
+    expected = by_the_library(tiny, 3, 7, loop, scale, use_timesteps=(499, 249), **more)
+    assert np.abs(images.astype(int) - expected).max() <= 1
+    assert (images == expected).mean() > 0.99
 
 
 def test_guidance_changes_the_samples(tiny, tmp_path):

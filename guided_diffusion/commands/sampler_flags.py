@@ -1,0 +1,52 @@
+"""T', network evaluations and sampler by name: the flags that the driver and the workers share.
+
+No torch here: the driver's --help needs none.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from guided_diffusion.settings.layers import require
+
+SAMPLERS = ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde")
+SPACINGS = ("uniform", "logsnr", "karras")
+WITH_ETA = ("ddim", "dpmpp_2m_sde")
+_NAMES = {"t_prime", "steps", "sampler", "spacing"}
+
+
+def add_sampler_flags(add: Callable[..., object]) -> None:
+    """--t_prime, --steps, --sampler, --spacing and --eta, unset unless they are typed."""
+    add("--t_prime", type=int, help="T', the noise level to start from, in original timesteps")
+    add("--steps", type=int, help="K, how many times the network is evaluated")
+    add("--sampler", choices=SAMPLERS, help="with --steps; ddpm if it is not given")
+    add("--spacing", choices=SPACINGS, default="uniform", help="where the K evaluations lie")
+    add("--eta", type=float, help="share of the noise, 0 … 1: of DDIM (0), of dpmpp_2m_sde (1)")
+
+
+def by_name(
+    args: argparse.Namespace, typed: set[str], chain: Sequence[str]
+) -> dict[str, int | str | None]:
+    """What these flags say, as keywords of a `Request`; empty if none was typed.
+
+    chain: the flags of the other way to say it. UserError if both ways are mixed, or if not enough
+    was said.
+    """
+    if not typed & _NAMES:
+        return {}
+    mixed = [f"--{name}" for name in chain if name in typed]
+    require(
+        not mixed,
+        f"--t_prime, --steps, --sampler and --spacing cannot be mixed with {', '.join(mixed)}: "
+        f"give either --t_prime T' --steps K or --{chain[0]} C --{chain[1]} K",
+    )
+    require(args.steps is not None, "--steps: say how many times the network is evaluated")
+    require(
+        args.start_from_scratch or args.t_prime is not None,
+        "--t_prime: say the noise level to start from, in original timesteps",
+    )
+    require(
+        not args.start_from_scratch or args.t_prime is None,
+        "--t_prime: leave it out with --start_from_scratch, which starts from pure noise",
+    )
+    named: dict[str, int | str | None] = {"sampler": args.sampler or "ddpm"}
+    return {**named, "t_prime": args.t_prime, "steps": args.steps, "spacing": args.spacing}
