@@ -56,6 +56,11 @@ def test_the_packages_do_not_lean_on_each_other():
     assert loaded_after_importing(modules_of(guided_diffusion), ["evaluations"]) == []
 
 
+def test_gathering_status_and_help_need_no_torch():
+    names = ("sampling.gathering", "sampling.status", "commands.driver", "commands.gather")
+    assert loaded_after_importing([f"guided_diffusion.{name}" for name in names], ["torch"]) == []
+
+
 def test_the_mathematics_imports_no_input_output():
     maths = ("nn", "losses", "gaussian_diffusion", "respace", "unet", "script_util")
     names = [f"guided_diffusion.{name}" for name in maths]

@@ -7,8 +7,8 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from guided_diffusion.settings.layers import require
+from guided_diffusion.settings.record import SAMPLERS
 
-SAMPLERS = ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde")
 SPACINGS = ("uniform", "logsnr", "karras")
 WITH_ETA = ("ddim", "dpmpp_2m_sde")
 _NAMES = {"t_prime", "steps", "sampler", "spacing"}

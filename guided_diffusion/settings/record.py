@@ -12,12 +12,12 @@ import typing
 from collections.abc import Mapping
 
 from esddpm_io.errors import UserError
-from guided_diffusion.respace import SpacedDiffusion
-from guided_diffusion.script_util import create_gaussian_diffusion
-from guided_diffusion.solvers import SOLVERS
+
+if typing.TYPE_CHECKING:
+    from guided_diffusion.respace import SpacedDiffusion
 
 Value = bool | int | float | str
-SAMPLERS = ("ddpm", "ddim", *SOLVERS)
+SAMPLERS = ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde")
 # Flags of a network that its samples do not depend on, and what they are while it samples.
 WITHOUT_EFFECT: dict[str, Value] = {"use_checkpoint": False, "dropout": 0.0}
 # Flags of the diffusion process that only training or the chain's choice of steps knows.
@@ -165,8 +165,11 @@ class Run:
         return run
 
 
-def diffusion_of(run: Run) -> SpacedDiffusion:
+def diffusion_of(run: Run) -> "SpacedDiffusion":
     """The respaced diffusion process of a run."""
+    # Brings torch, which gathering and status do without.
+    from guided_diffusion.respace import SpacedDiffusion
+
     if run.sampler.respacing is not None:
         return diffusion_from(run.process, run.sampler.respacing)
     whole = diffusion_from(run.process, "")
@@ -180,8 +183,10 @@ def diffusion_of(run: Run) -> SpacedDiffusion:
     )
 
 
-def diffusion_from(process: Mapping[str, Value], respacing: str) -> SpacedDiffusion:
+def diffusion_from(process: Mapping[str, Value], respacing: str) -> "SpacedDiffusion":
     """The diffusion process of these flags, of which `respacing` keeps some steps."""
+    from guided_diffusion.script_util import create_gaussian_diffusion
+
     flags: dict[str, typing.Any] = {**process, "timestep_respacing": respacing}
     return create_gaussian_diffusion(steps=flags.pop("diffusion_steps"), **flags)
 
