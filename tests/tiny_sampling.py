@@ -120,7 +120,7 @@ def run_script(name: str, *argv: object, **options) -> subprocess.CompletedProce
 
 def chunks(save_dir: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """All finished samples of a folder, images and labels, in order."""
-    files = [np.load(path) for path in sorted((save_dir / "chunks").glob("*/*.npz"))]
+    files = [np.load(path) for path in sorted((save_dir / "chunks").glob("*/[0-9]*.npz"))]
     images = np.concatenate([file["arr_0"] for file in files])
     labelled = "arr_1" in files[0].files
     return images, np.concatenate([file["arr_1"] for file in files]) if labelled else None
