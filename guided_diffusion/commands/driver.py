@@ -90,7 +90,8 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--output_dir", help="folder for samples, logs and metrics instead of exps/…")
     add("--save_png_files", action="store_true", help="also one PNG a sample")
     override = "a preset's flags win over those of the checkpoint's sidecar"
-    add("--override_checkpoint_flags", action="store_true", help=override)
+    truth = {"nargs": "?", "const": True, "default": False, "type": _truth_value}
+    add("--override_checkpoint_flags", help=override, **truth)
     add("--print_settings", action="store_true", help="show the run with origins, do nothing")
     add("--again", metavar="METRICS", help="repeat the run of a metrics.json in --output_dir")
     scoring.add_flags(add)

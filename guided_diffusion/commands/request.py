@@ -7,6 +7,8 @@ from esddpm_io.errors import UserError
 from esddpm_io.files import absolute
 from guided_diffusion.checkpoints import fingerprint, read_checkpoint
 from guided_diffusion.sampling.sources import (
+    GeneratorImages,
+    ImagesToEnlarge,
     Source,
     noted_contents,
     open_generator_images,
@@ -254,29 +256,17 @@ def _size_of_images(request: Request) -> int | None:
 def _start(
     request: Request, model: Resolved, num_classes: int | None, save_dir: str
 ) -> tuple[StartSettings, Source]:
-    if request.kind == "sr":
-        flag = request.flag("base_samples")
-        enlarged = open_images_to_enlarge(request.images, request.num_samples, flag=flag)
-        enlarged.check(int(model.flags["small_size"]), "small_size", num_classes)
-        start = StartSettings(
-            "enlarge",
-            absolute(request.images),
-            noted_contents(enlarged, save_dir),
-            enlarged.available,
-            num_classes,
-        )
-        return start, enlarged
-    if request.from_noise:
+    if request.kind != "sr" and request.from_noise:
         start = StartSettings("noise", num_classes=num_classes)
         return start, open_source(start, request.num_samples, request.seed)
-    flag = request.flag("dataset_path")
-    images = open_generator_images(request.images, request.limit, flag=flag)
-    images.check(int(model.flags["image_size"]), "image_size", num_classes)
-    start = StartSettings(
-        "images",
-        absolute(request.images),
-        noted_contents(images, save_dir),
-        images.available,
-        num_classes,
-    )
-    return start, images
+    images: GeneratorImages | ImagesToEnlarge
+    if request.kind == "sr":
+        kind, size_flag, flag = "enlarge", "small_size", request.flag("base_samples")
+        images = open_images_to_enlarge(request.images, request.num_samples, flag=flag)
+    else:
+        kind, size_flag, flag = "images", "image_size", request.flag("dataset_path")
+        images = open_generator_images(request.images, request.limit, flag=flag)
+    images.check(int(model.flags[size_flag]), size_flag, num_classes)
+    contents = noted_contents(images, save_dir)
+    path = absolute(request.images)
+    return StartSettings(kind, path, contents, images.available, num_classes), images

@@ -209,7 +209,7 @@ def _check_contradictions(source: _Source, known: Layer, user: Layer, own: Layer
         said = {n: value for n, value in own.values.items() if n in TRACELESS[source.kind]}
     for name, value in said.items():
         there = known.values.get(name, value)
-        if not source.override and not _same(there, value):
+        if not source.override and not _same(name, there, value):
             who = user.origin if known.origin.startswith("sidecar") or own is None else own.origin
             dashes = "--" if who == user.origin else ""
             raise UserError(
@@ -218,9 +218,9 @@ def _check_contradictions(source: _Source, known: Layer, user: Layer, own: Layer
             )
 
 
-def _same(one: object, other: object) -> bool:
-    """Whether two values mean the same; a comma list may be in another order."""
-    if isinstance(one, str) and isinstance(other, str):
+def _same(name: str, one: object, other: object) -> bool:
+    """Whether two values of a flag mean the same; sizes with attention may be in any order."""
+    if name.endswith("attention_resolutions") and isinstance(one, str) and isinstance(other, str):
         return sorted(one.split(",")) == sorted(other.split(","))
     return one == other
 
@@ -231,7 +231,7 @@ def _overruled(flag: str, said: Layer, known: Layer, flags: Mapping[str, object]
         f"{flag}: {name} is {known.values[name]} ({known.origin}), not {value} ({said.origin})"
         for name, value in said.values.items()
         if name not in FLAGS_OF_USE
-        and not _same(known.values.get(name, value), value)
+        and not _same(name, known.values.get(name, value), value)
         and flags[name] == known.values[name]
     ]
 
@@ -285,7 +285,8 @@ def check_same_noise(model: Resolved, classifier: Resolved) -> None:
     for name in ("noise_schedule", "diffusion_steps"):
         trained, origin = classifier.flags[name], classifier.origins[name]
         require(
-            origin in ("default", "typed") or trained == model.flags[name],
+            # A published classifier's own file does not tell; its sidecar, if there is one, does.
+            not origin.startswith("sidecar") or trained == model.flags[name],
             f"--classifier_path: {classifier.path} was trained with {name} {trained}, the "
             f"diffusion model has {name} {model.flags[name]}: guidance needs a classifier of the "
             "same noise",

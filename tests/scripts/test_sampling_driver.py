@@ -263,6 +263,9 @@ def test_the_sidecar_s_schedule_is_used_whatever_the_preset_says(tiny, tmp_path,
     assert_equal(all_samples(tmp_path / "out"), expected)
     driver.main(["--print_settings", *argv])
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    for word in ([], ["True"]):
+        driver.main(["--print_settings", *argv, "--override_checkpoint_flags", *word])
+        assert "linear  (preset tiny)" in capsys.readouterr().out
     assert ["noise_schedule", "cosine  (sidecar of mine.pt)"] in lines
     assert ["num_heads", "4  (sidecar of mine.pt)"] in lines
 

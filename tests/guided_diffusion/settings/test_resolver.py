@@ -11,6 +11,7 @@ from guided_diffusion import script_util
 from guided_diffusion.checkpoints import save_checkpoint, write_sidecar
 from guided_diffusion.script_util import create_network
 from guided_diffusion.settings.presets import load_preset
+from guided_diffusion.settings.recognition import outline_of
 from guided_diffusion.settings.resolver import check_same_noise, resolve_network
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
@@ -183,6 +184,21 @@ def test_what_does_not_fit_is_named_before_anything_is_built(with_sidecar, bare,
         resolve("none.pt")
     with pytest.raises(UserError, match="--model_path: name the checkpoint file"):
         resolve("")
+
+
+def test_the_published_classifier_goes_with_the_published_network(published, tmp_path):
+    """Its file and its documentation say nothing of noise: no default stands against cosine."""
+    flags = load_preset("imagenet64").classifier_flags
+    network = outline_of("classifier", flags)
+    path = str(tmp_path / "classifier.pt")
+    state = {n: torch.zeros(()).expand(t.shape) for n, t in network.state_dict().items()}
+    save_checkpoint(state, path)
+    for preset in (None, load_preset("imagenet64")):
+        model = resolve(published, preset)
+        options = {"flag": "--classifier_path", "typed": {"image_size": 64}, "preset": preset}
+        classifier = resolve_network("classifier", path, **options)
+        assert model.flags["noise_schedule"] == "cosine"
+        check_same_noise(model, classifier)
 
 
 def test_a_classifier_of_other_noise_is_refused(with_sidecar, tmp_path):
