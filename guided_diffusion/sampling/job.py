@@ -65,5 +65,4 @@ def describe(run: Run) -> str:
     for name, value in values.items():
         origin = run.origins.get(name)
         lines.append(f"{name:<{width}}  {value}{f'  ({origin})' if origin else ''}")
-    lines.append(f"{'timesteps':<{width}}  {', '.join(map(str, run.sampler.timesteps))}")
     return "\n".join(lines)
