@@ -410,6 +410,10 @@ def _ignored_flags(args: argparse.Namespace, typed: set[str], preset: Preset) ->
                 not _uses_ddim(args) and args.sampler not in WITH_ETA,
                 "without DDIM (--chain_length ddim250, say) or --sampler dpmpp_2m_sde",
             ),
+            "variance": (
+                _uses_ddim(args) or args.sampler not in (None, "ddpm"),
+                "without DDPM (--sampler ddpm)",
+            ),
             "classifier_guidance_scale": (
                 unguided,
                 f"with the data set {preset.name}: it has no classifier (see --classifier_path)",
@@ -461,6 +465,7 @@ def _request(
         use_ddim=_uses_ddim(args),
         eta=args.eta,
         clip_denoised=args.clip_denoised,
+        variance=args.variance,
         seed=args.seed,
         images=files["dataset_path"],
         num_samples=args.num_samples,

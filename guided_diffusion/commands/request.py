@@ -46,7 +46,7 @@ class Request:
     `sampler` (one of SAMPLERS), t_prime is where sampling starts (None: from noise), steps how many
     times the network is evaluated, and spacing where. images: the start images' path, or the images
     to enlarge. num_samples: how many from noise. limit: only the first of the start images (0:
-    all). eta None: the sampler's own.
+    all). eta None: the sampler's own. variance: of DDPM's steps, one of VARIANCES.
     """
 
     kind: str
@@ -60,6 +60,7 @@ class Request:
     spacing: str = "uniform"
     eta: float | None = None
     clip_denoised: bool = True
+    variance: str = "learned"
     seed: int = 0
     images: str = ""
     num_samples: int = 0
@@ -173,6 +174,11 @@ def _guidance(request: Request, classifier: Resolved | None) -> Guidance | None:
 
 def _sampler(request: Request, networks: list[Resolved]) -> SamplerSettings:
     """The chain, checked, with the original timesteps of its steps."""
+    require(
+        request.variance == "learned" or bool(networks[0].flags["learn_sigma"]),
+        f"{request.flag('variance')} {request.variance}: the network learned no variance "
+        "(learn_sigma is False); with --sigma_small True its steps have the posterior's",
+    )
     if request.sampler is not None:
         return _sampler_by_name(request, networks)
     try:
@@ -197,6 +203,7 @@ def _sampler(request: Request, networks: list[Resolved]) -> SamplerSettings:
         timesteps=timesteps,
         eta=eta,
         clip_denoised=request.clip_denoised,
+        variance="learned" if request.use_ddim else request.variance,
     )
 
 
@@ -225,7 +232,15 @@ def _sampler_by_name(request: Request, networks: list[Resolved]) -> SamplerSetti
         timesteps=timesteps,
         eta=own if request.eta is None or fixed else request.eta,
         clip_denoised=request.clip_denoised,
+        variance=request.variance if request.sampler == "ddpm" else "learned",
     )
+
+
+def at_t_prime(run: Run, t_prime: int, steps: int, spacing: str = "uniform") -> SamplerSettings:
+    """The run's sampler, started from another T' (see `evaluation_timesteps`)."""
+    levels = diffusion_from(run.process, "").alphas_cumprod
+    timesteps = tuple(evaluation_timesteps(levels, t_prime, steps, spacing))
+    return dataclasses.replace(run.sampler, respacing=None, steps=steps, timesteps=timesteps)
 
 
 def _check_trained(

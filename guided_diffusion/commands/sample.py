@@ -163,6 +163,7 @@ def _request(args: argparse.Namespace, typed: set[str], kind: str) -> "Request":
         use_ddim=args.use_ddim,
         eta=args.eta,
         clip_denoised=args.clip_denoised,
+        variance=args.variance,
         seed=args.seed,
         images=args.base_samples if kind == "sr" else args.dataset_path,
         num_samples=args.num_samples,
@@ -185,6 +186,10 @@ def _in_vain(args: argparse.Namespace, typed: set[str]) -> list[str]:
             "eta": (
                 not args.use_ddim and args.sampler not in WITH_ETA,
                 "without --use_ddim True, --sampler ddim or dpmpp_2m_sde",
+            ),
+            "variance": (
+                args.use_ddim or args.sampler not in (None, "ddpm"),
+                "without DDPM (--sampler ddpm)",
             ),
         },
     )

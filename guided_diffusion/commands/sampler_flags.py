@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from guided_diffusion.settings.layers import require
-from guided_diffusion.settings.record import SAMPLERS
+from guided_diffusion.settings.record import SAMPLERS, VARIANCES
 
 SPACINGS = ("uniform", "logsnr", "karras")
 WITH_ETA = ("ddim", "dpmpp_2m_sde")
@@ -15,12 +15,14 @@ _NAMES = {"t_prime", "steps", "sampler", "spacing"}
 
 
 def add_sampler_flags(add: Callable[..., object]) -> None:
-    """--t_prime, --steps, --sampler, --spacing and --eta, unset unless they are typed."""
+    """The flags of the reverse loop that the published suite does not have."""
     add("--t_prime", type=int, help="T', the noise level to start from, in original timesteps")
     add("--steps", type=int, help="K, how many times the network is evaluated")
     add("--sampler", choices=SAMPLERS, help="with --steps; ddpm if it is not given")
     add("--spacing", choices=SPACINGS, default="uniform", help="where the K evaluations lie")
     add("--eta", type=float, help="share of the noise, 0 … 1: of DDIM (0), of dpmpp_2m_sde (1)")
+    variance = "of a DDPM step: the network's own or the posterior's (see docs/samplers.md)"
+    add("--variance", choices=VARIANCES, default="learned", help=variance)
 
 
 def by_name(
