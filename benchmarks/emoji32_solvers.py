@@ -1,16 +1,25 @@
-"""Samplers at few network evaluations, on emoji32 from T' = 500, by Fréchet distance.
+"""Samplers at few network evaluations, on a shipped preset, by Fréchet distance.
 
-    python benchmarks/emoji32_solvers.py [--rows ROW ROW …] [--seeds 0 1 2]
-        [--num_samples 500] [--results FILE.json]
+    python benchmarks/emoji32_solvers.py [--dataset emoji32] [--rows ROW ROW …] [--seeds 0 1 2]
+        [--num_samples 500] [--results FILE.json] [--figure PNG]
+
+A row is SAMPLER:K[:OPTION,…]. Options: tN (T', 500 by default), clip (off by default), logsnr or
+karras, posterior (DDPM's variance), etaX, gX (the factor of classifier guidance), fractions (T' is
+divided without rounding to whole timesteps). The sampler "respaced" is DDPM in the chain of the
+published options --chain_length 2K --reverse_steps K, with clipping.
 
 All rows start from the same images with the same noise, so two rows of a seed are a pair. Finished
 pairs of row and seed stay in --results: a run that was stopped goes on, and one with other rows or
 seeds adds to the table. Prints a Markdown table: mean over the seeds, lowest to highest, and the
-difference from the first row of the table on the seeds that both have, with its spread.
+difference from the first row of the table on the same seeds. --figure draws the first images, and
+under them what each row makes of them with the first seed.
 """
 
 import argparse
+import dataclasses
 import json
+import re
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,183 +27,206 @@ import numpy as np
 import torch
 
 from esddpm_io.errors import UserError, run_main
-from esddpm_io.images import open_images
-from evaluations.features import choose_engine, flatten_outputs, load_graph
+from esddpm_io.images import image_grid, open_images, save_png
+from evaluations.features import choose_engine, load_graph, pool_features
 from evaluations.metrics import Gaussian, frechet_distance, gaussian_of, precision_recall
-from guided_diffusion.checkpoints import load_weights, read_sidecar
-from guided_diffusion.pixels import to_uint8
-from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.commands.request import Request, settle
+from guided_diffusion.pixels import to_float, to_uint8
 from guided_diffusion.rng import RandomStreams
-from guided_diffusion.script_util import create_model_and_diffusion
+from guided_diffusion.sampling.sampler import load_network
+from guided_diffusion.sampling.trial import Trial
 from guided_diffusion.settings.presets import load_preset
-from guided_diffusion.solvers import SOLVERS, evaluation_timesteps, make_solver
+from guided_diffusion.settings.record import SAMPLERS, diffusion_from
+from guided_diffusion.solvers import make_solver
 
-T_PRIME = 500
-BATCH = 50
-# sampler:evaluations[:option,…]; options are noclip, fractions, logsnr and karras.
-# "respaced" is DDPM in the chain of the published options --chain_length 2K --reverse_steps K.
+T_PRIME, BATCH = 500, 50
+FIGURE_COLUMNS, FIGURE_ZOOM = 16, 2
 ROWS = (
-    *("respaced:25", "dpmpp_2m_sde:4:noclip", "dpmpp_2m_sde:5:noclip", "dpmpp_2m_sde:8:noclip"),
-    *("dpmpp_2m_sde:4", "dpmpp_2m_sde:5", "dpmpp_2m_sde:8"),
-    # Of T' = 500, 4 and 5 evaluations are at whole timesteps anyway; 3 are not.
-    *("dpmpp_2m_sde:3:noclip", "dpmpp_2m_sde:3:noclip,fractions"),
-    *("ddpm:8", "ddim:8", "ddim1:8", "dpmpp_2m:8:noclip"),
-    *("dpmpp_2m_sde:8:noclip,logsnr", "dpmpp_2m_sde:8:noclip,karras"),
+    *("respaced:25", "dpmpp_2m_sde:4", "dpmpp_2m_sde:5", "dpmpp_2m_sde:8", "dpmpp_2m_sde:16"),
+    *("dpmpp_2m_sde:4:clip", "dpmpp_2m_sde:8:clip"),
+    *("ddpm:8", "ddpm:8:posterior", "ddim:8", "dpmpp_2m:8"),
+    *("dpmpp_2m_sde:8:logsnr", "dpmpp_2m_sde:8:karras"),
 )
-SAMPLERS = ("respaced", "ddpm", "ddim", "ddim1", *SOLVERS)
-OPTIONS = ("noclip", "fractions", "logsnr", "karras")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a row's text says."""
+
+    sampler: str
+    steps: int
+    t_prime: int
+    clip: bool
+    spacing: str
+    variance: str
+    eta: float | None
+    guidance: float
+    fractions: bool
+
+    @classmethod
+    def of(cls, text: str) -> "Row":
+        sampler, _, rest = text.partition(":")
+        steps, _, names = rest.partition(":")
+        options = set(filter(None, names.split(",")))
+        numbers = {
+            match[1]: float(match[2])
+            for match in (re.fullmatch(r"(t|eta|g)(\d+\.?\d*)", option) for option in options)
+            if match
+        }
+        plain = {o for o in options if not re.fullmatch(r"(t|eta|g)\d+\.?\d*", o)}
+        known = {"clip", "logsnr", "karras", "posterior", "fractions"}
+        if sampler not in ("respaced", *SAMPLERS) or not steps.isdecimal() or plain - known:
+            raise UserError(
+                f"--rows {text}: a row is SAMPLER:K[:OPTION,…] with samplers respaced, "
+                f"{', '.join(SAMPLERS)} and options tN, etaX, gX, {', '.join(sorted(known))}"
+            )
+        return cls(
+            sampler=sampler,
+            steps=int(steps),
+            t_prime=int(numbers.get("t", T_PRIME)),
+            clip="clip" in plain or sampler == "respaced",
+            spacing=next((name for name in ("logsnr", "karras") if name in plain), "uniform"),
+            variance="posterior" if "posterior" in plain else "learned",
+            eta=numbers.get("eta"),
+            guidance=numbers.get("g", 0.0),
+            fractions="fractions" in plain,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--dataset", default="emoji32")
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="SAMPLER:K[:OPTION,…]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--num_samples", type=int, default=500)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/solvers.json"))
+    parser.add_argument("--figure", type=Path, help="PNG of the first images in all rows")
     args = parser.parse_args(argv)
-    for row in args.rows:
-        parse_row(row)
+    rows = {text: Row.of(text) for text in args.rows}
     results = json.loads(args.results.read_text()) if args.results.exists() else {}
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args.num_samples)
+    bench = Bench(args.dataset, args.num_samples)
     for seed in args.seeds:
-        for row in args.rows:
-            key = f"{row} seed {seed} of {args.num_samples}"
+        for text, row in rows.items():
+            key = key_of(args, text, seed)
             if key not in results:
                 results[key] = bench.measure(row, seed)
                 args.results.write_text(json.dumps(results, indent=1))
                 print(key, results[key], flush=True)
-    print_table(args, results)
+    print_table(args, rows, results)
+    if args.figure:
+        few = Bench(args.dataset, FIGURE_COLUMNS)
+        batches = [few.starts, *(few.sample(row, args.seeds[0]) for row in rows.values())]
+        grid = image_grid(np.concatenate(batches), FIGURE_COLUMNS)
+        save_png(args.figure, grid.repeat(FIGURE_ZOOM, axis=0).repeat(FIGURE_ZOOM, axis=1))
 
 
-def parse_row(row: str) -> tuple[str, int, set[str]]:
-    """Sampler, evaluations and options of a row's text."""
-    sampler, _, rest = row.partition(":")
-    steps, _, options = rest.partition(":")
-    chosen = set(filter(None, options.split(",")))
-    if sampler not in SAMPLERS or not steps.isdecimal() or not chosen <= set(OPTIONS):
-        raise UserError(
-            f"--rows {row}: a row is SAMPLER:K[:OPTION,…] with samplers {', '.join(SAMPLERS)}"
-            f" and options {', '.join(OPTIONS)}"
-        )
-    return sampler, int(steps), chosen
+def key_of(args: argparse.Namespace, row: str, seed: int) -> str:
+    return f"{args.dataset} {row} seed {seed} of {args.num_samples}"
 
 
 class Bench:
-    """The network, the start images and the reference of the preset."""
+    """The start images of a preset, and the reference that samples are compared with."""
 
-    def __init__(self, count: int):
-        preset = load_preset("emoji32")
-        self.flags = read_sidecar(preset.checkpoint)["flags"]
-        self.model, self.whole = create_model_and_diffusion(**self.flags)
-        load_weights(self.model, preset.checkpoint, flag="--model_path")
-        self.model.eval().requires_grad_(False)
-        source = open_images(preset.generator_images, flag="--dataset_path")
+    def __init__(self, dataset: str, count: int):
+        self._preset, self._count = load_preset(dataset), count
+        source = open_images(self._preset.generator_images, flag="--dataset")
         self.starts = source.read(0, count)
-        reference = open_images(preset.reference_batch, flag="--reference_batch")
-        with np.load(preset.reference_batch) as batch:
-            self.reference = Gaussian(batch["mu"], batch["sigma"])
-        self.engine = choose_engine(load_graph(preset.feature_graph), "torch")
-        self.points = self.features(reference.read(0, len(reference)))
+        self._labels = source.labels(0, count)
+        self._graph = load_graph(self._preset.feature_graph)
+        self._engine = choose_engine(self._graph, "torch")
+        reference = open_images(self._preset.reference_batch, flag="--dataset")
+        with np.load(self._preset.reference_batch) as batch:
+            self._reference = Gaussian(batch["mu"], batch["sigma"])
+        self._points = pool_features(self._engine, reference.read(0, len(reference)))
 
-    def features(self, images: np.ndarray) -> np.ndarray:
-        parts = [images[i : i + 64] for i in range(0, len(images), 64)]
-        return np.concatenate([flatten_outputs(*self.engine(part))[0] for part in parts])
-
-    def measure(self, row: str, seed: int) -> dict[str, float]:
+    def measure(self, row: Row, seed: int) -> dict[str, float]:
         started = time.process_time()
-        batches = range(0, len(self.starts), BATCH)
-        images = np.concatenate([self.sample(row, seed, start) for start in batches])
+        images = self.sample(row, seed)
         seconds = time.process_time() - started
-        features = self.features(images)
-        precision, recall = precision_recall(self.points, features, 3)
+        features = pool_features(self._engine, images)
+        precision, recall = precision_recall(self._points, features, 3)
+        given = (features @ self._graph.softmax_weights).argmax(axis=1)
         return {
-            "frechet": frechet_distance(self.reference, gaussian_of(features)),
+            "frechet": frechet_distance(self._reference, gaussian_of(features)),
             "precision": float(np.mean(precision)),
             "recall": float(np.mean(recall)),
             "seconds": seconds,
+            # Share of images that the feature network gives the label of their start image.
+            "labels": float(np.mean(given == self._labels)),
         }
 
-    @torch.inference_mode()
-    def sample(self, row: str, seed: int, start: int) -> np.ndarray:
-        sampler, steps, options = parse_row(row)
-        clean = torch.from_numpy(self.starts[start : start + BATCH]).permute(0, 3, 1, 2)
-        clean = clean.float() / 127.5 - 1
-        randn = RandomStreams(seed, start, start + len(clean)).randn
-        shared = {
-            "noise": clean,
-            "clip_denoised": "noclip" not in options,
-            "device": "cpu",
-            "randn": randn,
-        }
-        if "fractions" in options:
-            return to_uint8(self.sample_at_fractions(clean, sampler, steps, options, randn))
-        spacing = next((name for name in ("logsnr", "karras") if name in options), "uniform")
-        if sampler in SOLVERS:
-            run = self.whole.solver_sample_loop
-            shared |= {"t_prime": T_PRIME, "steps": steps, "sampler": sampler, "spacing": spacing}
-        else:
-            process = self.respaced(sampler, steps, spacing)
-            run = process.p_sample_loop
-            if sampler.startswith("ddim"):
-                run = process.ddim_sample_loop
-                shared["eta"] = float(sampler == "ddim1")
-            shared["denoise_steps"] = steps
-        return to_uint8(run(self.model, tuple(clean.shape), **shared))
+    def sample(self, row: Row, seed: int) -> np.ndarray:
+        """What a row makes of the start images, uint8 [n, H, W, 3]."""
+        with tempfile.TemporaryDirectory() as scratch:
+            settled = settle(self._request(row, seed), scratch)
+        if row.fractions:
+            return self._at_fractions(settled.run, row, seed)
+        trial = Trial(settled.run, settled.source, self._count, device="cpu", batch_size=BATCH)
+        return trial.sample(settled.run.sampler, f"{row.sampler}, {row.steps} evaluations")
 
-    def respaced(self, sampler: str, steps: int, spacing: str) -> SpacedDiffusion:
-        if sampler == "respaced":
-            times = sorted(space_timesteps(1000, str(1000 * steps // T_PRIME)))
-        else:
-            times = evaluation_timesteps(self.whole.alphas_cumprod, T_PRIME, steps, spacing)
-        whole = self.whole
-        return SpacedDiffusion(
-            use_timesteps=times,
-            betas=whole.original_betas,
-            model_mean_type=whole.model_mean_type,
-            model_var_type=whole.model_var_type,
-            loss_type=whole.loss_type,
+    def _request(self, row: Row, seed: int) -> Request:
+        named = {"sampler": row.sampler, "t_prime": row.t_prime, "spacing": row.spacing}
+        respaced = row.sampler == "respaced"
+        return Request(
+            kind="model",
+            model_path=self._preset.checkpoint,
+            typed={},
+            respacing=str(1000 * row.steps // row.t_prime) if respaced else "",
+            steps=row.steps,
+            **({} if respaced else named),
+            eta=row.eta,
+            clip_denoised=row.clip,
+            variance=row.variance,
+            seed=seed,
+            images=self._preset.generator_images,
+            limit=self._count,
+            classifier_path=self._preset.classifier or "",
+            classifier_scale=row.guidance,
+            preset=self._preset,
         )
 
-    def sample_at_fractions(self, clean, sampler, steps, options, randn) -> torch.Tensor:
+    @torch.inference_mode()
+    def _at_fractions(self, run, row: Row, seed: int) -> np.ndarray:
         """The solver at T' i / K - 1, not rounded; levels lie between those of whole timesteps."""
-        times = T_PRIME * np.arange(steps, 0, -1) / steps - 1
-        log_levels = np.log(self.whole.alphas_cumprod)
-        levels = np.exp(np.interp(times, np.arange(len(log_levels)), log_levels))
-        solver = make_solver(sampler, levels)
-        x = levels[0] ** 0.5 * clean + (1 - levels[0]) ** 0.5 * randn(clean)
-        for time_, level in zip(times, levels, strict=True):
-            eps = self.model(x, torch.full((len(x),), time_))[:, :3]
-            x_start = (x - (1 - level) ** 0.5 * eps) / level**0.5
-            if "noclip" not in options:
-                x_start = x_start.clamp(-1, 1)
-            x = solver(x, x_start, randn(x))
-        return x
+        model = load_network(run.network, torch.device("cpu"), flag="--dataset")
+        times = row.t_prime * np.arange(row.steps, 0, -1) / row.steps - 1
+        whole = np.log(diffusion_from(run.process, "").alphas_cumprod)
+        levels = np.exp(np.interp(times, np.arange(len(whole)), whole))
+        parts = []
+        for start in range(0, self._count, BATCH):
+            clean = to_float(self.starts[start : start + BATCH])
+            randn = RandomStreams(seed, start, start + len(clean)).randn
+            solver = make_solver(row.sampler, levels, row.eta)
+            x = levels[0] ** 0.5 * clean + (1 - levels[0]) ** 0.5 * randn(clean)
+            for time_, level in zip(times, levels, strict=True):
+                eps = model(x, torch.full((len(x),), time_))[:, :3]
+                x_start = (x - (1 - level) ** 0.5 * eps) / level**0.5
+                x = solver(x, x_start.clamp(-1, 1) if row.clip else x_start, randn(x))
+            parts.append(to_uint8(x))
+        return np.concatenate(parts)
 
 
-def print_table(args: argparse.Namespace, results: dict[str, dict[str, float]]) -> None:
-    def values(row: str, name: str) -> dict[int, float]:
-        keys = {seed: f"{row} seed {seed} of {args.num_samples}" for seed in args.seeds}
-        return {seed: results[key][name] for seed, key in keys.items()}
+def print_table(args: argparse.Namespace, rows: dict[str, Row], results: dict) -> None:
+    def values(text: str, name: str) -> np.ndarray:
+        return np.array([results[key_of(args, text, seed)][name] for seed in args.seeds])
 
     first = values(args.rows[0], "frechet")
-    print(f"{args.num_samples} images, seeds {args.seeds}, T' = {T_PRIME}\n")
-    print("| sampler | evaluations | Fréchet distance | difference | precision | recall |")
-    print("|---|---|---|---|---|---|")
-    for row in args.rows:
-        sampler, steps, options = parse_row(row)
-        distance = values(row, "frechet")
-        spread = f"{min(distance.values()):.2f}–{max(distance.values()):.2f}"
-        changes = [distance[seed] - first[seed] for seed in args.seeds]
+    print(f"\n{args.dataset}, {args.num_samples} images, seeds {args.seeds}, T' = {T_PRIME}\n")
+    print("| sampler | evaluations | Fréchet distance | difference | precision | recall | labels |")
+    print("|---|---|---|---|---|---|---|")
+    for text, row in rows.items():
+        distance = values(text, "frechet")
+        changes = 100 * (distance / first - 1)
+        options = text.split(":")[2:]
         cells = [
-            ", ".join([sampler, *sorted(options)]),
-            str(steps),
-            f"{np.mean(list(distance.values())):.2f} ({spread})",
-            f"{np.mean(changes):+.2f} ({min(changes):+.2f} … {max(changes):+.2f})",
-            f"{np.mean(list(values(row, 'precision').values())):.3f}",
-            f"{np.mean(list(values(row, 'recall').values())):.3f}",
+            ", ".join([row.sampler, *options]),
+            str(row.steps),
+            f"{distance.mean():.2f} ({distance.min():.2f}–{distance.max():.2f})",
+            f"{changes.mean():+.0f} % ({changes.min():+.0f} … {changes.max():+.0f})",
+            *(f"{values(text, name).mean():.3f}" for name in ("precision", "recall", "labels")),
         ]
         print(f"| {' | '.join(cells)} |")
 

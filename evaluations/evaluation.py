@@ -104,6 +104,15 @@ def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
     )
 
 
+def reference_gaussian(reference: Images, engine: Engine) -> Gaussian:
+    """The Gaussian of the reference's pool features: as given in it, or of all its images."""
+    image_set = open_set(reference, flag="REF")
+    if image_set.pool_gaussian is not None:
+        return image_set.pool_gaussian
+    name = os.path.basename(image_set.name)
+    return extract(engine, image_set.source, name=name, keep_pool=False).pool_gaussian
+
+
 def check_inputs(reference: str, num_samples: int | None = None, **settings) -> None:
     """`UserError` for what `evaluate` would refuse before there are samples: `num_samples` of them.
 

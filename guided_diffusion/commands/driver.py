@@ -17,7 +17,7 @@ from esddpm_io.atomic import write_json
 from esddpm_io.errors import EXIT_USER_ERROR, UserError, check_at_least, terminate_cleanly
 from esddpm_io.files import absolute, check_output_folder, is_blob, join, read_json, sha256
 from guided_diffusion.commands import scoring
-from guided_diffusion.commands.sampler_flags import WITH_ETA, add_sampler_flags, by_name
+from guided_diffusion.commands.sampler_flags import AUTO, WITH_ETA, add_sampler_flags, by_name
 from guided_diffusion.settings.layers import parse, require, without_effect
 from guided_diffusion.settings.presets import (
     GUIDED_SAMPLER,
@@ -145,6 +145,8 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
     print(f"output folder: {output}")
     evaluation = None
     only_print = not (args.execute or args.print_settings)
+    if named.get("t_prime") == AUTO:
+        named["t_prime"] = _measured_t_prime(args, typed, preset, named, output)
     try:
         _check_files(args, typed, preset, output)
         settled = _settle(_request(args, typed, preset, named), output)
@@ -183,6 +185,26 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
         preset.name,
         args.save_png_files,
         args.machine_idx,
+    )
+
+
+def _measured_t_prime(
+    args: argparse.Namespace,
+    typed: set[str],
+    preset: Preset,
+    named: dict[str, Any],
+    output: str,
+) -> int:
+    from guided_diffusion.commands.propose import stored_or_measured
+
+    _check_files(args, typed, preset, output)
+    return stored_or_measured(
+        _request(args, typed, preset, named),
+        scoring.read_flags(args, preset),
+        _choose_devices(args, typed)[0],
+        args.batch_size,
+        output,
+        may_measure=args.execute and args.machine_idx == 0,
     )
 
 

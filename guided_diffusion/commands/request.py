@@ -83,11 +83,15 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Settled:
-    """The record of a run, the images that it starts from, and remarks for the user."""
+    """The record of a run, the images that it starts from, and remarks for the user.
+
+    highest_t_prime: the largest T' that the networks were trained for.
+    """
 
     run: Run
     source: Source
     remarks: list[str]
+    highest_t_prime: int
 
 
 def settle(request: Request, save_dir: str) -> Settled:
@@ -134,7 +138,13 @@ def settle(request: Request, save_dir: str) -> Settled:
         origins=_origins(model, classifier),
         preset=request.preset.source if request.preset else None,
     )
-    return Settled(run, source, [remark for network in networks for remark in network.remarks])
+    trained = [network.early_stop_steps for network in networks if network.early_stop_steps]
+    return Settled(
+        run=run,
+        source=source,
+        remarks=[remark for network in networks for remark in network.remarks],
+        highest_t_prime=min([int(model.process["diffusion_steps"]), *trained]),
+    )
 
 
 def _origins(model: Resolved, classifier: Resolved | None) -> dict[str, str]:

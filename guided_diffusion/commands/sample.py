@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from esddpm_io.errors import check_at_least, terminate_cleanly
 from esddpm_io.files import read_json
-from guided_diffusion.commands.sampler_flags import WITH_ETA, add_sampler_flags, by_name
+from guided_diffusion.commands.sampler_flags import AUTO, WITH_ETA, add_sampler_flags, by_name
 from guided_diffusion.sampling.chunks import default_chunk_size
 from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE
 from guided_diffusion.sampling.job import Job, describe, rank_from_environment
@@ -153,6 +153,10 @@ def _request(args: argparse.Namespace, typed: set[str], kind: str) -> "Request":
 
     networks = model_and_diffusion_defaults() | classifier_defaults()
     networks |= sr_model_and_diffusion_defaults()
+    require(
+        args.t_prime != AUTO,
+        "--t_prime auto: T' is measured by the driver, or by propose_t_prime.py: type the number",
+    )
     chain: dict[str, Any] = {"steps": None if args.start_from_scratch else args.denoise_steps}
     return Request(
         kind=kind,

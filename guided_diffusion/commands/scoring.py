@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from guided_diffusion.settings.record import Run
 
 METRICS_FILE = "metrics.json"
+PROPOSAL_FILE = "t_prime.json"  # of --t_prime auto
 EVALUATOR = Path(__file__).resolve().parents[2] / "evaluations" / "evaluator.py"
 BACKENDS = ("auto", "tensorflow", "torch")  # the evaluator's, which is not imported
 FLAGS = ("ref_batch", "inception_path", "eval_backend", "eval_device", "eval_cache_dir")
@@ -110,6 +111,7 @@ def evaluate(folder: str, evaluation: Evaluation, dataset: str | None) -> None:
         "provenance": provenance(),
         "run": sampled.run.to_json() if sampled else None,
         "sampling": how_sampled(sampled) if sampled else None,
+        "t_prime_proposal": read_json(join(folder, PROPOSAL_FILE)),
         "inputs": hash_inputs(sampled.run if sampled else None, evaluation),
         "scoring": dataclasses.asdict(evaluation),
         "evaluation": scores,

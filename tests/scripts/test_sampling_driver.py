@@ -48,14 +48,6 @@ def tiny(tmp_path_factory) -> TinyFiles:
     return files
 
 
-@pytest.fixture(autouse=True)
-def own_signal_handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def flags(tiny: TinyFiles, output: Path, **changes: object) -> list[str]:
     """Flags of the driver: the tiny preset, 2 of 5 steps, one process on the CPU."""
     values = {
