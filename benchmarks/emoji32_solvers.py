@@ -4,8 +4,9 @@
         [--num_samples 500] [--results FILE.json] [--figure PNG]
 
 A row is SAMPLER:K[:OPTION,…]. Options: tN (T', 500 by default), clip (off by default), logsnr or
-karras, posterior (DDPM's variance), etaX, gX (the factor of classifier guidance), fractions (T' is
-divided without rounding to whole timesteps). The sampler "respaced" is DDPM in the chain of the
+karras, posterior (DDPM's variance), etaX, gX (the factor of classifier guidance); for solvers also
+fractions (T' is divided without rounding to whole timesteps) and dynamic (Imagen's thresholding,
+arXiv 2205.11487, section 2.3, at 99.5 %). The sampler "respaced" is DDPM in the chain of the
 published options --chain_length 2K --reverse_steps K, with clipping.
 
 All rows start from the same images with the same noise, so two rows of a seed are a pair. Finished
@@ -62,6 +63,7 @@ class Row:
     eta: float | None
     guidance: float
     fractions: bool
+    dynamic: bool
 
     @classmethod
     def of(cls, text: str) -> "Row":
@@ -74,7 +76,7 @@ class Row:
             if match
         }
         plain = {o for o in options if not re.fullmatch(r"(t|eta|g)\d+\.?\d*", o)}
-        known = {"clip", "logsnr", "karras", "posterior", "fractions"}
+        known = {"clip", "logsnr", "karras", "posterior", "fractions", "dynamic"}
         if sampler not in ("respaced", *SAMPLERS) or not steps.isdecimal() or plain - known:
             raise UserError(
                 f"--rows {text}: a row is SAMPLER:K[:OPTION,…] with samplers respaced, "
@@ -90,6 +92,7 @@ class Row:
             eta=numbers.get("eta"),
             guidance=numbers.get("g", 0.0),
             fractions="fractions" in plain,
+            dynamic="dynamic" in plain,
         )
 
 
@@ -162,8 +165,8 @@ class Bench:
         """What a row makes of the start images, uint8 [n, H, W, 3]."""
         with tempfile.TemporaryDirectory() as scratch:
             settled = settle(self._request(row, seed), scratch)
-        if row.fractions:
-            return self._at_fractions(settled.run, row, seed)
+        if row.fractions or row.dynamic:
+            return self._by_hand(settled.run, row, seed)
         trial = Trial(settled.run, settled.source, self._count, device="cpu", batch_size=BATCH)
         return trial.sample(settled.run.sampler, f"{row.sampler}, {row.steps} evaluations")
 
@@ -189,10 +192,15 @@ class Bench:
         )
 
     @torch.inference_mode()
-    def _at_fractions(self, run, row: Row, seed: int) -> np.ndarray:
-        """The solver at T' i / K - 1, not rounded; levels lie between those of whole timesteps."""
+    def _by_hand(self, run, row: Row, seed: int) -> np.ndarray:
+        """What the engine does not offer, for a network without labels.
+
+        Times that are not rounded: T' i / K - 1, at levels between those of whole timesteps.
+        """
         model = load_network(run.network, torch.device("cpu"), flag="--dataset")
-        times = row.t_prime * np.arange(row.steps, 0, -1) / row.steps - 1
+        times = np.array(run.sampler.timesteps, float)
+        if row.fractions:
+            times = row.t_prime * np.arange(row.steps, 0, -1) / row.steps - 1
         whole = np.log(diffusion_from(run.process, "").alphas_cumprod)
         levels = np.exp(np.interp(times, np.arange(len(whole)), whole))
         parts = []
@@ -204,7 +212,13 @@ class Bench:
             for time_, level in zip(times, levels, strict=True):
                 eps = model(x, torch.full((len(x),), time_))[:, :3]
                 x_start = (x - (1 - level) ** 0.5 * eps) / level**0.5
-                x = solver(x, x_start.clamp(-1, 1) if row.clip else x_start, randn(x))
+                if row.clip:
+                    x_start = x_start.clamp(-1, 1)
+                if row.dynamic:
+                    largest = x_start.abs().flatten(1).quantile(0.995, dim=1).clamp(min=1)
+                    largest = largest.view(-1, 1, 1, 1)
+                    x_start = x_start.clamp(-largest, largest) / largest
+                x = solver(x, x_start, randn(x))
             parts.append(to_uint8(x))
         return np.concatenate(parts)
 

@@ -81,7 +81,7 @@ def create_argparser() -> argparse.ArgumentParser:
     devices = "GPU indices, none (as CUDA says), cpu, cpu,cpu"
     add("--devices", default=DEFAULT_DEVICES, help=devices)
     add_sampler_flags(add)
-    clip = "clamp predicted images to [-1, 1]; see docs/samplers.md for when not to"
+    clip = "clamp predicted images to [-1, 1]; untyped, solvers that start from T' do not"
     add("--clip_denoised", type=_truth_value, default=True, help=clip)
     add("--use_fp16", type=_truth_value, help="True or False instead of what the preset says")
     add("--seed", type=int, default=0, help="the same seed gives the same samples")
@@ -486,7 +486,7 @@ def _request(
         **({"steps": None if args.start_from_scratch else args.reverse_steps} | named),
         use_ddim=_uses_ddim(args),
         eta=args.eta,
-        clip_denoised=args.clip_denoised,
+        clip_denoised=args.clip_denoised if "clip_denoised" in typed else None,
         variance=args.variance,
         seed=args.seed,
         images=files["dataset_path"],

@@ -32,7 +32,7 @@ from guided_diffusion.settings.record import (
     diffusion_from,
 )
 from guided_diffusion.settings.resolver import Resolved, check_same_noise, resolve_network
-from guided_diffusion.solvers import evaluation_timesteps
+from guided_diffusion.solvers import SOLVERS, evaluation_timesteps
 
 _LARGEST_SEED = 2**64 - 1
 
@@ -46,7 +46,8 @@ class Request:
     `sampler` (one of SAMPLERS), t_prime is where sampling starts (None: from noise), steps how many
     times the network is evaluated, and spacing where. images: the start images' path, or the images
     to enlarge. num_samples: how many from noise. limit: only the first of the start images (0:
-    all). eta None: the sampler's own. variance: of DDPM's steps, one of VARIANCES.
+    all). eta and clip_denoised None: the sampler's own (a solver that starts from T' does not clip:
+    docs/samplers.md says why). variance: of DDPM's steps, one of VARIANCES.
     """
 
     kind: str
@@ -59,7 +60,7 @@ class Request:
     t_prime: int | None = None
     spacing: str = "uniform"
     eta: float | None = None
-    clip_denoised: bool = True
+    clip_denoised: bool | None = None
     variance: str = "learned"
     seed: int = 0
     images: str = ""
@@ -212,7 +213,7 @@ def _sampler(request: Request, networks: list[Resolved]) -> SamplerSettings:
         steps=request.steps,
         timesteps=timesteps,
         eta=eta,
-        clip_denoised=request.clip_denoised,
+        clip_denoised=request.clip_denoised is not False,
         variance="learned" if request.use_ddim else request.variance,
     )
 
@@ -235,13 +236,14 @@ def _sampler_by_name(request: Request, networks: list[Resolved]) -> SamplerSetti
     _check_trained(request, networks, timesteps, range(len(levels)))
     own = {"ddpm": 1.0, "ddim": 0.0, "dpmpp_2m": 0.0, "dpmpp_2m_sde": 1.0}[request.sampler]
     fixed = request.sampler in ("ddpm", "dpmpp_2m")
+    own_clip = request.from_noise or request.sampler not in SOLVERS
     return SamplerSettings(
         name=request.sampler,
         respacing=None,
         steps=None if request.from_noise else len(timesteps),
         timesteps=timesteps,
         eta=own if request.eta is None or fixed else request.eta,
-        clip_denoised=request.clip_denoised,
+        clip_denoised=own_clip if request.clip_denoised is None else request.clip_denoised,
         variance=request.variance if request.sampler == "ddpm" else "learned",
     )
 

@@ -166,7 +166,7 @@ def _request(args: argparse.Namespace, typed: set[str], kind: str) -> "Request":
         **(chain | by_name(args, typed, ("timestep_respacing", "denoise_steps", "use_ddim"))),
         use_ddim=args.use_ddim,
         eta=args.eta,
-        clip_denoised=args.clip_denoised,
+        clip_denoised=args.clip_denoised if "clip_denoised" in typed else None,
         variance=args.variance,
         seed=args.seed,
         images=args.base_samples if kind == "sr" else args.dataset_path,

@@ -518,10 +518,10 @@ def test_evaluations_and_sampler_by_name(tiny, tmp_path, capsys):
     assert f"output folder: {SCRIPTS}/exps/imagenet64/dpmpp_2m_sde_t500_4_steps_a\n" in printed
     out = tmp_path / "out"
     argv = ["--dataset", str(tiny.root / "tiny.toml"), "--output_dir", str(out), "--execute"]
-    argv += ["--classifier_guidance_scale", "0", "--clip_denoised", "no", "--batch_size", "4"]
+    argv += ["--classifier_guidance_scale", "0", "--batch_size", "4"]
     driver.main([*begin, *argv])
     said = "dpmpp_2m_sde: 4 evaluations from T' = 500, at original timesteps 499, 374, 249, 124"
-    assert said in capsys.readouterr().out
+    assert f"{said}; predicted images are not clipped\n" in capsys.readouterr().out
     sampling = json.loads((out / "metrics.json").read_text())["sampling"]
     assert sampling["t_prime"] == 500 and sampling["timesteps"] == [499, 374, 249, 124]
     worker = tiny.worker_flags(tmp_path / "one", clip_denoised=False)

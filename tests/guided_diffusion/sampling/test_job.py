@@ -224,6 +224,17 @@ def test_evaluations_and_sampler_by_name(tiny, tmp_path):
     assert scratch.steps is None and scratch.timesteps == (999, 749, 499, 249)
 
 
+def test_only_solvers_that_start_from_t_prime_leave_out_clipping(tiny, tmp_path):
+    def clips(**flags: object) -> bool:
+        argv = named_flags(tiny, tmp_path, steps=4, **flags)
+        return read_job(argv, guided=False).run.sampler.clip_denoised
+
+    assert [clips(t_prime=500, sampler=name) for name in SAMPLERS] == [True, True, False, False]
+    assert clips(t_prime=500, sampler="dpmpp_2m", clip_denoised=True)
+    assert not clips(t_prime=500, sampler="ddim", clip_denoised=False)
+    assert clips(start_from_scratch=True, num_samples=4, sampler="dpmpp_2m_sde")
+
+
 def test_the_variance_is_in_the_record_where_it_is_chosen(tiny, tmp_path):
     def job(**flags: object) -> Job:
         return read_job(tiny.worker_flags(tmp_path, **flags), guided=False)
