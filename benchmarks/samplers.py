@@ -1,19 +1,20 @@
 """Samplers at few network evaluations, on a shipped preset, by Fréchet distance.
 
-    python benchmarks/emoji32_solvers.py [--dataset emoji32] [--rows ROW ROW …] [--seeds 0 1 2]
+    python benchmarks/samplers.py [--dataset emoji32] [--rows ROW ROW …] [--seeds 0 1 2]
         [--num_samples 500] [--results FILE.json] [--figure PNG]
 
 A row is SAMPLER:K[:OPTION,…]. Options: tN (T', 500 by default), clip (off by default), logsnr or
 karras, posterior (DDPM's variance), etaX, gX (the factor of classifier guidance); for solvers also
 fractions (T' is divided without rounding to whole timesteps) and dynamic (Imagen's thresholding,
-arXiv 2205.11487, section 2.3, at 99.5 %). The sampler "respaced" is DDPM in the chain of the
-published options --chain_length 2K --reverse_steps K, with clipping.
+arXiv 2205.11487, section 2.3, at 99.5 %), and noise (from pure noise, with clipping). The sampler
+"respaced" is DDPM in the chain of the published options --chain_length 2K --reverse_steps K, with
+clipping; "start" are the start images themselves.
 
 All rows start from the same images with the same noise, so two rows of a seed are a pair. Finished
 pairs of row and seed stay in --results: a run that was stopped goes on, and one with other rows or
-seeds adds to the table. Prints a Markdown table: mean over the seeds, lowest to highest, and the
-difference from the first row of the table on the same seeds. --figure draws the first images, and
-under them what each row makes of them with the first seed.
+seeds adds to the table. Prints a Markdown table: mean over the seeds, lowest to highest, the 95 %
+interval of the mean (Student's), the difference from the first row on the same seeds, and CPU
+seconds a seed. --figure draws the first images as each row makes them with the first seed.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 
 from esddpm_io.errors import UserError, run_main
 from esddpm_io.images import image_grid, open_images, save_png
@@ -57,6 +59,7 @@ class Row:
     sampler: str
     steps: int
     t_prime: int
+    noise: bool
     clip: bool
     spacing: str
     variance: str
@@ -76,17 +79,22 @@ class Row:
             if match
         }
         plain = {o for o in options if not re.fullmatch(r"(t|eta|g)\d+\.?\d*", o)}
-        known = {"clip", "logsnr", "karras", "posterior", "fractions", "dynamic"}
-        if sampler not in ("respaced", *SAMPLERS) or not steps.isdecimal() or plain - known:
+        known = {"clip", "logsnr", "karras", "posterior", "fractions", "dynamic", "noise"}
+        if (
+            sampler not in ("start", "respaced", *SAMPLERS)
+            or not steps.isdecimal()
+            or plain - known
+        ):
             raise UserError(
-                f"--rows {text}: a row is SAMPLER:K[:OPTION,…] with samplers respaced, "
+                f"--rows {text}: a row is SAMPLER:K[:OPTION,…] with samplers start, respaced, "
                 f"{', '.join(SAMPLERS)} and options tN, etaX, gX, {', '.join(sorted(known))}"
             )
         return cls(
             sampler=sampler,
             steps=int(steps),
             t_prime=int(numbers.get("t", T_PRIME)),
-            clip="clip" in plain or sampler == "respaced",
+            noise="noise" in plain,
+            clip=bool({"clip", "noise"} & plain) or sampler == "respaced",
             spacing=next((name for name in ("logsnr", "karras") if name in plain), "uniform"),
             variance="posterior" if "posterior" in plain else "learned",
             eta=numbers.get("eta"),
@@ -121,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     print_table(args, rows, results)
     if args.figure:
         few = Bench(args.dataset, FIGURE_COLUMNS)
-        batches = [few.starts, *(few.sample(row, args.seeds[0]) for row in rows.values())]
+        batches = [few.sample(row, args.seeds[0]) for row in rows.values()]
         grid = image_grid(np.concatenate(batches), FIGURE_COLUMNS)
         save_png(args.figure, grid.repeat(FIGURE_ZOOM, axis=0).repeat(FIGURE_ZOOM, axis=1))
 
@@ -163,6 +171,8 @@ class Bench:
 
     def sample(self, row: Row, seed: int) -> np.ndarray:
         """What a row makes of the start images, uint8 [n, H, W, 3]."""
+        if row.sampler == "start":
+            return self.starts
         with tempfile.TemporaryDirectory() as scratch:
             settled = settle(self._request(row, seed), scratch)
         if row.fractions or row.dynamic:
@@ -171,7 +181,8 @@ class Bench:
         return trial.sample(settled.run.sampler, f"{row.sampler}, {row.steps} evaluations")
 
     def _request(self, row: Row, seed: int) -> Request:
-        named = {"sampler": row.sampler, "t_prime": row.t_prime, "spacing": row.spacing}
+        named = {"sampler": row.sampler, "spacing": row.spacing}
+        named["t_prime"] = None if row.noise else row.t_prime
         respaced = row.sampler == "respaced"
         return Request(
             kind="model",
@@ -186,6 +197,7 @@ class Bench:
             seed=seed,
             images=self._preset.generator_images,
             limit=self._count,
+            num_samples=self._count,
             classifier_path=self._preset.classifier or "",
             classifier_scale=row.guidance,
             preset=self._preset,
@@ -228,9 +240,10 @@ def print_table(args: argparse.Namespace, rows: dict[str, Row], results: dict) -
         return np.array([results[key_of(args, text, seed)][name] for seed in args.seeds])
 
     first = values(args.rows[0], "frechet")
+    names = ["sampler", "evaluations", "Fréchet distance", "95 % interval", "difference"]
+    names += ["precision", "recall", "labels", "seconds"]
     print(f"\n{args.dataset}, {args.num_samples} images, seeds {args.seeds}, T' = {T_PRIME}\n")
-    print("| sampler | evaluations | Fréchet distance | difference | precision | recall | labels |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
     for text, row in rows.items():
         distance = values(text, "frechet")
         changes = 100 * (distance / first - 1)
@@ -239,10 +252,21 @@ def print_table(args: argparse.Namespace, rows: dict[str, Row], results: dict) -
             ", ".join([row.sampler, *options]),
             str(row.steps),
             f"{distance.mean():.2f} ({distance.min():.2f}–{distance.max():.2f})",
+            interval(distance),
             f"{changes.mean():+.0f} % ({changes.min():+.0f} … {changes.max():+.0f})",
             *(f"{values(text, name).mean():.3f}" for name in ("precision", "recall", "labels")),
+            f"{values(text, 'seconds').mean():.0f}",
         ]
         print(f"| {' | '.join(cells)} |")
+
+
+def interval(distances: np.ndarray) -> str:
+    """Of the mean over seeds, by Student's distribution."""
+    count = len(distances)
+    if count < 2:
+        return ""
+    half = stdtrit(count - 1, 0.975) * distances.std(ddof=1) / count**0.5
+    return f"{distances.mean() - half:.2f} … {distances.mean() + half:.2f}"
 
 
 if __name__ == "__main__":
