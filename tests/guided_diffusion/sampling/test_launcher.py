@@ -138,7 +138,7 @@ def test_a_worker_that_still_exports_is_waited_for(launch, tmp_path, little_pati
 
     def ask(self, pid, waited):
         if not asked:
-            wait_until(lambda: self._record_of(pid)["state"] == "exporting")
+            wait_until(lambda: self._record_of(pid)[0]["state"] == "exporting")
         asked.append(waited)
         if len(asked) > 3 and waited > 1:
             (tmp_path / "free").touch()
