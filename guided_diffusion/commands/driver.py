@@ -40,6 +40,7 @@ GATHER = SCRIPTS_FOLDER / "gather_numpyz_and_compute_fid.py"
 # Published defaults. Untyped, they stand for "what is there" and "what the preset says"; the same
 # text typed by the user is taken at its word.
 DEFAULT_DEVICES = "0,1,2,3,4,5,6,7"
+DEFAULT_GUIDANCE = 1.0
 DEFAULT_DATASET_PATH = "../evaluations/precomputed/biggan_deep_imagenet64.npz"
 # What a run's settings are called among the driver's flags.
 _NAMES = {
@@ -70,7 +71,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add(
         "--classifier_guidance_scale",
         type=float,
-        default=1.0,
+        default=DEFAULT_GUIDANCE,
         help="factor of the classifier's gradient; 0 needs no classifier",
     )
     add("--not_eval_metrics", action="store_true", help="skip the evaluation")

@@ -7,6 +7,7 @@ from typing import Any
 from esddpm_io.errors import UserError
 from esddpm_io.files import absolute
 from guided_diffusion.checkpoints import fingerprint, read_checkpoint
+from guided_diffusion.commands.sampler_flags import OWN_ETA, WITH_ETA
 from guided_diffusion.sampling.sources import (
     GeneratorImages,
     ImagesToEnlarge,
@@ -241,14 +242,13 @@ def _sampler_by_name(request: Request, networks: list[Resolved]) -> SamplerSetti
         raise UserError(f"--{error}") from error  # begins with the flag's name
     timesteps = tuple(found)
     _check_trained(request, networks, timesteps, range(len(levels)))
-    own = {"ddpm": 1.0, "ddim": 0.0, "dpmpp_2m": 0.0, "dpmpp_2m_sde": 1.0}[request.sampler]
-    fixed = request.sampler in ("ddpm", "dpmpp_2m")
+    own, takes_eta = OWN_ETA[request.sampler], request.sampler in WITH_ETA
     return SamplerSettings(
         name=request.sampler,
         respacing=None,
         steps=None if request.from_noise else len(timesteps),
         timesteps=timesteps,
-        eta=own if request.eta is None or fixed else request.eta,
+        eta=request.eta if request.eta is not None and takes_eta else own,
         clip_denoised=request.clip_denoised,
     )
 

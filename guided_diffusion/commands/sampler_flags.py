@@ -10,6 +10,8 @@ from guided_diffusion.settings.layers import require
 from guided_diffusion.settings.record import SAMPLERS
 
 SPACINGS = ("uniform", "logsnr", "karras")
+# The samplers' own share of the noise; those with eta take another, too.
+OWN_ETA = {"ddpm": 1.0, "ddim": 0.0, "dpmpp_2m": 0.0, "dpmpp_2m_sde": 1.0}
 WITH_ETA = ("ddim", "dpmpp_2m_sde")
 _NAMES = {"t_prime", "steps", "sampler", "spacing"}
 

@@ -18,7 +18,7 @@ from esddpm_io.errors import EXIT_MAY_PASS, UserError, terminate_cleanly
 from esddpm_io.files import absolute, exists, is_blob, join, list_names, read_json
 from guided_diffusion.commands import driver, scoring
 from guided_diffusion.commands.point import GeneratorPoint, generator_of
-from guided_diffusion.commands.sampler_flags import SPACINGS, WITH_ETA
+from guided_diffusion.commands.sampler_flags import OWN_ETA, SPACINGS
 from guided_diffusion.commands.sweep_table import write_tables
 from guided_diffusion.settings.layers import parse, require
 from guided_diffusion.settings.presets import SCRIPTS_FOLDER, Preset, load_preset
@@ -222,7 +222,8 @@ def _settle_all(
     problems: dict[str, None] = {}
     remarks: dict[str, None] = {}
     there = _folders_by_identity(output)
-    several = {name for name in combinations[0] if len({c[name] for c in combinations}) > 1}
+    files = ("model_path", "dataset_path")
+    several = [name for name in files if len({values[name] for values in combinations}) > 1]
     for values in combinations:
         try:
             own = _args_of(args, typed, preset, values)
@@ -238,10 +239,13 @@ def _settle_all(
         remarks |= dict.fromkeys(said)
         identity = _identity(what)
         if identity not in found:
-            name = there.get(identity) or _name(own, what, values, several)
+            stems = {name: _stem(values[name]) for name in several}
+            name = there.get(identity) or _name(own, what, stems, _is_guided(args, preset))
             found[identity] = Point(join(output, name), what)
     if problems:
         raise UserError("; ".join(problems))
+    if "classifier_guidance_scale" in typed and not _is_guided(args, preset):
+        remarks["--classifier_guidance_scale has no effect: there is no classifier"] = None
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
     points = list(found.values())
@@ -321,25 +325,35 @@ def _folders_by_identity(output: str) -> dict[str, str]:
 
 
 def _name(
-    args: argparse.Namespace, what: "Run | GeneratorPoint", values: Values, several: set[str]
+    args: argparse.Namespace,
+    what: "Run | GeneratorPoint",
+    stems: Values,
+    is_guided: bool,
 ) -> str:
-    """A folder's name: sampler, T' and steps, and what else tells the points apart."""
-    stem = {name: _stem(values[name]) for name in several & {"model_path", "dataset_path"}}
+    """A folder's name: sampler, T' and steps, and what else tells points apart.
+
+    Seed, eta and guidance where they are not the default, files where there are several: so most
+    names stay the same when another command adds points.
+    """
     if isinstance(what, GeneratorPoint):
-        images = stem.get("dataset_path")
+        images = stems.get("dataset_path")
         return f"{GENERATOR_FOLDER}_{images}_{what.contents[:6]}" if images else GENERATOR_FOLDER
     parts = [f"{driver.point_name(args)}_steps"]
-    if values["eta"] is not None and what.sampler.name in WITH_ETA:
+    if what.sampler.eta != OWN_ETA[what.sampler.name]:
         parts.append(f"eta{what.sampler.eta:g}")
-    if values["classifier_guidance_scale"] is not None:
-        parts.append(f"guidance{what.guidance.scale if what.guidance else 0:g}")
-    if "model_path" in stem:
-        parts += [stem["model_path"], what.network.sha256[:6]]
-    if "dataset_path" in stem and what.start.contents:
-        parts += [stem["dataset_path"], what.start.contents[:6]]
+    if is_guided and args.classifier_guidance_scale != driver.DEFAULT_GUIDANCE:
+        parts.append(f"guidance{args.classifier_guidance_scale:g}")
+    if "model_path" in stems:
+        parts += [stems["model_path"], what.network.sha256[:6]]
+    if "dataset_path" in stems and what.start.contents:
+        parts += [stems["dataset_path"], what.start.contents[:6]]
     if what.seed:
         parts.append(f"seed{what.seed}")
     return "_".join(parts)
+
+
+def _is_guided(args: argparse.Namespace, preset: Preset) -> bool:
+    return preset.is_guided or bool(args.classifier_path)
 
 
 def _stem(path: str) -> str:
@@ -410,7 +424,7 @@ def _execute(sweep: Sweep) -> list[str]:
 
 
 def _commands(sweep: Sweep, folders: "Sequence[ChunkFolder]"):
-    guided = sweep.preset.is_guided or bool(sweep.args.classifier_path)
+    guided = _is_guided(sweep.args, sweep.preset)
     machine = sweep.args.machine_idx
     settings = [driver.settings_path(folder.folder, machine) for folder in folders]
     log = driver.log_folder(sweep.args, sweep.output) / "sweep_global_rank_{rank}.log"
