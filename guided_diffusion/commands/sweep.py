@@ -9,13 +9,22 @@ import argparse
 import dataclasses
 import importlib.util
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from esddpm_io.errors import EXIT_MAY_PASS, UserError, terminate_cleanly
-from esddpm_io.files import absolute, exists, is_blob, join, list_names, read_json
+from esddpm_io.errors import EXIT_MAY_PASS, UserError, check_at_least, terminate_cleanly
+from esddpm_io.files import (
+    absolute,
+    check_output_folder,
+    exists,
+    is_blob,
+    join,
+    list_names,
+    read_json,
+)
 from guided_diffusion.commands import driver, scoring
 from guided_diffusion.commands.point import GeneratorPoint, generator_of
 from guided_diffusion.commands.sampler_flags import OWN_ETA, SPACINGS
@@ -119,11 +128,13 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Sweep:
     """All that can be wrong is found here; UserError with everything that is."""
     preset = load_preset(args.dataset)
     driver.check_place(args)
+    check_at_least(args, {"limit": 0})
     require(
         args.eval_bootstrap == 0 or args.eval_bootstrap >= 2,
         f"--eval_bootstrap must be at least 2, or 0 for no intervals, not {args.eval_bootstrap}",
     )
     output = absolute(args.output_dir)
+    check_output_folder(output, flag="--output_dir")
     combinations = _combinations(args)
     full = _as_driver_args(args)
     devices = driver.choose_devices(full, typed)
@@ -171,8 +182,8 @@ def _combinations(args: argparse.Namespace) -> list[Values]:
         "t_prime": read("t_prime", _t_prime, f"whole numbers from 0, {SCRATCH}, {AUTO}"),
         "steps": read("steps", _at_least(1), "whole numbers from 1"),
         "sampler": read("sampler", _sampler, ", ".join(SAMPLERS)),
-        "eta": read("eta", float, "numbers in 0 … 1"),
-        "classifier_guidance_scale": read("classifier_guidance_scale", float, "numbers"),
+        "eta": read("eta", _number, "numbers in 0 … 1"),
+        "classifier_guidance_scale": read("classifier_guidance_scale", _number, "numbers"),
         "seed": read("seed", _at_least(0), "whole numbers from 0"),
     }
     if lists["steps"] == [None] and set(lists["t_prime"]) - {0}:
@@ -193,6 +204,12 @@ def _at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return convert
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError
+    return float(text)
 
 
 def _sampler(text: str) -> str:
