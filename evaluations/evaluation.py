@@ -22,7 +22,7 @@ from evaluations.features import (
 )
 from evaluations.graph_file import Graph
 from evaluations.inputs import FeatureCache, Images, ImageSet, open_set
-from evaluations.metrics import Value
+from evaluations.metrics import Value, interval_of_replicates
 from evaluations.moments import Gaussian
 from evaluations.scoring import METRICS, Scorer
 from evaluations.settings import Settings
@@ -32,12 +32,17 @@ _LOOKED_AT = 64  # images whose values tell 0-1 from 0-255: one bright pixel is 
 
 @dataclass(frozen=True)
 class Result:
-    """The metrics of one sample batch, `intervals` where bootstrap was asked for."""
+    """The metrics of one sample batch; `intervals` and `replicates` where bootstrap was asked for.
+
+    replicates: what the intervals come from, float64 [1 + groups] (see
+    `metrics.jackknife_replicates`): those of two batches give the interval of their difference.
+    """
 
     sample: str
     images: int
     metrics: dict[str, Value]
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    replicates: dict[str, np.ndarray] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def __getitem__(self, metric: str) -> float:
@@ -199,11 +204,15 @@ def _result(
     try:
         values = {name: scorer.value(name) for name in chosen.metrics}
         groups = chosen.bootstrap
-        intervals = {name: scorer.interval(name, groups) for name in chosen.metrics if groups}
+        found = {name: scorer.replicates(name, groups) for name in chosen.metrics if groups}
     except ValueError as error:
         raise UserError(f"{image_set.name}: {error}") from error
-    intervals = {name: interval for name, interval in intervals.items() if interval is not None}
-    return Result(image_set.name, count, values, intervals, tuple(notes))
+    replicates = {name: values for name, values in found.items() if values is not None}
+    intervals = {
+        name: interval_of_replicates(values, logarithmic=METRICS[name].gaussian is not None)
+        for name, values in replicates.items()
+    }
+    return Result(image_set.name, count, values, intervals, replicates, tuple(notes))
 
 
 def _check_count(name: str, count: int, chosen: tuple[str, ...]) -> None:

@@ -22,7 +22,9 @@ __all__ = [
     "frechet_distance",
     "gaussian_of",
     "inception_score",
+    "interval_of_replicates",
     "jackknife_interval",
+    "jackknife_replicates",
     "kernel_distance",
     "neighbour_radii",
     "precision_recall",
@@ -130,15 +132,34 @@ def jackknife_interval(
     Rows are never drawn twice, as the bootstrap does: distances between distributions grow with
     repeated rows, which makes its intervals too wide.
     """
+    replicates = jackknife_replicates(estimate, count, groups=groups, seed=seed)
+    return interval_of_replicates(replicates, logarithmic=logarithmic, level=level)
+
+
+def jackknife_replicates(
+    estimate: Callable[[np.ndarray], float], count: int, *, groups: int, seed: int = 0
+) -> np.ndarray:
+    """The metric of all rows, then that without each of the groups: float64 [1 + g].
+
+    The groups are the same for the same `count`, `groups` and `seed`: replicates of two sets with
+    common indices belong together one by one, and their difference has an interval of its own.
+    """
     groups = min(groups, count)
     order = np.random.default_rng(seed).permutation(count)
-    scale, back = (np.log, np.exp) if logarithmic else (float, float)
-    whole = scale(estimate(np.arange(count)))
     bounds = np.linspace(0, count, groups + 1).astype(int)
     without = [
-        scale(estimate(np.sort(np.delete(order, slice(*bound)))))
-        for bound in itertools.pairwise(bounds)
+        estimate(np.sort(np.delete(order, slice(*bound)))) for bound in itertools.pairwise(bounds)
     ]
+    return np.array([estimate(np.arange(count)), *without])
+
+
+def interval_of_replicates(
+    replicates: np.ndarray, *, logarithmic: bool = False, level: float = 0.95
+) -> tuple[float, float]:
+    """The interval that `jackknife_interval` tells of, from the replicates, float [1 + g]."""
+    scale, back = (np.log, np.exp) if logarithmic else (np.asarray, float)
+    whole, without = scale(replicates[0]), scale(replicates[1:])
+    groups = len(without)
     deviation = np.sqrt((groups - 1) * np.var(without))
     half_width = float(stdtrit(groups - 1, (1.0 + level) / 2.0) * deviation)
     return float(back(whole - half_width)), float(back(whole + half_width))

@@ -103,4 +103,5 @@ def _result_json(result: Result, names: Names) -> dict:
     }
     if result.intervals:
         out["intervals"] = {names.key(m): list(i) for m, i in result.intervals.items()}
+        out["replicates"] = {names.key(m): r.tolist() for m, r in result.replicates.items()}
     return out

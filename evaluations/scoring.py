@@ -37,20 +37,18 @@ class Scorer:
         """The metric `name` of all images."""
         return METRICS[name].value(self)
 
-    def interval(self, name: str, groups: int) -> tuple[float, float] | None:
-        """Its 95 % interval (see `metrics.jackknife_interval`), None where there is none.
+    def replicates(self, name: str, groups: int) -> np.ndarray | None:
+        """The metric of all samples and without each group (see `metrics.jackknife_replicates`).
 
-        Samples are left out; the reference, its statistics and its radii stay as they are.
+        None where they tell no error. The reference, its statistics and its radii stay as they are.
         """
         metric, count = METRICS[name], len(self.samples.pool)
         if metric.resampled is None or count < 3:
             return None
-        logarithmic = metric.gaussian is not None
-        if logarithmic and not self.value(name).value > 0:  # of a set against itself
+        if metric.gaussian is not None and not self.value(name).value > 0:  # a set against itself
             return None
-        return metrics.jackknife_interval(
-            metric.resampled(self), count, groups=groups, logarithmic=logarithmic, seed=self._seed
-        )
+        estimate = metric.resampled(self)
+        return metrics.jackknife_replicates(estimate, count, groups=groups, seed=self._seed)
 
     def frechet(self, which: str) -> Value:
         gaussians = (getattr(one, f"{which}_gaussian") for one in (self.reference, self.samples))

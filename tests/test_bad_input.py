@@ -19,7 +19,7 @@ from esddpm_io.images import save_png
 from evaluations import evaluator
 from guided_diffusion import logger
 from guided_diffusion.checkpoints import write_sidecar
-from guided_diffusion.commands import driver, gather, sample
+from guided_diffusion.commands import driver, gather, sample, sweep
 from guided_diffusion.script_util import (
     sr_create_model,
     sr_model_and_diffusion_defaults,
@@ -191,6 +191,11 @@ def _gather(**changes: object) -> tuple[Callable, list[str]]:
     return gather.main, words(**{**good, **changes})
 
 
+def _sweep(**changes: object) -> tuple[Callable, list[str]]:
+    good = {"dataset": "tiny.toml", "t_prime": "0,200", "steps": 2, "devices": "cpu"}
+    return sweep.main, words(**{**good, "output_dir": "out", **changes})
+
+
 def _trainer(script, **flags: object) -> Callable:
     def command(**changes: object) -> tuple[Callable, list[str]]:
         good = {"data_dir": "images.npz", "num_workers": 0, "batch_size": 2, "save_interval": 1}
@@ -318,6 +323,7 @@ def _other_cases() -> Iterator[tuple[str, Callable, dict[str, object], str]]:
         yield "gather", _gather, changes, f"--{next(iter(changes))}"
     for changes in ({"metrics": "fad"}, {"batch_size": 0}, {"device": "cuda:99"}):
         yield "evaluator", _evaluator, changes, f"--{next(iter(changes))}"
+    yield from _sweep_cases()
     yield "vae_sample", _vae_sample, {}, "model.pt"
     yield "vae_sample", _vae_sample, {"num_samples": 0}, "--num_samples"
     yield "vae_sample", _vae_sample, {"out": "/proc/x.npz"}, "--out"
@@ -326,13 +332,47 @@ def _other_cases() -> Iterator[tuple[str, Callable, dict[str, object], str]]:
     yield "download", _download, {"dataset": "lsun_cat", "base_url": "ftp://x"}, "--base_url"
 
 
+def _sweep_cases() -> Iterator[tuple[str, Callable, dict[str, object], str]]:
+    for changes in (
+        *({"t_prime": text} for text in ("2000", "0,many", "-1", "200,,300", "scratch,1.5", "1")),
+        *({"steps": text} for text in ("0", "2,300", "two")),
+        *({"sampler": text} for text in ("euler", "ddim,dpm")),
+        *({"eta": text} for text in ("0,2", "nan", "all")),
+        *({"classifier_guidance_scale": text} for text in ("0,x", "inf")),
+        *({"seed": text} for text in ("0,-1", str(2**64))),
+        {"spacing": "log"},
+        {"eval_bootstrap": 1},
+        {"eval_device": "cuda:99"},
+        {"limit": -1},
+        {"limit": -1, "t_prime": 0},
+        {"batch_size": 0},
+        {"devices": "99"},
+        {"num_machines": 0},
+        {"machine_idx": 1},
+        {"dataset": "mnist"},
+        {"dataset_path": "missing.npz"},
+        {"dataset_path": "images.npz,cut.npz"},
+        {"dataset_path": "unreadable", "t_prime": 0},
+        {"dataset_path": "large.npz"},
+        {"ref_batch": "cut.npz"},
+        {"inception_path": "cut.pb"},
+        {"classifier_path": "other.pt"},
+        {"output_dir": "text.npz"},
+    ):
+        # Of T' = 1 there is one timestep, and two are asked for.
+        name = "steps" if changes == {"t_prime": "1"} else next(iter(changes))
+        yield "sweep", _sweep, changes, f"--{name}"
+    for kind in ("missing", "cut", "no_json"):
+        yield "sweep", _sweep, {"model_path": f"model.pt,{kind}.pt"}, kind
+
+
 CASES = list(_cases())
 IDS = [f"{name}: {' '.join(map(str, changes.values()))}" for name, _, changes, _ in CASES]
 
 
 def test_there_are_enough_of_them():
     assert len(CASES) >= 132
-    assert len({name for name, *_ in CASES}) == 15
+    assert len({name for name, *_ in CASES}) == 16
 
 
 @pytest.fixture
@@ -359,4 +399,6 @@ def test_bad_input_is_one_line(command_line, capsys, name, command, changes, nam
     assert names in line
     for made in ("out/chunks", "out/samples_all.npz", "out/metrics.json", "another_size/grid.png"):
         assert not Path(made).exists()
+    for made in ("out/*/chunks", "out/*/samples_all.npz", "out/*/metrics.json", "out/sweep.*"):
+        assert not list(Path().glob(made))
     assert not list(Path().glob("log/model*.pt")) and not list(Path().glob("log/samples*"))

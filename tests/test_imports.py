@@ -57,7 +57,13 @@ def test_the_packages_do_not_lean_on_each_other():
 
 
 def test_gathering_status_and_help_need_no_torch():
-    names = ("sampling.gathering", "sampling.status", "commands.driver", "commands.gather")
+    names = (
+        "sampling.gathering",
+        "sampling.status",
+        "commands.driver",
+        "commands.gather",
+        "commands.sweep",
+    )
     assert loaded_after_importing([f"guided_diffusion.{name}" for name in names], ["torch"]) == []
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from esddpm_io.images import save_png
+from guided_diffusion.commands.sample import read_jobs
+from guided_diffusion.sampling.job import Job
 from guided_diffusion.script_util import (
     classifier_defaults,
     create_classifier,
@@ -112,6 +114,12 @@ class TinyFiles:
         """The same for the guided worker."""
         extra = {**CLASSIFIER, "classifier_path": self.classifier}
         return self.worker_flags(save_dir, **{**extra, **changes})
+
+
+def read_job(argv: list[str], *, guided: bool) -> Job:
+    """The one job of a sampling script's command line."""
+    [job] = read_jobs(argv, guided=guided)
+    return job
 
 
 def run_script(name: str, *argv: object, **options) -> subprocess.CompletedProcess:

@@ -5,11 +5,12 @@ with one shared folder by giving each --num_machines and its --machine_idx.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from guided_diffusion.settings.presets import (
 if TYPE_CHECKING:
     from guided_diffusion.commands.request import Request, Settled
     from guided_diffusion.sampling.chunks import ChunkFolder
-    from guided_diffusion.sampling.launcher import WorkerCommand
+    from guided_diffusion.sampling.launcher import WorkerCommand, WorkersFailed
     from guided_diffusion.settings.record import Run
 
 DRIVER = SCRIPTS_FOLDER / "generate_processes_diffusion_and_reverse.py"
@@ -39,6 +40,7 @@ GATHER = SCRIPTS_FOLDER / "gather_numpyz_and_compute_fid.py"
 # Published defaults. Untyped, they stand for "what is there" and "what the preset says"; the same
 # text typed by the user is taken at its word.
 DEFAULT_DEVICES = "0,1,2,3,4,5,6,7"
+DEFAULT_GUIDANCE = 1.0
 DEFAULT_DATASET_PATH = "../evaluations/precomputed/biggan_deep_imagenet64.npz"
 # What a run's settings are called among the driver's flags.
 _NAMES = {
@@ -60,42 +62,57 @@ def create_argparser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--execute", action="store_true", help="run the commands, not only print them")
-    add("--machine_idx", type=int, default=0, help="this machine's place; machine 0 gathers")
-    add("--num_machines", type=int, default=1, help="how many machines share the folder")
-    add("--batch_size", type=int, default=32, help="images a step")
     add("--reverse_steps", type=int, default=25, help="K, steps denoised of the respaced chain")
     add("--chain_length", default="250", help="steps of the chain; ddim25 and the like: DDIM")
     add("--start_from_scratch", action="store_true", help="plain DDPM: all steps from pure noise")
     add("--num_samples", type=int, default=50000, help="with --start_from_scratch")
-    add("--dataset", default="imagenet64", help="name of a preset, or path of a preset file")
     add("--dataset_path", default=DEFAULT_DATASET_PATH, help="generator images: npz or folder")
-    add("--limit", type=int, default=0, help="only the first N generator images (0: all)")
     add("--save_dir_suffix", default="", help="appended to the output folder with _")
     add(
         "--classifier_guidance_scale",
         type=float,
-        default=1.0,
+        default=DEFAULT_GUIDANCE,
         help="factor of the classifier's gradient; 0 needs no classifier",
     )
     add("--not_eval_metrics", action="store_true", help="skip the evaluation")
+    add_sampler_flags(add)
+    add("--seed", type=int, default=0, help="the same seed gives the same samples")
+    add("--model_path", help="checkpoint instead of the preset's")
+    add("--output_dir", help="folder for samples, logs and metrics instead of exps/…")
+    add("--save_png_files", action="store_true", help="also one PNG a sample")
+    add("--print_settings", action="store_true", help="show the run with origins, do nothing")
+    add("--again", metavar="METRICS", help="repeat the run of a metrics.json in --output_dir")
+    add_shared_flags(add)
+    return parser
+
+
+def add_shared_flags(add: Callable[..., object]) -> None:
+    """The flags of one run that are those of a sweep, too."""
+    add("--machine_idx", type=int, default=0, help="this machine's place; machine 0 gathers")
+    add("--num_machines", type=int, default=1, help="how many machines share the folder")
+    add("--batch_size", type=int, default=32, help="images a step")
+    add("--dataset", default="imagenet64", help="name of a preset, or path of a preset file")
+    add("--limit", type=int, default=0, help="only the first N generator images (0: all)")
     devices = "GPU indices, none (as CUDA says), cpu, cpu,cpu"
     add("--devices", default=DEFAULT_DEVICES, help=devices)
-    add_sampler_flags(add)
     clip = "clamp predicted images to [-1, 1]; untyped, solvers that start from T' do not"
     add("--clip_denoised", type=_truth_value, default=True, help=clip)
     add("--use_fp16", type=_truth_value, help="True or False instead of what the preset says")
-    add("--seed", type=int, default=0, help="the same seed gives the same samples")
-    add("--model_path", help="checkpoint instead of the preset's")
     add("--classifier_path", help="classifier instead of the preset's")
-    add("--output_dir", help="folder for samples, logs and metrics instead of exps/…")
-    add("--save_png_files", action="store_true", help="also one PNG a sample")
     override = "a preset's flags win over those of the checkpoint's sidecar"
     truth = {"nargs": "?", "const": True, "default": False, "type": _truth_value}
     add("--override_checkpoint_flags", help=override, **truth)
-    add("--print_settings", action="store_true", help="show the run with origins, do nothing")
-    add("--again", metavar="METRICS", help="repeat the run of a metrics.json in --output_dir")
     scoring.add_flags(add)
-    return parser
+
+
+def check_place(args: argparse.Namespace) -> None:
+    """UserError unless --machine_idx is one of --num_machines, and numbers are no less than 1."""
+    check_at_least(args, {"num_machines": 1, "batch_size": 1, "num_samples": 1})
+    require(
+        0 <= args.machine_idx < args.num_machines,
+        f"--machine_idx must be in 0 … {args.num_machines - 1} (--num_machines "
+        f"{args.num_machines}), not {args.machine_idx}",
+    )
 
 
 def _truth_value(text: str) -> bool:
@@ -120,13 +137,7 @@ class Plan:
 
 def main(argv: list[str] | None = None) -> None:
     args, typed = parse(create_argparser(), argv)
-    lowest = {"num_machines": 1, "batch_size": 1, "num_samples": 1}
-    check_at_least(args, lowest)
-    require(
-        0 <= args.machine_idx < args.num_machines,
-        f"--machine_idx must be in 0 … {args.num_machines - 1} (--num_machines "
-        f"{args.num_machines}), not {args.machine_idx}",
-    )
+    check_place(args)
     plan = _plan_again(args, typed) if args.again else _plan(args, typed)
     if plan is not None and args.execute:
         _execute(plan, sys.argv[1:] if argv is None else argv)
@@ -148,8 +159,8 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
     if named.get("t_prime") == AUTO:
         named["t_prime"] = _measured_t_prime(args, typed, preset, named, output)
     try:
-        _check_files(args, typed, preset, output)
-        settled = _settle(_request(args, typed, preset, named), output)
+        check_files(args, typed, preset, output)
+        settled = _settle(request_of(args, typed, preset, named), output)
     except UserError as error:
         if not only_print:
             raise
@@ -170,13 +181,15 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
         evaluation = scoring.read_flags(args, preset)
         evaluation.check(settled.run.num_samples)
     guided = preset.is_guided or bool(args.classifier_path)
-    commands = _worker_commands(args, typed, guided, output, _log_name(args, bool(named)))
+    log = log_folder(args, output) / _log_name(args, bool(named))
+    settings = [settings_path(output, args.machine_idx)]
+    commands = worker_commands(args, choose_devices(args, typed), guided, settings, log)
     for command in commands:
         print(command, flush=True)
     if settled is None:
         return None
     if only_print:
-        _open_folder(output, settled.run, args.machine_idx)
+        open_folder(output, settled.run, args.machine_idx)
     return Plan(
         settled.run,
         output,
@@ -197,13 +210,13 @@ def _measured_t_prime(
 ) -> int:
     from guided_diffusion.commands.propose import stored_or_measured
 
-    _check_files(args, typed, preset, output)
+    check_files(args, typed, preset, output)
     return stored_or_measured(
-        _request(args, typed, preset, named),
+        request_of(args, typed, preset, named),
         scoring.read_flags(args, preset),
-        _choose_devices(args, typed)[0],
+        choose_devices(args, typed)[0],
         args.batch_size,
-        output,
+        join(output, scoring.PROPOSAL_FILE),
         may_measure=args.execute and args.machine_idx == 0,
     )
 
@@ -214,16 +227,16 @@ def _settle(request: "Request", output: str) -> "Settled":
     return settle(request, output)
 
 
-def _open_folder(output: str, run: "Run", machine_idx: int) -> "ChunkFolder":
+def open_folder(output: str, run: "Run", machine_idx: int) -> "ChunkFolder":
     """Open the folder, and write what this machine's processes read: the run with our paths."""
     from guided_diffusion.sampling.chunks import ChunkFolder
 
     folder = ChunkFolder.open(output, run)
-    write_json(_settings_path(output, machine_idx), run.to_json())
+    write_json(settings_path(output, machine_idx), run.to_json())
     return folder
 
 
-def _settings_path(output: str, machine_idx: int) -> str:
+def settings_path(output: str, machine_idx: int) -> str:
     """Machine 0 has the folder's own; the files may lie elsewhere on the others."""
     from guided_diffusion.sampling.chunks import SETTINGS_FILE
 
@@ -235,22 +248,17 @@ def _settings_path(output: str, machine_idx: int) -> str:
 def _execute(plan: Plan, argv: list[str]) -> None:
     """Run the workers, and on machine 0 gather and evaluate."""
     from guided_diffusion.sampling import outputs
-    from guided_diffusion.sampling.gathering import gather
-    from guided_diffusion.sampling.launcher import Launcher, WorkersFailed
+    from guided_diffusion.sampling.completion import complete
 
     terminate_cleanly()
-    again = shlex.join([sys.executable, str(DRIVER), *argv])
-    folder = _open_folder(plan.output, plan.run, plan.machine_idx)
-    try:
-        while True:
-            folder.remove_damaged(print)
-            if folder.is_complete():
-                print(f"all {folder.num_samples} samples are there already")
-            else:
-                Launcher(plan.commands, folder).run()
-            # Only machine 0 joins the samples; what it finds damaged is sampled again.
-            if plan.machine_idx or gather(folder):
-                break
+    folder = open_folder(plan.output, plan.run, plan.machine_idx)
+    with telling_how_to_continue([str(DRIVER), *argv]):
+        complete(
+            [folder],
+            lambda _: plan.commands,
+            gathers=plan.machine_idx == 0,
+            on_failure=_give_up,
+        )
         if plan.save_png_files:
             outputs.export_pngs(folder, 0, folder.num_samples)
         if plan.machine_idx:
@@ -259,7 +267,20 @@ def _execute(plan: Plan, argv: list[str]) -> None:
                 f"{_gather_command(plan)}"
             )
         elif plan.evaluation:
-            scoring.evaluate(plan.output, plan.evaluation, plan.dataset)
+            scoring.evaluate([plan.output], plan.evaluation, plan.dataset)
+
+
+@contextlib.contextmanager
+def telling_how_to_continue(command: list[str]) -> Iterator[None]:
+    """Print how to go on, by a script and its flags, when workers fail or a signal ends the block.
+
+    UserError for what the user has to mend before; SystemExit where another try may do.
+    """
+    from guided_diffusion.sampling.launcher import WorkersFailed
+
+    again = shlex.join([sys.executable, *command])
+    try:
+        yield
     except WorkersFailed as error:
         if error.exit_code == EXIT_USER_ERROR:
             raise UserError(str(error)) from error
@@ -268,6 +289,10 @@ def _execute(plan: Plan, argv: list[str]) -> None:
     except KeyboardInterrupt:
         print(f"\nstopped; what is finished stays; continue with\n  {again}", file=sys.stderr)
         raise
+
+
+def _give_up(error: "WorkersFailed") -> None:
+    raise error
 
 
 def _gather_command(plan: Plan) -> str:
@@ -299,13 +324,14 @@ def _plan_again(args: argparse.Namespace, typed: set[str]) -> Plan:
     if args.execute and evaluation:
         evaluation.check(run.num_samples)
     args.batch_size = record["sampling"]["batch_size"]
-    name = "again_global_rank_{rank}.log"
-    commands = _worker_commands(args, typed, run.guidance is not None, output, name)
+    log = log_folder(args, output) / "again_global_rank_{rank}.log"
+    settings, devices = [settings_path(output, args.machine_idx)], choose_devices(args, typed)
+    commands = worker_commands(args, devices, run.guidance is not None, settings, log)
     for command in commands:
         command.argv.extend(["--chunk_size", str(record["sampling"]["chunk_size"])])
         print(command, flush=True)
     if not args.execute:
-        _open_folder(output, run, args.machine_idx)
+        open_folder(output, run, args.machine_idx)
     return Plan(
         run,
         output,
@@ -394,7 +420,7 @@ def _default_output(args: argparse.Namespace, preset: Preset, named: bool) -> Pa
     """The output folder that stands for what is sampled and how."""
     if named:
         suffix = f"_{args.save_dir_suffix}" if args.save_dir_suffix else ""
-        return SCRIPTS_FOLDER / "exps" / preset.name / f"{_named(args)}_steps{suffix}"
+        return SCRIPTS_FOLDER / "exps" / preset.name / f"{point_name(args)}_steps{suffix}"
     kind = f"diffusion_and_reverse_{args.reverse_steps}_steps"
     if args.start_from_scratch:
         kind = "generate_from_scratch"
@@ -403,7 +429,7 @@ def _default_output(args: argparse.Namespace, preset: Preset, named: bool) -> Pa
     return SCRIPTS_FOLDER / "exps" / preset.name / chain / f"{kind}{suffix}"
 
 
-def _named(args: argparse.Namespace) -> str:
+def point_name(args: argparse.Namespace) -> str:
     """Sampler, T' and evaluations, as folders and logs have them."""
     start = "from_scratch" if args.start_from_scratch else f"t{args.t_prime}"
     return f"{args.sampler or 'ddpm'}_{start}_{args.steps}"
@@ -411,7 +437,7 @@ def _named(args: argparse.Namespace) -> str:
 
 def _log_name(args: argparse.Namespace, named: bool) -> str:
     if named:
-        return f"{_named(args)}_steps_global_rank_{{rank}}.log"
+        return f"{point_name(args)}_steps_global_rank_{{rank}}.log"
     part = "" if args.start_from_scratch else f"_reverse_{args.reverse_steps}_steps"
     return f"ddpm_{args.chain_length}_length{part}_global_rank_{{rank}}.log"
 
@@ -459,7 +485,7 @@ def _evaluates(args: argparse.Namespace) -> bool:
     return not args.not_eval_metrics and args.machine_idx == 0
 
 
-def _files(args: argparse.Namespace, typed: set[str], preset: Preset) -> dict[str, str]:
+def files_of(args: argparse.Namespace, typed: set[str], preset: Preset) -> dict[str, str]:
     """Every file that the run reads, by the flag that can name another, "" where none is known."""
     found = {
         "model_path": args.model_path or preset.checkpoint,
@@ -471,12 +497,12 @@ def _files(args: argparse.Namespace, typed: set[str], preset: Preset) -> dict[st
     return {flag: absolute(path) if path else "" for flag, path in found.items()}
 
 
-def _request(
+def request_of(
     args: argparse.Namespace, typed: set[str], preset: Preset, named: dict[str, Any]
 ) -> "Request":
     from guided_diffusion.commands.request import Request
 
-    files = _files(args, typed, preset)
+    files = files_of(args, typed, preset)
     guided = preset.is_guided or bool(args.classifier_path)
     return Request(
         kind="model",
@@ -500,13 +526,13 @@ def _request(
     )
 
 
-def _check_files(args: argparse.Namespace, typed: set[str], preset: Preset, output: str) -> None:
+def check_files(args: argparse.Namespace, typed: set[str], preset: Preset, output: str) -> None:
     """UserError for files that are missing, all of them, with the command that fetches them.
 
     And for an output folder that cannot be written.
     """
     check_output_folder(output, flag="--output_dir")
-    files = _files(args, typed, preset)
+    files = files_of(args, typed, preset)
     unneeded = {"inception_path"} if not files["inception_path"] else set()
     if args.start_from_scratch:
         unneeded.add("dataset_path")
@@ -526,7 +552,7 @@ def _check_files(args: argparse.Namespace, typed: set[str], preset: Preset, outp
         raise UserError(f"{what}; fetch with: {fetch}" if shipped else what)
 
 
-def _choose_devices(args: argparse.Namespace, typed: set[str]) -> list[str]:
+def choose_devices(args: argparse.Namespace, typed: set[str]) -> list[str]:
     """The devices to use, one a process; UserError, naming the valid ones, if one is not there.
 
     Commands that are only printed may be for another machine: there, typed devices need not exist.
@@ -550,21 +576,30 @@ def _choose_devices(args: argparse.Namespace, typed: set[str]) -> list[str]:
     return devices
 
 
-def _worker_commands(
-    args: argparse.Namespace, typed: set[str], guided: bool, output: str, log_name: str
+def log_folder(args: argparse.Namespace, output: str) -> Path:
+    """Beside the samples where the user named their folder, else in scripts/."""
+    beside_samples = args.output_dir and not is_blob(output)
+    return Path(output if beside_samples else SCRIPTS_FOLDER) / "logs"
+
+
+def worker_commands(
+    args: argparse.Namespace,
+    devices: list[str],
+    guided: bool,
+    settings: list[str],
+    log: Path,
 ) -> "list[WorkerCommand]":
-    """The command of every process of this machine: where the run's settings are, and its place."""
+    """The command of every process of this machine: where the settings of runs are, and its place.
+
+    log: of the process of rank {rank}.
+    """
     from guided_diffusion.sampling.launcher import WorkerCommand
 
-    devices = _choose_devices(args, typed)
     script = SCRIPTS_FOLDER / (GUIDED_SAMPLER if guided else PLAIN_SAMPLER)
-    beside_samples = args.output_dir and not is_blob(output)
-    logs = Path(output if beside_samples else SCRIPTS_FOLDER) / "logs"
     commands = []
     for local, device in enumerate(devices):
         rank = local + len(devices) * args.machine_idx
         flags = {
-            "settings": _settings_path(output, args.machine_idx),
             "device": device,
             "global_rank": rank,
             "world_size": len(devices) * args.num_machines,
@@ -573,7 +608,7 @@ def _worker_commands(
         }
         if args.save_png_files:
             flags["save_png_files"] = True
-        argv = [sys.executable, str(script)]
+        argv = [sys.executable, str(script), "--settings", *settings]
         argv += [part for key, value in flags.items() for part in (f"--{key}", str(value))]
-        commands.append(WorkerCommand(argv, device, logs / log_name.format(rank=rank)))
+        commands.append(WorkerCommand(argv, device, log.with_name(log.name.format(rank=rank))))
     return commands

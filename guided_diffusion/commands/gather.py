@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         outputs.join_parts(parts, join(args.dir, gathering.SAMPLES_FILE))
         gathering.draw_grid(args.dir, None)
     if evaluation:
-        scoring.evaluate(args.dir, evaluation, preset.name if preset else None)
+        scoring.evaluate([args.dir], evaluation, preset.name if preset else None)
 
 
 def _preset(args: argparse.Namespace, typed: set[str], recorded: str | None) -> Preset | None:

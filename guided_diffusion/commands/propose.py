@@ -9,6 +9,7 @@ values of T' are compared on the same images with the same noise. Its last line 
 
 import argparse
 import dataclasses
+import os
 import shlex
 import tempfile
 import time
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError, check_at_least, terminate_cleanly
-from esddpm_io.files import check_output_file, join, read_json
+from esddpm_io.files import check_output_file, read_json
 from guided_diffusion.commands import driver, scoring
 from guided_diffusion.commands.sampler_flags import AUTO, by_name
 from guided_diffusion.settings.layers import parse, require
@@ -99,11 +100,11 @@ def main(argv: list[str] | None = None) -> None:
     args = argparse.Namespace(**{**vars(driver.create_argparser().parse_args([])), **vars(args)})
     args.t_prime = AUTO
     named = by_name(args, {"t_prime", "steps"}, ("chain_length", "reverse_steps"))
-    device = driver._choose_devices(args, typed)[0]
+    device = driver.choose_devices(args, typed)[0]
     with tempfile.TemporaryDirectory() as scratch:
-        driver._check_files(args, typed, preset, scratch)
+        driver.check_files(args, typed, preset, scratch)
         evaluation = scoring.read_flags(args, preset)
-        request = driver._request(args, typed, preset, named)
+        request = driver.request_of(args, typed, preset, named)
         found = measure(request, evaluation, device, args.batch_size, args.num_images, scratch)
     if args.json:
         write_json(args.json, found.to_json())
@@ -194,30 +195,29 @@ def stored_or_measured(
     evaluation: scoring.Evaluation,
     device: str,
     batch_size: int,
-    output: str,
+    path: str,
     *,
     may_measure: bool,
 ) -> int:
-    """The T' of a run's folder, which is measured once and kept there (`scoring.PROPOSAL_FILE`).
+    """The T' that is kept in the JSON file `path`, or is measured and kept there.
 
     So a run that goes on, and the other machines of one, take the same. UserError if it is not
     there and this process is not to measure it.
     """
-    path = join(output, scoring.PROPOSAL_FILE)
-    stored = read_json(path)
+    stored, folder = read_json(path), os.path.dirname(path)
     if stored is None:
         require(
             may_measure,
-            "--t_prime auto: T' is measured with --execute, on machine 0, and kept in "
-            f"{path}, which is not there; or ask propose_t_prime.py and type the number",
+            f"--t_prime auto: T' is not known yet ({path} is not there): machine 0 measures it "
+            "when it starts to sample; or ask propose_t_prime.py and type the number",
         )
-        found = measure(request, evaluation, device, batch_size, NUM_IMAGES, output)
+        found = measure(request, evaluation, device, batch_size, NUM_IMAGES, folder)
         print(found)
         write_json(path, found.to_json())
         return found.proposal.t_prime
     if not (isinstance(stored, dict) and isinstance(stored.get("proposal"), dict)):
         raise UserError(f"--t_prime auto: {path} is damaged: remove it")
-    question = _question(_with_least_t_prime(request, output)[0].run, evaluation)
+    question = _question(_with_least_t_prime(request, folder)[0].run, evaluation)
     require(
         stored.get("question") == question,
         f"--t_prime auto: {path} was measured with other settings, images or networks: choose "

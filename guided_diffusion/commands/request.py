@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from esddpm_io.errors import UserError
 from esddpm_io.files import absolute
 from guided_diffusion.checkpoints import fingerprint, read_checkpoint
+from guided_diffusion.commands.sampler_flags import OWN_ETA, WITH_ETA
 from guided_diffusion.sampling.sources import (
     GeneratorImages,
     ImagesToEnlarge,
@@ -95,11 +97,33 @@ class Settled:
     highest_t_prime: int
 
 
-def settle(request: Request, save_dir: str) -> Settled:
+class ReadNetworks:
+    """Networks held against their files, each read once for all requests of one command."""
+
+    def __init__(self) -> None:
+        self._resolved: dict[tuple, Resolved] = {}
+        self._records: dict[str, Network] = {}
+
+    def resolve(self, kind: str, path: str, **how: Any) -> Resolved:
+        """`resolve_network`; the same keywords give the same answer."""
+        key = (kind, path, how["images_size"], repr(sorted(how["typed"].items())))
+        if key not in self._resolved:
+            self._resolved[key] = resolve_network(kind, path, **how)
+        return self._resolved[key]
+
+    def record(self, network: Resolved, flag: str) -> Network:
+        """The record of a network, with the hash of its tensors."""
+        if network.path not in self._records:
+            self._records[network.path] = network_of(network, flag)
+        return dataclasses.replace(self._records[network.path], flags=network.network_flags)
+
+
+def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None) -> Settled:
     """Check a request against its files; of the start images headers and labels are read.
 
-    What costs reading all start images is noted in `save_dir` for the next process. Raises
-    UserError, naming the flag and the valid values, for all that could only fail later.
+    networks: those that earlier requests of the same command have read. What costs reading all
+    start images is noted in `save_dir` for the next process. Raises UserError, naming the flag and
+    the valid values, for all that could only fail later.
     """
     require(
         0 <= request.seed <= _LARGEST_SEED,
@@ -113,8 +137,9 @@ def settle(request: Request, save_dir: str) -> Settled:
         request.limit >= 0,
         f"{request.flag('limit')} must be at least 1, or 0 for all generator images",
     )
+    read = networks or ReadNetworks()
     size = _size_of_images(request)
-    model = resolve_network(
+    model = read.resolve(
         request.kind,
         request.model_path,
         flag=request.flag("model_path"),
@@ -123,15 +148,15 @@ def settle(request: Request, save_dir: str) -> Settled:
         override=request.override,
         images_size=size,
     )
-    classifier = _resolve_classifier(request, model) if request.classifier_scale else None
-    networks = [network for network in (model, classifier) if network]
-    sampler = _sampler(request, networks)
+    classifier = _resolve_classifier(request, model, read) if request.classifier_scale else None
+    resolved = [network for network in (model, classifier) if network]
+    sampler = _sampler(request, resolved)
     needs_labels = bool(model.flags["class_cond"]) or classifier is not None
     start, source = _start(request, model, NUM_CLASSES if needs_labels else None, save_dir)
     run = Run(
-        network=network_of(model, request.flag("model_path")),
+        network=read.record(model, request.flag("model_path")),
         process=model.process,
-        guidance=_guidance(request, classifier),
+        guidance=_guidance(request, classifier, read),
         start=start,
         sampler=sampler,
         seed=request.seed,
@@ -139,11 +164,11 @@ def settle(request: Request, save_dir: str) -> Settled:
         origins=_origins(model, classifier),
         preset=request.preset.source if request.preset else None,
     )
-    trained = [network.early_stop_steps for network in networks if network.early_stop_steps]
+    trained = [network.early_stop_steps for network in resolved if network.early_stop_steps]
     return Settled(
         run=run,
         source=source,
-        remarks=[remark for network in networks for remark in network.remarks],
+        remarks=[remark for network in resolved for remark in network.remarks],
         highest_t_prime=min([int(model.process["diffusion_steps"]), *trained]),
     )
 
@@ -154,16 +179,17 @@ def _origins(model: Resolved, classifier: Resolved | None) -> dict[str, str]:
     return {name: origin for name, origin in origins.items() if name != "timestep_respacing"}
 
 
-def _resolve_classifier(request: Request, model: Resolved) -> Resolved:
+def _resolve_classifier(request: Request, model: Resolved, read: ReadNetworks) -> Resolved:
     known = classifier_defaults()
     typed = {name: value for name, value in request.typed.items() if name in known}
-    classifier = resolve_network(
+    classifier = read.resolve(
         "classifier",
         request.classifier_path,
         flag=request.flag("classifier_path"),
         typed={"image_size": model.flags["image_size"], **typed},
         preset=request.preset,
         override=request.override,
+        images_size=None,
     )
     check_same_noise(model, classifier)
     return classifier
@@ -176,10 +202,10 @@ def network_of(network: Resolved, flag: str) -> Network:
     return Network(network.kind, flags, absolute(network.path), sha256)
 
 
-def _guidance(request: Request, classifier: Resolved | None) -> Guidance | None:
+def _guidance(request: Request, classifier: Resolved | None, read: ReadNetworks) -> Guidance | None:
     if classifier is None:
         return None
-    record = network_of(classifier, request.flag("classifier_path"))
+    record = read.record(classifier, request.flag("classifier_path"))
     return Guidance(record, request.classifier_scale)
 
 
@@ -234,15 +260,14 @@ def _sampler_by_name(request: Request, networks: list[Resolved]) -> SamplerSetti
         raise UserError(f"--{error}") from error  # begins with the flag's name
     timesteps = tuple(found)
     _check_trained(request, networks, timesteps, range(len(levels)))
-    own = {"ddpm": 1.0, "ddim": 0.0, "dpmpp_2m": 0.0, "dpmpp_2m_sde": 1.0}[request.sampler]
-    fixed = request.sampler in ("ddpm", "dpmpp_2m")
+    own, takes_eta = OWN_ETA[request.sampler], request.sampler in WITH_ETA
     own_clip = request.from_noise or request.sampler not in SOLVERS
     return SamplerSettings(
         name=request.sampler,
         respacing=None,
         steps=None if request.from_noise else len(timesteps),
         timesteps=timesteps,
-        eta=own if request.eta is None or fixed else request.eta,
+        eta=request.eta if request.eta is not None and takes_eta else own,
         clip_denoised=own_clip if request.clip_denoised is None else request.clip_denoised,
         variance=request.variance if request.sampler == "ddpm" else "learned",
     )

@@ -1,7 +1,7 @@
 """One sampling process: the published flags of the engine's workers.
 
-A worker is told a record (--settings) and its place; or all the published flags, of which the same
-record is made.
+A worker is told records (--settings), which it samples one after another, and its place; or all the
+published flags, of which the same record is made.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from guided_diffusion.commands.sampler_flags import AUTO, WITH_ETA, add_sampler_
 from guided_diffusion.sampling.chunks import default_chunk_size
 from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE
 from guided_diffusion.sampling.job import Job, describe, rank_from_environment
-from guided_diffusion.sampling.sampler import choose_device
+from guided_diffusion.sampling.sampler import LoadedNetworks, choose_device
 from guided_diffusion.sampling.sources import Source, check_source, open_source
 from guided_diffusion.sampling.worker import run, telling_how_to_continue
 from guided_diffusion.script_util import (
@@ -49,7 +49,7 @@ COMMON_DEFAULTS = {
 }
 # Flags of a process, which the record of the run says nothing of.
 _PLACE_DEFAULTS = {
-    "settings": "",
+    "settings": (),
     "save_dir": "",
     "global_rank": None,
     "world_size": None,
@@ -57,6 +57,7 @@ _PLACE_DEFAULTS = {
     "chunk_size": 0,
 }
 _TYPES_OF_UNSET = {"global_rank": int, "world_size": int, "any_chunk": str2bool}
+_WITHOUT_TYPE = (*_TYPES_OF_UNSET, "settings")
 _SWITCHES = ("start_from_scratch", "save_numpy_array", "save_png_files", "print_settings")
 _OF_THE_PROCESS = {*_PLACE_DEFAULTS, *_SWITCHES[1:], "batch_size", "device"}
 
@@ -80,7 +81,8 @@ def build_parser(guided: bool, prog: str | None = None) -> argparse.ArgumentPars
     """The command line of a sampling script; switches may be given a truth value too."""
     parser = argparse.ArgumentParser(prog=prog)
     defaults = sampling_defaults(guided)
-    add_dict_to_argparser(parser, {k: v for k, v in defaults.items() if k not in _TYPES_OF_UNSET})
+    add_dict_to_argparser(parser, {k: v for k, v in defaults.items() if k not in _WITHOUT_TYPE})
+    parser.add_argument("--settings", nargs="+", default=())
     for name, kind in _TYPES_OF_UNSET.items():
         parser.add_argument(f"--{name}", type=kind, default=None)
     add_sampler_flags(parser.add_argument)
@@ -89,14 +91,18 @@ def build_parser(guided: bool, prog: str | None = None) -> argparse.ArgumentPars
     return parser
 
 
-def read_job(argv: Sequence[str] | None, *, guided: bool) -> Job:
-    """Parse and check a sampling script's command line: a record, or the published flags.
+def read_jobs(argv: Sequence[str] | None, *, guided: bool) -> list[Job]:
+    """Parse and check a sampling script's command line: records, or the published flags.
 
     Raises UserError, naming the flag and the valid values, for anything that could only fail
     later; of the input files it reads headers, labels and what tells them from others.
     """
     args, typed = parse(build_parser(guided), argv)
-    return job_from(args, typed, "model")
+    if len(args.settings) < 2:
+        return [job_from(args, typed, "model")]
+    require(not args.save_dir, "--save_dir: leave it out with more than one file of --settings")
+    each = [argparse.Namespace(**{**vars(args), "settings": (path,)}) for path in args.settings]
+    return [job_from(one, typed, "model") for one in each]
 
 
 def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
@@ -134,15 +140,16 @@ def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
 
 def _recorded(args: argparse.Namespace, typed: set[str]) -> tuple[Run, Source, list[str]]:
     """The run that --settings FILE says, its start images found unchanged."""
+    [path] = args.settings
     surplus = sorted(typed - _OF_THE_PROCESS)
     require(
         not surplus,
         f"--settings says all of the run: leave out {', '.join(f'--{name}' for name in surplus)}",
     )
-    content = read_json(args.settings)
-    require(content is not None, f"--settings: there is no file {args.settings}")
-    run = Run.from_json(content, where=args.settings)
-    args.save_dir = args.save_dir or os.path.dirname(args.settings)
+    content = read_json(path)
+    require(content is not None, f"--settings: there is no file {path}")
+    run = Run.from_json(content, where=path)
+    args.save_dir = args.save_dir or os.path.dirname(path)
     source = open_source(run.start, run.num_samples, run.seed)
     check_source(source, run.start, args.save_dir)
     return run, source, []
@@ -215,12 +222,14 @@ def main(argv: list[str] | None = None, *, guided: bool) -> None:
     """The command line of a sampling script: parse, sample, export."""
     terminate_cleanly()
     _stop_with_launcher()
-    job = read_job(argv, guided=guided)
-    if job.print_settings:
-        print(describe(job.run))
-        return
-    with telling_how_to_continue(job, shlex.join([sys.executable, *sys.argv])):
-        run(job)
+    jobs = read_jobs(argv, guided=guided)
+    networks = LoadedNetworks()
+    with telling_how_to_continue(jobs[0], shlex.join([sys.executable, *sys.argv])):
+        for job in jobs:
+            if job.print_settings:
+                print(describe(job.run))
+            else:
+                run(job, networks=networks)
 
 
 def _stop_with_launcher() -> None:

@@ -11,6 +11,8 @@ from guided_diffusion.settings.record import SAMPLERS, VARIANCES
 
 SPACINGS = ("uniform", "logsnr", "karras")
 AUTO = "auto"  # the value of --t_prime that asks for a proposal
+# The samplers' own share of the noise; those with eta take another, too.
+OWN_ETA = {"ddpm": 1.0, "ddim": 0.0, "dpmpp_2m": 0.0, "dpmpp_2m_sde": 1.0}
 WITH_ETA = ("ddim", "dpmpp_2m_sde")
 _NAMES = {"t_prime", "steps", "sampler", "spacing"}
 

@@ -5,7 +5,7 @@ import dataclasses
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError
 from esddpm_io.files import absolute, exists, join, read_json, sha256
 from esddpm_io.processes import run_to_end
+from guided_diffusion.commands.point import generator_of, point_of_run
 from guided_diffusion.settings.presets import Preset
 from guided_diffusion.settings.provenance import provenance
 
@@ -30,13 +31,13 @@ FLAGS = ("ref_batch", "inception_path", "eval_backend", "eval_device", "eval_cac
 class Evaluation:
     """What samples are scored with. graph None: the 2015 Inception graph.
 
-    engine: the evaluator's flags backend, device and cache_dir, as far as they were given.
+    engine: the evaluator's flags backend, device, cache_dir and bootstrap, as far as given.
     """
 
     reference: str
     graph: str | None
     metric_name: str | None
-    engine: dict[str, str]
+    engine: dict[str, str | int]
 
     def check(self, count: int | None = None) -> None:
         """Fetch the graph if need be; UserError, with our flags, for what could only fail later.
@@ -52,22 +53,31 @@ class Evaluation:
             text = re.sub(r"--(backend|device|cache_dir)\b", r"--eval_\1", str(error))
             raise UserError(f"{text}; --not_eval_metrics leaves the evaluation out") from error
 
-    def score(self, samples: str) -> dict[str, Any]:
+    def made(self, record: Mapping[str, Any]) -> bool:
+        """Whether a metrics.json has figures of this evaluation, wherever features were kept."""
+
+        def decisive(scoring: Mapping[str, Any]) -> dict[str, Any]:
+            engine = {k: v for k, v in scoring["engine"].items() if k != "cache_dir"}
+            return {**scoring, "engine": engine}
+
+        return decisive(record["scoring"]) == decisive(dataclasses.asdict(self))
+
+    def score(self, *samples: str) -> dict[str, Any]:
         """Run the evaluator, whose results go to stdout; what it writes with --json.
 
-        SystemExit with its exit code if it fails.
+        All in one process, which computes the reference's features once. SystemExit with its exit
+        code if it fails.
         """
         with tempfile.TemporaryDirectory() as scratch:
             result = join(scratch, "metrics.json")
-            argv = [sys.executable, str(EVALUATOR), self.reference, samples, "--json", result]
+            argv = [sys.executable, str(EVALUATOR), self.reference, *samples, "--json", result]
             flags = {"inception_path": self.graph, "metric_name": self.metric_name, **self.engine}
             for flag, value in flags.items():
-                argv += [f"--{flag}", value] if value else []
+                argv += [f"--{flag}", str(value)] if value else []
             code = run_to_end(argv)
             if code:
-                print(
-                    f"error: the evaluation failed; the samples are in {samples}", file=sys.stderr
-                )
+                where = ", ".join(samples)
+                print(f"error: the evaluation failed; the samples are in {where}", file=sys.stderr)
                 sys.exit(code)
             found = read_json(result)
         assert isinstance(found, dict)
@@ -99,29 +109,46 @@ def read_flags(args: argparse.Namespace, preset: Preset | None) -> Evaluation:
     return Evaluation(reference, graph, name, {k: v for k, v in engine.items() if v})
 
 
-def evaluate(folder: str, evaluation: Evaluation, dataset: str | None) -> None:
-    """Score the gathered samples of a folder; write `metrics.json` with all that produced them."""
+def evaluate(folders: Sequence[str], evaluation: Evaluation, dataset: str | None) -> None:
+    """Score the gathered samples of folders; write `metrics.json` with all that produced them."""
+    from guided_diffusion.sampling.gathering import SAMPLES_FILE
+
+    scores = evaluation.score(*(join(folder, SAMPLES_FILE) for folder in folders))
+    for folder, result in zip(folders, scores["results"], strict=True):
+        metrics = join(folder, METRICS_FILE)
+        write_json(metrics, _record(folder, evaluation, dataset, {**scores, "results": [result]}))
+        print(f"metrics and settings: {absolute(metrics)}")
+
+
+def _record(
+    folder: str, evaluation: Evaluation, dataset: str | None, scores: Mapping[str, Any]
+) -> dict[str, Any]:
     from guided_diffusion.sampling.chunks import SETTINGS_FILE, ChunkFolder
-    from guided_diffusion.sampling.gathering import SAMPLES_FILE, how_sampled
+    from guided_diffusion.sampling.gathering import how_sampled
 
     sampled = ChunkFolder.load(folder) if exists(join(folder, SETTINGS_FILE)) else None
-    scores = evaluation.score(join(folder, SAMPLES_FILE))
-    record = {
+    run = sampled.run if sampled else None
+    sampling = how_sampled(sampled) if sampled else None
+    generator = generator_of(folder)
+    point = generator.values() if generator else None
+    if run and sampling:
+        point = point_of_run(run, sampling["seconds_per_image"])
+    return {
         "dataset": dataset,
+        "point": point,
         "provenance": provenance(),
-        "run": sampled.run.to_json() if sampled else None,
-        "sampling": how_sampled(sampled) if sampled else None,
+        "run": run.to_json() if run else None,
+        "sampling": sampling,
         "t_prime_proposal": read_json(join(folder, PROPOSAL_FILE)),
-        "inputs": hash_inputs(sampled.run if sampled else None, evaluation),
+        "inputs": hash_inputs(run, evaluation, point["start_images"] if point else None),
         "scoring": dataclasses.asdict(evaluation),
         "evaluation": scores,
     }
-    metrics = join(folder, METRICS_FILE)
-    write_json(metrics, record)
-    print(f"metrics and settings: {absolute(metrics)}")
 
 
-def hash_inputs(run: "Run | None", evaluation: Evaluation) -> dict[str, dict[str, str]]:
+def hash_inputs(
+    run: "Run | None", evaluation: Evaluation, start_images: str | None
+) -> dict[str, dict[str, str]]:
     """Path and SHA-256 of all inputs; of a checkpoint, that of its tensors, as recorded."""
     from evaluations.features import cached_graph_path
 
@@ -131,8 +158,8 @@ def hash_inputs(run: "Run | None", evaluation: Evaluation) -> dict[str, dict[str
         if run.guidance:
             classifier = run.guidance.classifier
             hashes["classifier"] = {"path": classifier.path, "sha256": classifier.sha256}
-        if run.start.path:
-            hashes["start_images"] = {"path": run.start.path, "sha256": sha256(run.start.path)}
+    if start_images:
+        hashes["start_images"] = {"path": start_images, "sha256": sha256(start_images)}
     graph = evaluation.graph or str(cached_graph_path())
     for name, path in (("reference", evaluation.reference), ("graph", graph)):
         hashes[name] = {"path": path, "sha256": sha256(path)}

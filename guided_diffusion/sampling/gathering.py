@@ -3,6 +3,7 @@
 import statistics
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from esddpm_io.files import absolute, join
 from guided_diffusion.sampling import outputs
@@ -36,7 +37,7 @@ def draw_grid(folder: str, starts: str | None) -> None:
     print(f"samples: {absolute(samples)}\ngrid: {absolute(grid)}", flush=True)
 
 
-def how_sampled(folder: ChunkFolder) -> dict[str, object]:
+def how_sampled(folder: ChunkFolder) -> dict[str, Any]:
     """What the making of the samples took, told by the finished chunks themselves."""
     made = folder.about()
     timesteps = folder.run.sampler.timesteps

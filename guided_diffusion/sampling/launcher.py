@@ -32,11 +32,15 @@ class WorkersFailed(RuntimeError):
     """The run cannot go on; the message says why, and `exit_code` is the worker's where it is ours.
 
     It is the worker's own `error:` line, or else how it ended and the last lines of its log.
+    folder: where it was at work, None if it was nowhere yet.
     """
 
-    def __init__(self, message: str, exit_code: int = EXIT_MAY_PASS):
+    def __init__(
+        self, message: str, exit_code: int = EXIT_MAY_PASS, folder: ChunkFolder | None = None
+    ):
         super().__init__(message)
         self.exit_code = exit_code
+        self.folder = folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +56,17 @@ class WorkerCommand:
 
 
 class Launcher:
-    """Runs workers on one folder of chunks until it is complete."""
+    """Runs workers on folders of chunks, in their order, until these are complete."""
 
-    def __init__(self, commands: list[WorkerCommand], folder: ChunkFolder):
+    def __init__(self, commands: list[WorkerCommand], *folders: ChunkFolder):
         self._commands = commands
-        self._folder = folder
-        self._observer = Observer(folder.folder)
+        self._folders = folders
+        self._unfinished = list(folders)
+        self._observers = [Observer(folder.folder) for folder in folders]
         self._running: dict[subprocess.Popen, WorkerCommand] = {}
         self._deaths: Counter[int] = Counter()  # by number of the command
-        self._beaten: defaultdict[Range, set[int]] = defaultdict(set)  # commands by chunk
+        # Commands by folder and chunk.
+        self._beaten: defaultdict[tuple[str, Range], set[int]] = defaultdict(set)
         self._screen = Screen()
         self._next_look = 0.0
 
@@ -69,8 +75,8 @@ class Launcher:
 
         However it ends, by Ctrl-C too, no worker is left running.
         """
-        monitor = Monitor(self._folder)
-        self._observer.forget_dead()
+        monitor = Monitor(*self._folders)
+        self._forget_dead()
         try:
             for command in self._commands:
                 self._start(command)
@@ -83,16 +89,22 @@ class Launcher:
             self._see_off()
         finally:
             self._stop_all()
-            self._observer.forget_dead()
-        if not self._folder.is_complete():
+            self._forget_dead()
+        self._next_look = 0.0
+        if not self._is_complete():
             raise WorkersFailed("the workers have ended, but samples are missing")
+
+    def _forget_dead(self) -> None:
+        for observer in self._observers:
+            observer.forget_dead()
 
     def _is_complete(self) -> bool:
         """Whether no sample is missing, looked up now and then."""
         if time.monotonic() < self._next_look:
             return False
         self._next_look = time.monotonic() + _LOOK_S
-        return self._folder.is_complete()
+        self._unfinished = [one for one in self._unfinished if not one.is_complete()]
+        return not self._unfinished
 
     def _see_off(self) -> None:
         """Wait for workers that end by themselves or still write files, once all is sampled.
@@ -119,7 +131,7 @@ class Launcher:
         """Whether a worker is to be left alone `waited` seconds after the last sample was there."""
         if waited < _GRACE_S:
             return True
-        record = self._record_of(pid)
+        record, _ = self._record_of(pid)
         if record is None:  # it has only just been started
             return waited < DEAD_AFTER_S
         return record["alive"] and record["state"] == "exporting"
@@ -161,36 +173,42 @@ class Launcher:
     def _after_death(self, process: subprocess.Popen, command: WorkerCommand, code: int) -> None:
         """Retry the device once; give up where another try would end the same way."""
         number = self._commands.index(command)
-        record = self._record_of(process.pid)
+        record, folder = self._record_of(process.pid)
         if record is not None and record.get("stored"):
             self._deaths[number] = 0  # it got on: this is a new mishap
         self._deaths[number] += 1
         how = f"the worker on device {command.device} {_describe_exit(code)}"
         if code in (EXIT_USER_ERROR, EXIT_DISK_FULL):
-            raise WorkersFailed(_own_error(command.log) or f"{how}\n{_tail(command.log)}", code)
-        if record is not None and record["state"] == "sampling":
+            message = _own_error(command.log) or f"{how}\n{_tail(command.log)}"
+            raise WorkersFailed(message, code, folder)
+        if record is not None and folder is not None and record["state"] == "sampling":
             start, stop = record["indices"]
-            self._beaten[start, stop].add(number)
-            if len(self._beaten[start, stop]) == _DEVICES_BEATEN_BY_CHUNK:
-                raise WorkersFailed(
-                    f"images {start}-{stop - 1} failed twice: {how}\n{_tail(command.log)}"
-                )
+            beaten = self._beaten[folder.folder, (start, stop)]
+            beaten.add(number)
+            if len(beaten) == _DEVICES_BEATEN_BY_CHUNK:
+                message = f"images {start}-{stop - 1} failed twice: {how}\n{_tail(command.log)}"
+                raise WorkersFailed(message, folder=folder)
         if self._deaths[number] < _DEATHS_OF_DEVICE:
             self._screen.note(f"{how}; starting it once more (log: {command.log})")
             self._start(command)
         elif self._running:
             self._screen.note(f"{how} again; going on without it (log: {command.log})")
         else:
-            raise WorkersFailed(f"{how}, and no device is left\n{_tail(command.log)}")
+            message = f"{how}, and no device is left\n{_tail(command.log)}"
+            raise WorkersFailed(message, folder=folder)
 
-    def _record_of(self, pid: int) -> dict | None:
-        """What a worker of ours has written about itself; the last one, should a pid come twice."""
+    def _record_of(self, pid: int) -> tuple[dict, ChunkFolder] | tuple[None, None]:
+        """What a worker of ours has written about itself, and where it is at work.
+
+        The last one, should a pid come twice.
+        """
         own = [
-            worker
-            for worker in self._observer.workers()
+            (worker, folder)
+            for observer, folder in zip(self._observers, self._folders, strict=True)
+            for worker in observer.workers()
             if (worker["machine"], worker["pid"]) == (machine_id(), pid)
         ]
-        return max(own, key=lambda worker: worker["alive"], default=None)
+        return max(own, key=lambda pair: pair[0]["alive"], default=(None, None))
 
     def _stop_all(self) -> None:
         """Ask the workers to end and see to it that they do; a second Ctrl-C ends the patience."""

@@ -1,7 +1,8 @@
 """The models on a device: a range of indices in, finished images out."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from guided_diffusion.rng import RandomStreams
 from guided_diffusion.sampling.job import Job
 from guided_diffusion.sampling.sources import Start
 from guided_diffusion.script_util import create_network
-from guided_diffusion.settings.record import WITHOUT_EFFECT, Guidance, Network, diffusion_of
+from guided_diffusion.settings.record import WITHOUT_EFFECT, Network, diffusion_of
 from guided_diffusion.solvers import SOLVERS
 
 Report = Callable[[int], None]
@@ -24,16 +25,29 @@ class Sampler:
     """Samples index ranges of one job on one device.
 
     A sample depends on the job's settings and its own index alone, whatever range it is in.
+    networks: those of the last job of this process, which are not loaded again.
     """
 
-    def __init__(self, job: Job, log: Callable[[str], None] = print):
+    def __init__(
+        self,
+        job: Job,
+        log: Callable[[str], None] = print,
+        networks: "LoadedNetworks | None" = None,
+    ):
         self._run, self._source = job.run, job.source
         self.device = choose_device(job.device)
         self.device_name = name_of(self.device)
         self.diffusion = diffusion_of(job.run)
-        self._model = load_network(job.run.network, self.device, flag="--model_path", log=log)
+        networks = networks or LoadedNetworks()
         guidance = job.run.guidance
-        self._cond_fn = self._make_cond_fn(guidance, log) if guidance else None
+        networks.forget_all_but([job.run.network, *([guidance.classifier] if guidance else [])])
+        self._model = networks.load(job.run.network, self.device, flag="--model_path", log=log)
+        self._cond_fn = None
+        if guidance:
+            classifier = networks.load(
+                guidance.classifier, self.device, flag="--classifier_path", log=log
+            )
+            self._cond_fn = _gradient_of(classifier, guidance.scale)
         self.steps = len(job.run.sampler.timesteps)
 
     @torch.inference_mode()
@@ -125,21 +139,44 @@ class Sampler:
             f"{advice} that the checkpoint fits the flags"
         )
 
-    def _make_cond_fn(self, guidance: Guidance, log: Callable[[str], None]) -> Callable:
-        classifier = load_network(
-            guidance.classifier, self.device, flag="--classifier_path", log=log
-        )
-        scale = guidance.scale
 
-        def gradient(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            """scale × the gradient of log p(y | x_t) with respect to x_t (guidance, alg. 1)."""
-            with torch.inference_mode(False), torch.enable_grad():
-                x, t, y = x.clone().requires_grad_(), t.clone(), y.clone()
-                log_probabilities = classifier(x, t).float().log_softmax(dim=-1)
-                chosen = log_probabilities.gather(1, y[:, None]).sum()
-                return torch.autograd.grad(chosen, x)[0] * scale
+def _gradient_of(classifier: torch.nn.Module, scale: float) -> Callable:
+    def gradient(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """scale × the gradient of log p(y | x_t) with respect to x_t (guidance, alg. 1)."""
+        with torch.inference_mode(False), torch.enable_grad():
+            x, t, y = x.clone().requires_grad_(), t.clone(), y.clone()
+            log_probabilities = classifier(x, t).float().log_softmax(dim=-1)
+            chosen = log_probabilities.gather(1, y[:, None]).sum()
+            return torch.autograd.grad(chosen, x)[0] * scale
 
-        return gradient
+    return gradient
+
+
+class LoadedNetworks:
+    """The networks that a process has on its device, kept from one run to the next."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Network, torch.device, torch.nn.Module]] = []
+
+    def forget_all_but(self, wanted: Sequence[Network]) -> None:
+        """Let go of the rest before others are loaded: both might not fit into memory."""
+        self._kept = [kept for kept in self._kept if any(_same(kept[0], one) for one in wanted)]
+
+    def load(
+        self, record: Network, device: torch.device, *, flag: str, log: Callable[[str], None]
+    ) -> torch.nn.Module:
+        """The network of a record on the device, as `load_network`, read once."""
+        for kept, where, network in self._kept:
+            if where == device and _same(kept, record):
+                return network
+        network = load_network(record, device, flag=flag, log=log)
+        self._kept.append((record, device, network))
+        return network
+
+
+def _same(one: Network, other: Network) -> bool:
+    """Whether two records build the same network, whatever file its tensors lie in."""
+    return dataclasses.replace(one, path=other.path) == other
 
 
 def load_network(

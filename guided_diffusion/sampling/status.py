@@ -1,6 +1,7 @@
 """All workers of a folder in one screen, read from what they write into it."""
 
 import dataclasses
+import os
 import sys
 import time
 from typing import TextIO
@@ -16,12 +17,13 @@ _COLUMNS = "{:>5} {:<14} {:<8} {:<9} {:>9} {:>10}  {}"
 
 @dataclasses.dataclass(frozen=True)
 class Overview:
-    """Where a folder of samples stands. rate: images a second of all workers together."""
+    """Where samples stand, in `unit`s. rate: of these a second, all workers together."""
 
     total: int
     done: int
     rate: float
     workers: list[dict]
+    unit: str = "images"
 
     @property
     def complete(self) -> bool:
@@ -29,8 +31,8 @@ class Overview:
 
     def headline(self) -> str:
         if self.complete:
-            return f"{self.total} images, all of them"
-        return progress_text(self.done, self.total, "images", self.rate)
+            return f"{self.total} {self.unit}, all of them"
+        return progress_text(self.done, self.total, self.unit, self.rate)
 
     def line(self) -> str:
         """All in one line, for a log."""
@@ -61,21 +63,45 @@ class Overview:
 
 
 class Monitor:
-    """Looks at a folder again and again."""
+    """Looks at folders again and again.
 
-    def __init__(self, folder: ChunkFolder):
-        self._folder = folder
-        self._observer = Observer(folder.folder)
-        self._began, self._done_then = time.monotonic(), folder.count_done()
+    Those of several runs, which take different numbers of steps an image, are measured in network
+    evaluations.
+    """
+
+    def __init__(self, *folders: ChunkFolder):
+        self._folders = folders
+        self._unit = "images" if len(folders) == 1 else "network evaluations"
+        several = len(folders) > 1
+        self._weights = [len(f.run.sampler.timesteps) if several else 1 for f in folders]
+        self._observers = [Observer(folder.folder) for folder in folders]
+        self._began, self._done_then = time.monotonic(), self._done()
 
     def look(self) -> Overview:
         """The state of this moment."""
-        workers = self._observer.workers()
-        done = self._folder.count_done()
-        rate = sum(worker.get("rate", 0.0) for worker in workers if worker["alive"])
+        found = [observer.workers() for observer in self._observers]
+        done = self._done()
+        rate = sum(
+            weight * worker.get("rate", 0.0)
+            for workers, weight in zip(found, self._weights, strict=True)
+            for worker in workers
+            if worker["alive"]
+        )
         if not rate:  # nobody is at work (any more): what we saw ourselves
             rate = (done - self._done_then) / max(time.monotonic() - self._began, 1e-9)
-        return Overview(self._folder.num_samples, done, rate, workers)
+        pairs = list(zip(self._folders, self._weights, strict=True))
+        total = sum(weight * folder.num_samples for folder, weight in pairs)
+        where = [os.path.basename(f.folder) if len(pairs) > 1 else "" for f in self._folders]
+        all_workers = [
+            {**worker, "folder": name}
+            for name, workers in zip(where, found, strict=True)
+            for worker in workers
+        ]
+        return Overview(total, done, rate, all_workers, self._unit)
+
+    def _done(self) -> int:
+        pairs = zip(self._folders, self._weights, strict=True)
+        return sum(weight * folder.count_done() for folder, weight in pairs)
 
 
 class Screen:
@@ -121,4 +147,4 @@ def _position(worker: dict) -> str:
     where = f"images {start}-{stop - 1}"
     if "step" in worker:
         where += f", step {worker['step']}/{worker['steps']}"
-    return where
+    return f"{worker['folder']}: {where}" if worker.get("folder") else where

@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from guided_diffusion.sampling.chunks import ChunkFolder, Range
 from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE, Heartbeat
 from guided_diffusion.sampling.job import Job
 from guided_diffusion.settings.record import Run
+
+if TYPE_CHECKING:
+    from guided_diffusion.sampling.sampler import LoadedNetworks
 
 _LOOK_S = 1.0  # between two looks, in the middle of a chunk, whether another process stored it
 
@@ -45,12 +49,16 @@ def telling_how_to_continue(job: Job, command: str) -> Iterator[None]:
         raise
 
 
-def run(job: Job, log: Callable[[str], None] = print) -> None:
+def run(
+    job: Job,
+    log: Callable[[str], None] = print,
+    networks: "LoadedNetworks | None" = None,
+) -> None:
     """Sample what is missing of the job's folder (or of this rank's block of it).
 
-    Returns when all of it is finished, by this process or another; then writes the files that
-    the job asks for. Raises UserError for a folder of other settings, a checkpoint that does not
-    fit, and samples that are not finite.
+    networks: what this process has loaded for the jobs before. Returns when all of it is finished,
+    by this process or another; then writes the files that the job asks for. Raises UserError for a
+    folder of other settings, a checkpoint that does not fit, and samples that are not finite.
     """
     folder = ChunkFolder.open(job.save_dir, job.run)
     log(f"rank {job.rank} of {job.world_size}: {folder.num_samples} samples in {job.save_dir}")
@@ -59,7 +67,7 @@ def run(job: Job, log: Callable[[str], None] = print) -> None:
     log(describe_chain(job.run))
     with Heartbeat(folder.folder, rank=job.rank, device=job.device or "auto") as heartbeat:
         folder.remove_damaged(log, job.block)
-        Worker(job, folder, heartbeat, log).run()
+        Worker(job, folder, heartbeat, log, networks).run()
         if job.save_numpy_array or job.save_png_files:
             heartbeat.tell(state="exporting")
             export(job, folder, log)
@@ -87,9 +95,15 @@ class Worker:
     """One process's work on a folder of chunks."""
 
     def __init__(
-        self, job: Job, folder: ChunkFolder, heartbeat: Heartbeat, log: Callable[[str], None]
+        self,
+        job: Job,
+        folder: ChunkFolder,
+        heartbeat: Heartbeat,
+        log: Callable[[str], None],
+        networks: "LoadedNetworks | None" = None,
     ):
         self._job, self._folder, self._heartbeat, self._log = job, folder, heartbeat, log
+        self._networks = networks
         self._batch_size = job.batch_size
         self._images_done = 0
 
@@ -119,7 +133,7 @@ class Worker:
         # Only now, for a process that finds nothing to do needs no models.
         from guided_diffusion.sampling.sampler import Sampler
 
-        self._sampler = Sampler(self._job, self._log)
+        self._sampler = Sampler(self._job, self._log, self._networks)
         self._log(f"sampling on {self._sampler.device}, {self._batch_size} images a step")
         self._heartbeat.set(device=str(self._sampler.device))
         self._started = time.monotonic()

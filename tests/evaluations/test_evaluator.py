@@ -18,7 +18,7 @@ from evaluations import evaluate, evaluator, features, make_reference
 from evaluations.evaluation import Evaluation, check_inputs
 from evaluations.features import GRAPH_NAME, find_graph
 from evaluations.inputs import FeatureCache
-from evaluations.metrics import frechet_distance, gaussian_of
+from evaluations.metrics import frechet_distance, gaussian_of, interval_of_replicates
 from evaluations.report import Names
 from evaluations.scoring import ALL_METRICS, PUBLISHED_METRICS
 from evaluations.settings import Settings
@@ -232,6 +232,18 @@ def test_all_metrics_with_intervals(run):
     kid = ["--metrics", "kid", "--kid_subset_size", "20"]
     _, out, _ = run("ref.npz", "samples.npz", *kid, "--table")
     assert " ± " in out
+
+
+def test_json_has_what_intervals_come_from(run):
+    run("ref.npz", "samples.npz", "--bootstrap", "20", "--json", "out.json")
+    [samples] = json.loads(Path("out.json").read_text())["results"]
+    assert set(samples["replicates"]) == set(samples["intervals"])
+    for name, replicates in samples["replicates"].items():
+        assert len(replicates) == 21 and replicates[0] == samples["metrics"][name]
+    logarithmic = interval_of_replicates(
+        np.array(samples["replicates"]["frechet_distance"]), logarithmic=True
+    )
+    assert samples["intervals"]["frechet_distance"] == list(logarithmic)
 
 
 def test_cache_is_used_by_content_and_only_then(run, monkeypatch):

@@ -44,9 +44,9 @@ def test_last_line_json_and_the_command_to_run_next(tiny, tmp_path, capsys):
 def test_the_driver_measures_once_and_keeps_it(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     argv = [*flags(tiny, "--output_dir", str(out)), "--t_prime", "auto"]
-    with pytest.raises(UserError, match="--t_prime auto: T' is measured with --execute"):
+    with pytest.raises(UserError, match="--t_prime auto: T' is not known yet"):
         driver.main(argv)
-    with pytest.raises(UserError, match="on machine 0, and kept in"):
+    with pytest.raises(UserError, match="machine 0 measures it when it starts"):
         driver.main([*argv, "--execute", "--num_machines", "2", "--machine_idx", "1"])
     driver.main([*argv, "--execute"])
     proposed = json.loads((out / "t_prime.json").read_text())

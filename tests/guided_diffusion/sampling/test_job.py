@@ -8,12 +8,12 @@ from esddpm_io import images
 from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import write_sidecar
 from guided_diffusion.commands import sampler_flags
-from guided_diffusion.commands.sample import build_parser, read_job
+from guided_diffusion.commands.sample import build_parser
 from guided_diffusion.sampling.job import Job, rank_from_environment
 from guided_diffusion.script_util import classifier_defaults, model_and_diffusion_defaults
 from guided_diffusion.settings.record import SAMPLERS, Run
 from guided_diffusion.solvers import SOLVERS, SPACINGS
-from tests.tiny_sampling import CLASSIFIER, IMAGE_SIZE, MODEL
+from tests.tiny_sampling import CLASSIFIER, IMAGE_SIZE, MODEL, read_job
 
 
 def test_switches_work_with_and_without_a_truth_value():

@@ -138,7 +138,7 @@ def test_a_worker_that_still_exports_is_waited_for(launch, tmp_path, little_pati
 
     def ask(self, pid, waited):
         if not asked:
-            wait_until(lambda: self._record_of(pid)["state"] == "exporting")
+            wait_until(lambda: self._record_of(pid)[0]["state"] == "exporting")
         asked.append(waited)
         if len(asked) > 3 and waited > 1:
             (tmp_path / "free").touch()
@@ -152,6 +152,53 @@ def test_a_worker_that_still_exports_is_waited_for(launch, tmp_path, little_pati
 def assert_nobody_left(folder) -> None:
     for record in Observer(str(folder)).workers():
         assert not process_runs(record["pid"])
+
+
+# Goes through folders as a worker does. argv: the folders, then what befalls it in the last.
+WORKER_OF_SEVERAL = """
+import os, signal, sys
+import numpy as np
+from guided_diffusion.sampling.chunks import ChunkFolder
+from guided_diffusion.sampling.heartbeat import Heartbeat
+*folders, fate = sys.argv[1:]
+for path in folders:
+    folder = ChunkFolder.load(path)
+    with Heartbeat(folder.folder, rank=0, device="cpu") as heartbeat:
+        for chunk in folder.missing(4):
+            heartbeat.tell(state="sampling", indices=list(chunk))
+            if path == folders[-1] and fate == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if path == folders[-1] and fate == "refuses":
+                print("error: sample 3 is not finite"); sys.exit(2)
+            folder.write(chunk, np.zeros((4, 8, 8, 3), np.uint8), None)
+"""
+
+
+def launch_several(tmp_path, fate: str) -> list[ChunkFolder]:
+    runs = {"first": plain_run(12), "second": plain_run(4, seed=1)}
+    folders = [ChunkFolder.open(tmp_path / name, run) for name, run in runs.items()]
+    paths = [folder.folder for folder in folders]
+    argv = [sys.executable, "-c", WORKER_OF_SEVERAL, *paths, fate]
+    Launcher([WorkerCommand(argv, "cpu", tmp_path / "log")], *folders).run()
+    return folders
+
+
+def test_workers_go_through_folders(tmp_path, capsys):
+    assert all(folder.is_complete() for folder in launch_several(tmp_path, "lives"))
+    # 12 images and 4, of two evaluations each.
+    assert "32 network evaluations, all of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fate", "code", "message"),
+    [("dies", 1, "no device is left"), ("refuses", 2, "^sample 3 is not finite$")],
+)
+def test_a_failure_says_in_which_folder(tmp_path, fate, code, message):
+    with pytest.raises(WorkersFailed, match=message) as failed:
+        launch_several(tmp_path, fate)
+    assert failed.value.exit_code == code
+    assert failed.value.folder.folder == str(tmp_path / "second")
+    assert ChunkFolder.load(tmp_path / "first").is_complete()
 
 
 def test_bad_flags_end_the_run_at_once(launch, tmp_path, monkeypatch):

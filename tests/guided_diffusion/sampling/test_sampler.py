@@ -6,7 +6,6 @@ import torch
 
 from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import load_weights
-from guided_diffusion.commands.sample import read_job
 from guided_diffusion.pixels import to_uint8
 from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.rng import RandomStreams
@@ -18,7 +17,7 @@ from guided_diffusion.script_util import (
     create_model_and_diffusion,
     model_and_diffusion_defaults,
 )
-from tests.tiny_sampling import CLASSIFIER, IMAGE_SIZE, MODEL
+from tests.tiny_sampling import CLASSIFIER, IMAGE_SIZE, MODEL, read_job
 
 
 def by_the_library(

@@ -14,14 +14,13 @@ import pytest
 
 from esddpm_io.errors import UserError
 from guided_diffusion.commands import sample
-from guided_diffusion.commands.sample import read_job
 from guided_diffusion.sampling import outputs, worker
 from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE, Observer, process_runs
 from guided_diffusion.sampling.job import Job
 from guided_diffusion.sampling.worker import next_chunk
 from tests.plain_run import plain_run
-from tests.tiny_sampling import NUM_IMAGES, chunks
+from tests.tiny_sampling import NUM_IMAGES, chunks, read_job
 from tests.waiting import PATIENCE_S, wait_until
 
 
