@@ -1,11 +1,12 @@
-"""Show where a folder of samples stands: done, missing, rate, time left, who does what."""
+"""Show where a folder of samples, or a sweep's, stands: done, rate, time left, who does what."""
 
 import argparse
 import sys
 import time
 
 from esddpm_io.errors import run_main
-from guided_diffusion.sampling.chunks import ChunkFolder
+from esddpm_io.files import exists, join, list_names
+from guided_diffusion.sampling.chunks import SETTINGS_FILE, ChunkFolder
 from guided_diffusion.sampling.status import Monitor, Screen
 
 _EVERY_S = 1.0
@@ -13,14 +14,14 @@ _EVERY_S = 1.0
 
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("dir", help="the folder that the sampling processes write to")
+    parser.add_argument("dir", help="the folder that the sampling processes, or a sweep, write to")
     parser.add_argument("--watch", action="store_true", help="keep showing it until it is complete")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    monitor = Monitor(ChunkFolder.load(args.dir))
+    monitor = Monitor(*_folders(args.dir))
     overview = monitor.look()
     if not args.watch:
         print("\n".join(overview.table()))
@@ -33,6 +34,15 @@ def main(argv: list[str] | None = None) -> None:
         if screen.is_due():
             screen.show(overview)
     screen.show(overview)
+
+
+def _folders(path: str) -> list[ChunkFolder]:
+    """The folder itself, or those of a sweep's points in it."""
+    names = sorted(list_names(path))
+    points = [join(path, name) for name in names if exists(join(path, name, SETTINGS_FILE))]
+    if points and not exists(join(path, SETTINGS_FILE)):
+        return [ChunkFolder.load(point) for point in points]
+    return [ChunkFolder.load(path)]
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 SWEEP = SCRIPTS_FOLDER / "sweep.py"
 SCRATCH = "scratch"
 FEATURES_FOLDER, GENERATOR_FOLDER = "features", "generator"
-DEFAULT_GROUPS = 40  # of the intervals; more of them change little and cost a distance each
+DEFAULT_GROUPS = 20  # a Fréchet distance each; 40 would make intervals 3 % narrower
 LISTS = {
     *("t_prime", "steps", "sampler", "eta", "classifier_guidance_scale"),
     *("model_path", "dataset_path", "seed"),

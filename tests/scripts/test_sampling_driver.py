@@ -115,6 +115,20 @@ def test_metrics_are_called_what_they_are_and_kept_with_all_settings(whole_job):
     assert sampling["seconds_per_image"] > 0 and sampling["processes"] in (1, 2)
     assert sum(sampling["devices"].values()) == 3 and sampling["batch_size"] == 4
     assert record["dataset"] == "tiny"
+    assert record["point"] == {
+        "t_prime": 400,
+        "steps": 2,
+        "sampler": "ddpm",
+        "eta": 1.0,
+        "guidance_scale": 1.0,
+        "seed": 0,
+        "timesteps": [250, 0],
+        "network_evaluations": 2,
+        "seconds_per_image": sampling["seconds_per_image"],
+        "samples": NUM_IMAGES,
+        "checkpoint": str(run.network.path),
+        "start_images": run.start.path,
+    }
     assert set(record["inputs"]) == {
         "checkpoint",
         "classifier",

@@ -14,6 +14,7 @@ import pytest
 from esddpm_io.errors import UserError, run_main
 from guided_diffusion.commands import driver, sample, sweep
 from guided_diffusion.sampling import sampler
+from scripts import status
 from tests.tiny_sampling import NUM_IMAGES, SCRIPTS, TinyFiles, read_job, run_script
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -288,6 +289,16 @@ def test_several_machines(tiny, tmp_path, whole, capsys):
     for name in ("generator", "ddim_t200_2_steps", "ddim_from_scratch_2_steps"):
         np.testing.assert_array_equal(images(tmp_path / name), images(whole[1] / name))
     assert len(json.loads((tmp_path / "sweep.json").read_text())["points"]) == 3
+
+
+def test_status_shows_all_points(tiny, tmp_path, whole, capsys):
+    status.main([str(whole[1])])
+    assert capsys.readouterr().out == "done 160 network evaluations, all of them\n"
+    sweep.main(flags(tiny, tmp_path, t_prime="200"))
+    for chunk in tmp_path.glob("*/chunks/*/0000004-*.npz"):
+        chunk.unlink()
+    status.main([str(tmp_path)])
+    assert "done 6/10 images (60%)" in capsys.readouterr().out
 
 
 # --- the shell scripts ---

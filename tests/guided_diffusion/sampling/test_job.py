@@ -300,6 +300,9 @@ def test_a_record_says_all_of_the_run(tiny, tmp_path):
         read_job([*argv, "--seed", "1"], guided=True)
     with pytest.raises(UserError, match=r"--settings: there is no file .*none\.json"):
         read_job(["--settings", str(tmp_path / "none.json")], guided=True)
+    two = ["--settings", str(path), str(path), "--save_dir", str(tmp_path)]
+    with pytest.raises(UserError, match="--save_dir: leave it out with more than one file of"):
+        read_job(two, guided=True)
     images = tmp_path / "images.npz"
     record = json.loads(path.read_text())
     with np.load(tiny.images) as npz:
