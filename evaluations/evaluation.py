@@ -24,6 +24,7 @@ from evaluations.graph_file import Graph
 from evaluations.inputs import FeatureCache, Images, ImageSet, open_set
 from evaluations.metrics import Value
 from evaluations.moments import Gaussian
+from evaluations.neighbours import nearest
 from evaluations.scoring import METRICS, Scorer
 from evaluations.settings import Settings
 
@@ -115,6 +116,21 @@ def check_inputs(reference: str, num_samples: int | None = None, **settings) -> 
     check_engine(chosen.backend, chosen.precision, chosen.device)
     if num_samples is not None:
         _check_count("the sample batch", num_samples, chosen.metrics)
+
+
+def nearest_in_reference(
+    reference: Images, samples: Images, k: int, **settings
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k images of a reference next to each sample in pool features, from near to far.
+
+    Inputs and keywords as of `evaluate`. Returns int64 indices and float32 distances, [N, k] both.
+    """
+    chosen = Settings.of(settings)
+    sets = [open_set(reference, flag="REF"), open_set(samples, flag="SAMPLE")]
+    graph = load_graph(chosen.inception_path)
+    engine = choose_engine(graph, chosen.backend, chosen.precision, chosen.device)
+    extractor = _Extractor(engine, graph, chosen)
+    return nearest(*(extractor(image_set).pool for image_set in sets), k)
 
 
 def _checked_graph(chosen: Settings, *image_sets: ImageSet) -> Graph:
