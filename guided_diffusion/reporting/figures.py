@@ -17,6 +17,7 @@ import numpy as np
 
 from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError
+from esddpm_io.images import enlarge
 from guided_diffusion.reporting.points import Group, Setting
 from guided_diffusion.reporting.strips import Strip
 
@@ -122,8 +123,7 @@ def save_strip_png(strips: list[Strip], path: str | os.PathLike) -> None:
     for number, (_, row) in enumerate(rows):
         for column, image in enumerate(row.images):
             y, x = number * cell[0], column * cell[1]
-            large = image.repeat(scale, 0).repeat(scale, 1)
-            canvas[y : y + cell[0] - gap, x : x + cell[1] - gap] = large
+            canvas[y : y + cell[0] - gap, x : x + cell[1] - gap] = enlarge(image, scale)
     whole = (canvas.shape[1] + left, canvas.shape[0] + top)
     with _style():
         figure = _figure((whole[0] / per_inch, whole[1] / per_inch), layout="none")
