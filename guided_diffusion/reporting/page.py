@@ -25,6 +25,7 @@ _COLUMNS = {  # of the table, where settings differ in it
     "sampler": "Sampler",
     "eta": "Eta",
     "guidance_scale": "Guidance",
+    "clip_denoised": "Clipping",
     "checkpoint": "Checkpoint",
     "start_images": "Start images",
 }
@@ -201,9 +202,13 @@ def _table(group: Group) -> Element:
         if len({str(about[name]) for about in abouts if about.get(name) is not None}) > 1
     }
     several = group.seeds > 1
-    heads = [_head("T'"), *[_head(title) for title in columns.values()]]
+    titles = ["T'", *(["Run"] if group.is_ambiguous else []), *columns.values()]
+    heads = [_head(title) for title in titles]
     numbers: list[list[Content]] = [["Evaluations"], *([["Seeds"]] if several else [])]
-    numbers += [_split_name(label) for label in group.metrics.values()]
+    names: list[list[Content]] = [_split_name(label) for label in group.metrics.values()]
+    if _knows_differences(group):
+        names.insert(1, ["Above the best ", element("small", "(paired, 95 % interval)")])
+    numbers += names
     heads += [_head(*words, class_="number") for words in (*numbers, ["Seconds per image"])]
     rows = [_row(group, setting, columns, several) for setting in group.settings]
     head = element("thead", element("tr", *heads))
@@ -220,14 +225,19 @@ def _row(group: Group, setting: Setting, columns: Iterable[str], several: bool) 
     order = math.inf if setting.t_prime is None else setting.t_prime
     start = {0: "0 (generator)", None: "from noise"}.get(setting.t_prime, str(setting.t_prime))
     cells = [element("th", start, scope="row", data_value=order)]
+    if group.is_ambiguous:
+        cells.append(_cell(setting.points[0].name, setting.points[0].name))
     for name in columns:
         value = None if setting.t_prime == 0 and name != "start_images" else about.get(name)
-        text = PurePath(value).name if name in ("checkpoint", "start_images") and value else value
-        cells.append(_cell(str("–" if text is None else text), text))
+        text = None if value is None else group.words(name, value)
+        cells.append(_cell(text or "–", value if isinstance(value, float) else text))
     cells.append(_cell(str(about["network_evaluations"]), about["network_evaluations"]))
     if several:
         cells.append(_cell(str(len(setting.points)), len(setting.points)))
-    cells += [_metric_cell(group, setting, key) for key in group.metrics]
+    metrics = [_metric_cell(group, setting, key) for key in group.metrics]
+    if _knows_differences(group):
+        metrics.insert(1, _difference_cell(setting))
+    cells += metrics
     seconds = setting.seconds_per_image
     cells.append(_cell("–" if seconds is None else f"{seconds:.3g}", seconds))
     return element("tr", *cells)
@@ -242,6 +252,18 @@ def _metric_cell(group: Group, setting: Setting, key: str) -> Element:
     if spread:
         small = element("small", f"{spread[0]:.{digits}f} to {spread[1]:.{digits}f}")
     return _cell(element("strong" if best else "span", text), value, small)
+
+
+def _knows_differences(group: Group) -> bool:
+    return any(setting.above for setting in group.settings)
+
+
+def _difference_cell(setting: Setting) -> Element:
+    if setting.above is None:
+        return _cell("–", None)
+    value, interval = setting.above
+    small = element("small", "{:.2f} to {:.2f}".format(*interval)) if interval else None
+    return _cell(f"{value:.2f}", value, small)
 
 
 def _digits(values: list[float]) -> int:
@@ -374,8 +396,16 @@ def _nearest(group: Group, nearest: Nearest | str) -> list[Element]:
 def _details(point: Point) -> Element:
     """All settings of a run and the command that repeats it."""
     about = {name: value for name, value in point.about.items() if value not in (None, [], "")}
+    result = point.result
+    intervals = result.get("intervals") or {}
+    metrics = {
+        result["labels"][key]: _number(value)
+        + (" (95 % interval {:.4g} to {:.4g})".format(*intervals[key]) if key in intervals else "")
+        for key, value in result["metrics"].items()
+    }
     shown = {
         "folder": point.folder,
+        **metrics,
         **about,
         **{f"{name} (SHA-256)": item["sha256"] for name, item in _inputs(point).items()},
     }
@@ -383,8 +413,7 @@ def _details(point: Point) -> Element:
         element("tr", element("th", name, scope="row"), element("td", _text(value)))
         for name, value in shown.items()
     ]
-    metrics = join(point.folder, METRICS_FILE)
-    again = ["python", _DRIVER, "--execute", "--again", metrics]
+    again = ["python", _DRIVER, "--execute", "--again", join(point.folder, METRICS_FILE)]
     again += ["--output_dir", f"{point.folder.rstrip('/')}_again"]
     made = (point.record.get("provenance") or {}).get("command")
     commands = []

@@ -23,9 +23,11 @@ _OF_A_SERIES: dict[str, Callable[[Any], str]] = {
     "steps": lambda steps: f"{steps} step{'s' if steps != 1 else ''}",
     "eta": lambda eta: f"eta {eta:g}",
     "guidance_scale": lambda scale: f"guidance {scale:g}",
-    "checkpoint": lambda path: PurePath(path).name,
-    "start_images": lambda path: PurePath(path).name,
+    "clip_denoised": lambda clipped: "clipped" if clipped else "not clipped",
+    "checkpoint": str,
+    "start_images": str,
 }
+_PATHS = ("checkpoint", "start_images")
 
 
 def point_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -34,11 +36,14 @@ def point_of(record: dict[str, Any]) -> dict[str, Any]:
     t_prime: 0 for the generator's own images, None from noise. Runs that no sweep made have no
     such entry, it is told by their record. KeyError, TypeError if that is none.
     """
-    if "point" in record:
-        return dict(record["point"])
+    run = record.get("run")
+    clipped = {"clip_denoised": run["sampler"]["clip_denoised"]} if run else {}
+    if record.get("point"):
+        return {**record["point"], **clipped}
     run, sampling = record["run"], record["sampling"]
     sampler, timesteps = run["sampler"], sampling["timesteps"]
     return {
+        **clipped,
         "t_prime": sampling["t_prime"] if run["start"]["kind"] == "images" else None,
         "steps": len(timesteps),
         "sampler": sampler["name"],
@@ -56,7 +61,11 @@ def point_of(record: dict[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One finished run. about: see `point_of`; record: its metrics.json; result: its metrics."""
+    """One finished run. about: see `point_of`; record: its metrics.json; result: its metrics.
+
+    above: how far its distance lies above the best of its sweep, with the interval of that or None;
+    None where no sweep says so.
+    """
 
     folder: str
     name: str
@@ -64,6 +73,7 @@ class Point:
     record: dict[str, Any]
     result: dict[str, Any]
     images: ImageSource
+    above: tuple[float, tuple[float, float] | None] | None = None
 
     @property
     def measured_with(self) -> tuple[object, ...]:
@@ -116,6 +126,15 @@ class Setting:
         """The 95 % interval of the first seed, where there is one."""
         interval = (self.points[0].result.get("intervals") or {}).get(key)
         return (float(interval[0]), float(interval[1])) if interval else None
+
+    @property
+    def above(self) -> tuple[float, tuple[float, float] | None] | None:
+        """Mean over seeds of `Point.above`, its interval where there is one seed."""
+        found = [point.above for point in self.points if point.above]
+        if len(found) < len(self.points):
+            return None
+        mean = math.fsum(difference for difference, _ in found) / len(found)
+        return mean, found[0][1] if len(found) == 1 else None
 
     def _values(self, key: str) -> list[float]:
         return [float(point.result["metrics"][key]) for point in self.points]
@@ -199,9 +218,33 @@ class Group:
         found.sort(key=_order_of_series)
         abouts = [settings[0].about for settings in found]
         return tuple(
-            Series(_told_apart(about, abouts, names), tuple(settings))
+            Series(self._told_apart(about, abouts, names), tuple(settings))
             for about, settings in zip(abouts, found, strict=True)
         )
+
+    def words(self, name: str, value: Any) -> str:
+        """A value that `Setting.about` has under a name; of paths what tells them apart."""
+        if name not in _PATHS:
+            return _OF_A_SERIES[name](value)
+        found = (one.about.get(name) for one in self.settings)
+        paths = list(dict.fromkeys(path for path in found if path))
+        return dict(zip(paths, short_names(paths), strict=True))[value]
+
+    def _told_apart(
+        self, about: dict[str, Any], others: list[dict[str, Any]], names: Sequence[str]
+    ) -> str:
+        """What of a series is not the same in all; where all is, its sampler and steps."""
+        noise = about["t_prime"] is None
+        alike = [other for other in others if (other["t_prime"] is None) == noise]
+        differing = [name for name in names if len({str(other.get(name)) for other in alike}) > 1]
+        shown = differing or [name for name in ("sampler", "steps") if name in names]
+        words = [self.words(name, about[name]) for name in shown if about.get(name) is not None]
+        return ", ".join(["from noise", *words] if noise else words)
+
+    @property
+    def is_ambiguous(self) -> bool:
+        """Whether settings are alike in all that is told of them."""
+        return len({_told(one.points[0]) for one in self.settings}) < len(self.settings)
 
     @functools.cached_property
     def seeds(self) -> int:
@@ -229,8 +272,12 @@ def read_groups(folders: list[str]) -> list[Group]:
     A folder of a sweep, or of several runs, stands for all of them. UserError for what is no
     finished run, and for images of different sizes.
     """
-    found = list(dict.fromkeys(run for folder in folders for run in _runs_in(absolute(folder))))
-    points = [_read(run, name) for run, name in zip(found, short_names(found), strict=True)]
+    found: dict[str, Any] = {}
+    for folder in map(absolute, folders):
+        differences = _differences(folder)
+        found |= {run: differences.get(PurePath(run).name) for run in _runs_in(folder)}
+    names = short_names(list(found))
+    points = [_read(run, name, found[run]) for run, name in zip(found, names, strict=True)]
     first = points[0]
     for point in points:
         if point.images.shape[1:] != first.images.shape[1:]:
@@ -259,7 +306,13 @@ def _runs_in(folder: str) -> list[str]:
     return runs
 
 
-def _read(folder: str, name: str) -> Point:
+def _differences(folder: str) -> dict[str, Any]:
+    """What a sweep wrote of each of its folders: the difference to its best point."""
+    sweep = read_json(join(folder, SWEEP_FILE))
+    return (sweep.get("differences") or {}) if isinstance(sweep, dict) else {}
+
+
+def _read(folder: str, name: str, difference: dict[str, Any] | None) -> Point:
     path = join(folder, METRICS_FILE)
     record = read_json(path)
     try:
@@ -272,6 +325,10 @@ def _read(folder: str, name: str) -> Point:
             raise TypeError("metrics and their labels differ")
         for needed in ("t_prime", "seed", "network_evaluations"):
             about[needed]
+        above = None
+        if difference:
+            interval = difference["interval"]
+            above = float(difference["difference"]), (tuple(interval) if interval else None)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(
             f"{path} is damaged or of another version: it does not say how the samples were made "
@@ -281,25 +338,25 @@ def _read(folder: str, name: str) -> Point:
     if not exists(samples):
         raise UserError(f"{folder} has no {SAMPLES_FILE}, which the page shows samples of")
     assert isinstance(record, dict)
-    return Point(folder, name, about, record, result, open_images(samples, flag="DIR"))
+    return Point(folder, name, about, record, result, open_images(samples, flag="DIR"), above)
 
 
 def _settings(points: list[Point]) -> list[Setting]:
     """Points that differ in their seed alone, together."""
-
-    def without_seed(point: Point) -> tuple[object, ...]:
-        names = ("t_prime",) if point.about["t_prime"] == 0 else ("t_prime", *_OF_A_SERIES)
-        names = (*names, "start_images", "timesteps")
-        return tuple(str(point.about.get(name)) for name in names)
-
     together = []
-    for own in _gathered(points, without_seed):
+    for own in _gathered(points, lambda point: (_told(point), str(point.about.get("timesteps")))):
         own.sort(key=lambda point: point.about["seed"] or 0)
         # The same run twice, or one repeated, is no other seed.
         seeds = [point.about["seed"] for point in own]
         alone = len(set(seeds)) < len(seeds)
         together += [Setting((one,)) for one in own] if alone else [Setting(tuple(own))]
     return together
+
+
+def _told(point: Point) -> tuple[str, ...]:
+    """What is told of a point beside its seed."""
+    names = ("start_images",) if point.about["t_prime"] == 0 else tuple(_OF_A_SERIES)
+    return tuple(str(point.about.get(name)) for name in ("t_prime", *names))
 
 
 def _order(setting: Setting) -> tuple[float, float]:
@@ -318,13 +375,3 @@ def _gathered(things: Iterable[Any], key: Callable[[Any], object]) -> list[list[
     for thing in things:
         found.setdefault(key(thing), []).append(thing)
     return list(found.values())
-
-
-def _told_apart(about: dict[str, Any], others: list[dict[str, Any]], names: Iterable[str]) -> str:
-    """What of a series is not the same in all; where all is, its sampler and steps."""
-    noise = about["t_prime"] is None
-    alike = [other for other in others if (other["t_prime"] is None) == noise]
-    differing = [name for name in names if len({str(other.get(name)) for other in alike}) > 1]
-    shown = differing or [name for name in ("sampler", "steps") if name in names]
-    words = [_OF_A_SERIES[name](about[name]) for name in shown if about.get(name) is not None]
-    return ", ".join(["from noise", *words] if noise else words)

@@ -180,7 +180,10 @@ def test_seeds_are_averaged_and_their_range_is_told(runs, page):
     text = page(runs.root)
     found = columns(tables(text)[0], "T'", "Seeds", "Frechet")
     assert found == [("200", "2", "*6.000*|5.000 to 7.000"), ("400", "1", "8.000")]
-    assert "range over 2 seeds" in text and "95 %" not in text
+    # Each run's own interval is among its settings, not beside a mean.
+    results, settings = text.split("Settings and commands")
+    assert "range over 2 seeds" in results and "95 %" not in results
+    assert "5 (95 % interval 4 to 6)" in settings
 
 
 def test_intervals_of_single_runs_are_told(runs, page):
@@ -221,6 +224,31 @@ def test_a_sweep_stands_for_its_points_and_a_run_counts_once(runs, page):
     (runs.root / "logs").mkdir()
     [group] = read_groups([str(first), str(runs.root), str(first)])
     assert [setting.t_prime for setting in group.settings] == [200, 400]
+
+
+def test_a_sweeps_differences_are_told_with_their_intervals(runs, page):
+    runs.add("t200", 200, 5.0)
+    runs.add("t400", 400, 8.0)
+    best = {"to": "t200", "difference": 0.0, "interval": None}
+    other = {"to": "t200", "difference": 3.0, "interval": [2.5, 3.5]}
+    differences = {"t200": best, "t400": other}
+    (runs.root / "sweep.json").write_text(json.dumps({"differences": differences}))
+    found = columns(tables(page(runs.root))[0], "T'", "Above the best")
+    assert found == [("200", "0.00"), ("400", "3.00|2.50 to 3.50")]
+    # A run of a sweep that stands alone is compared with nothing.
+    assert "Above the best" not in page(runs.root / "t400")
+
+
+def test_runs_that_seem_alike_are_named(runs, page):
+    runs.add("first", 200, 5.0)
+    runs.add("second", 200, 6.0)
+    runs.add("clipped", 200, 7.0, run={"sampler": {"clip_denoised": False}})
+    found = columns(tables(page(runs.root))[0], "Run", "Clipping", "Frechet")
+    assert found == [
+        ("clipped", "not clipped", "7.000"),
+        ("first", "clipped", "*5.000*"),
+        ("second", "clipped", "6.000"),
+    ]
 
 
 def test_series_are_named_by_what_tells_them_apart(runs):
