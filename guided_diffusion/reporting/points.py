@@ -316,8 +316,10 @@ def _read(folder: str, name: str, difference: dict[str, Any] | None) -> Point:
     path = join(folder, METRICS_FILE)
     record = read_json(path)
     try:
-        about = point_of(record)  # type: ignore[arg-type]
-        [result] = record["evaluation"]["results"]  # type: ignore[index]
+        if not isinstance(record, dict):
+            raise TypeError("it is no object")
+        about = point_of(record)
+        [result] = record["evaluation"]["results"]
         numbers = [*result["metrics"].values(), result["images"]]
         if not all(isinstance(number, int | float) for number in numbers):
             raise TypeError("metrics must be numbers")
@@ -337,7 +339,6 @@ def _read(folder: str, name: str, difference: dict[str, Any] | None) -> Point:
     samples = join(folder, SAMPLES_FILE)
     if not exists(samples):
         raise UserError(f"{folder} has no {SAMPLES_FILE}, which the page shows samples of")
-    assert isinstance(record, dict)
     return Point(folder, name, about, record, result, open_images(samples, flag="DIR"), above)
 
 
