@@ -1,9 +1,9 @@
 """Finished samples into one file and a grid to look at."""
 
+import os
 import statistics
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 from esddpm_io.files import absolute, join
 from guided_diffusion.sampling import outputs
@@ -38,21 +38,6 @@ def draw_grid(folder: str, starts: str | None, caption: str = "") -> None:
     print(f"samples: {absolute(samples)}\ngrid: {absolute(grid)}", flush=True)
 
 
-def _caption(run: Run) -> str:
-    """Data set, sampler, where it starts, number of evaluations and seed, in a line."""
-    timesteps = run.sampler.timesteps
-    # Of the published pair T' is a rounded number, which it takes the whole chain to know.
-    start = f"T' = {t_prime(run)}" if run.sampler.respacing is None else f"t = {timesteps[0]}"
-    words = [
-        Path(run.preset).stem if run.preset else "",
-        run.sampler.name,
-        start if run.start.kind == "images" else "from noise",
-        f"K = {len(timesteps)}",
-        f"seed {run.seed}",
-    ]
-    return ", ".join(word for word in words if word)
-
-
 def how_sampled(folder: ChunkFolder) -> dict[str, object]:
     """What the making of the samples took, told by the finished chunks themselves."""
     made = folder.about()
@@ -83,3 +68,18 @@ def t_prime(run: Run) -> int:
         return run.sampler.timesteps[0] + 1
     process = diffusion_of(run)
     return round(process.original_num_steps * len(run.sampler.timesteps) / process.num_timesteps)
+
+
+def _caption(run: Run) -> str:
+    """Data set, sampler, where it starts, number of evaluations and seed, in a line."""
+    timesteps = run.sampler.timesteps
+    # Of the published pair T' is a rounded number, which it takes the whole chain to know.
+    start = f"T' = {t_prime(run)}" if run.sampler.respacing is None else f"t = {timesteps[0]}"
+    words = [
+        os.path.splitext(os.path.basename(run.preset or ""))[0],
+        run.sampler.name,
+        start if run.start.kind == "images" else "from noise",
+        f"K = {len(timesteps)}",
+        f"seed {run.seed}",
+    ]
+    return ", ".join(word for word in words if word)
