@@ -313,6 +313,14 @@ def _other_cases() -> Iterator[tuple[str, Callable, dict[str, object], str]]:
         yield "worker", _worker, changes, f"--{next(iter(changes))}"
     for kind in ("missing", "text.npz", "damaged", "of_another_version", "two_of_rank_0"):
         yield "gather", _gather, {"dir": kind}, kind
+    for name, command in {
+        "driver": _driver,
+        "worker": _worker,
+        "image_sample": _image_sample,
+    }.items():
+        yield name, command, {"precision": "fp16"}, "--precision"
+        contradiction = {"precision": "bfloat16", "use_fp16": True}
+        yield name, command, contradiction, "--precision bfloat16 contradicts --use_fp16 True"
     yield "gather", _gather, {"dir": "another_size"}, "another_size"
     for changes in ({"num_file": 0}, {"num_file": 3}, {"wait_time": -1}):
         yield "gather", _gather, changes, f"--{next(iter(changes))}"

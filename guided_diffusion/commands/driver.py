@@ -17,7 +17,12 @@ from esddpm_io.atomic import write_json
 from esddpm_io.errors import EXIT_USER_ERROR, UserError, check_at_least, terminate_cleanly
 from esddpm_io.files import absolute, check_output_folder, is_blob, join, read_json, sha256
 from guided_diffusion.commands import scoring
-from guided_diffusion.commands.sampler_flags import WITH_ETA, add_sampler_flags, by_name
+from guided_diffusion.commands.sampler_flags import (
+    WITH_ETA,
+    add_precision_flag,
+    add_sampler_flags,
+    by_name,
+)
 from guided_diffusion.settings.layers import parse, require, without_effect
 from guided_diffusion.settings.presets import (
     GUIDED_SAMPLER,
@@ -81,6 +86,7 @@ def create_argparser() -> argparse.ArgumentParser:
     devices = "GPU indices, none (as CUDA says), cpu, cpu,cpu"
     add("--devices", default=DEFAULT_DEVICES, help=devices)
     add_sampler_flags(add)
+    add_precision_flag(add)
     clip = "clamp predicted images to [-1, 1]; see docs/samplers.md for when not to"
     add("--clip_denoised", type=_truth_value, default=True, help=clip)
     add("--use_fp16", type=_truth_value, help="True or False instead of what the preset says")
@@ -469,6 +475,7 @@ def _request(
         classifier_scale=args.classifier_guidance_scale if guided else 0.0,
         preset=preset,
         override=args.override_checkpoint_flags,
+        precision=args.precision,
         names=_NAMES,
     )
 

@@ -8,6 +8,7 @@ from esddpm_io.errors import terminate_cleanly
 from esddpm_io.files import absolute
 from guided_diffusion import dist_util, logger
 from guided_diffusion.commands.sample import COMMON_DEFAULTS, job_from, sampling_defaults
+from guided_diffusion.commands.sampler_flags import add_precision_flag
 from guided_diffusion.sampling import outputs, worker
 from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.job import describe
@@ -34,6 +35,7 @@ def build_parser(description: str, defaults: dict) -> argparse.ArgumentParser:
     add_dict_to_argparser(parser, {**COMMON_DEFAULTS, **defaults})
     eta = "with --use_ddim True: 0 (default) adds no noise, 1 that of DDPM"
     parser.add_argument("--eta", type=float, help=eta)
+    add_precision_flag(parser.add_argument)
     parser.add_argument(
         "--print_settings",
         nargs="?",

@@ -46,7 +46,7 @@ class Request:
     `sampler` (one of SAMPLERS), t_prime is where sampling starts (None: from noise), steps how many
     times the network is evaluated, and spacing where. images: the start images' path, or the images
     to enlarge. num_samples: how many from noise. limit: only the first of the start images (0:
-    all). eta None: the sampler's own.
+    all). eta None: the sampler's own. precision: one of PRECISIONS, None for what flags say.
     """
 
     kind: str
@@ -68,6 +68,7 @@ class Request:
     classifier_scale: float = 0.0
     preset: Preset | None = None
     override: bool = False
+    precision: str | None = None
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -107,6 +108,7 @@ def settle(request: Request, save_dir: str) -> Settled:
         request.limit >= 0,
         f"{request.flag('limit')} must be at least 1, or 0 for all generator images",
     )
+    request = dataclasses.replace(request, typed=_with_precision(request))
     size = _size_of_images(request)
     model = resolve_network(
         request.kind,
@@ -123,22 +125,39 @@ def settle(request: Request, save_dir: str) -> Settled:
     needs_labels = bool(model.flags["class_cond"]) or classifier is not None
     start, source = _start(request, model, NUM_CLASSES if needs_labels else None, save_dir)
     run = Run(
-        network=network_of(model, request.flag("model_path")),
+        network=network_of(model, request.flag("model_path"), request.precision),
         process=model.process,
         guidance=_guidance(request, classifier),
         start=start,
         sampler=sampler,
         seed=request.seed,
         num_samples=len(source),
-        origins=_origins(model, classifier),
+        origins=_origins(request, model, classifier),
         preset=request.preset.source if request.preset else None,
     )
     return Settled(run, source, [remark for network in networks for remark in network.remarks])
 
 
-def _origins(model: Resolved, classifier: Resolved | None) -> dict[str, str]:
+def _with_precision(request: Request) -> dict[str, Value]:
+    """The typed flags, with --precision as the published flags say it; UserError if both differ."""
+    typed = dict(request.typed)
+    if request.precision is None:
+        return typed
+    for name in ("use_fp16", "classifier_use_fp16"):
+        half = request.precision == "float16"
+        require(
+            typed.get(name, half) == half,
+            f"--precision {request.precision} contradicts --{name} {typed.get(name)}: give one",
+        )
+        typed[name] = half
+    return typed
+
+
+def _origins(request: Request, model: Resolved, classifier: Resolved | None) -> dict[str, str]:
     """Of all flags; the chain is said beside those of the networks."""
     origins = {**(classifier.origins if classifier else {}), **model.origins}
+    if request.precision is not None:
+        origins["precision"] = "typed"
     return {name: origin for name, origin in origins.items() if name != "timestep_respacing"}
 
 
@@ -157,9 +176,14 @@ def _resolve_classifier(request: Request, model: Resolved) -> Resolved:
     return classifier
 
 
-def network_of(network: Resolved, flag: str) -> Network:
-    """The record of a network, with the hash of its tensors."""
+def network_of(network: Resolved, flag: str, precision: str | None = None) -> Network:
+    """The record of a network, with the hash of its tensors.
+
+    precision: what its flags have no value for, so that other runs keep the identity they had.
+    """
     flags = network.network_flags
+    if precision in ("tf32", "bfloat16"):
+        flags["precision"] = precision
     sha256 = fingerprint(read_checkpoint(network.path, flag=flag))
     return Network(network.kind, flags, absolute(network.path), sha256)
 
@@ -167,7 +191,7 @@ def network_of(network: Resolved, flag: str) -> Network:
 def _guidance(request: Request, classifier: Resolved | None) -> Guidance | None:
     if classifier is None:
         return None
-    record = network_of(classifier, request.flag("classifier_path"))
+    record = network_of(classifier, request.flag("classifier_path"), request.precision)
     return Guidance(record, request.classifier_scale)
 
 

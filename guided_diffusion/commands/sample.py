@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from esddpm_io.errors import check_at_least, terminate_cleanly
 from esddpm_io.files import read_json
-from guided_diffusion.commands.sampler_flags import WITH_ETA, add_sampler_flags, by_name
+from guided_diffusion.commands.sampler_flags import (
+    WITH_ETA,
+    add_precision_flag,
+    add_sampler_flags,
+    by_name,
+)
 from guided_diffusion.sampling.chunks import default_chunk_size
 from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE
 from guided_diffusion.sampling.job import Job, describe, rank_from_environment
@@ -84,6 +89,7 @@ def build_parser(guided: bool, prog: str | None = None) -> argparse.ArgumentPars
     for name, kind in _TYPES_OF_UNSET.items():
         parser.add_argument(f"--{name}", type=kind, default=None)
     add_sampler_flags(parser.add_argument)
+    add_precision_flag(parser.add_argument)
     for name in _SWITCHES:
         parser.add_argument(f"--{name}", nargs="?", const=True, default=False, type=str2bool)
     return parser
@@ -170,6 +176,7 @@ def _request(args: argparse.Namespace, typed: set[str], kind: str) -> "Request":
         classifier_path=getattr(args, "classifier_path", ""),
         classifier_scale=getattr(args, "classifier_scale", 0.0),
         override=args.override_checkpoint_flags,
+        precision=args.precision,
     )
 
 

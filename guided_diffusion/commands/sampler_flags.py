@@ -1,4 +1,4 @@
-"""T', network evaluations and sampler by name: the flags that the driver and the workers share.
+"""T', evaluations, sampler by name, precision: the flags that the driver and the workers share.
 
 No torch here: the driver's --help needs none.
 """
@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from guided_diffusion.settings.layers import require
-from guided_diffusion.settings.record import SAMPLERS
+from guided_diffusion.settings.record import PRECISIONS, SAMPLERS
 
 SPACINGS = ("uniform", "logsnr", "karras")
 WITH_ETA = ("ddim", "dpmpp_2m_sde")
@@ -21,6 +21,12 @@ def add_sampler_flags(add: Callable[..., object]) -> None:
     add("--sampler", choices=SAMPLERS, help="with --steps; ddpm if it is not given")
     add("--spacing", choices=SPACINGS, default="uniform", help="where the K evaluations lie")
     add("--eta", type=float, help="share of the noise, 0 … 1: of DDIM (0), of dpmpp_2m_sde (1)")
+
+
+def add_precision_flag(add: Callable[..., object]) -> None:
+    """--precision, unset unless it is typed."""
+    text = "what the networks compute in; unset: what use_fp16 of the flags or the preset says"
+    add("--precision", choices=PRECISIONS, help=text)
 
 
 def by_name(

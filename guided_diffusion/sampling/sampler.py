@@ -31,6 +31,9 @@ class Sampler:
         self.device = choose_device(job.device)
         self.device_name = name_of(self.device)
         self.diffusion = diffusion_of(job.run)
+        precision = job.run.network.precision
+        if self.device.type == "cuda" and precision in ("float32", "tf32"):
+            set_tf32(precision == "tf32")
         self._model = load_network(job.run.network, self.device, flag="--model_path", log=log)
         guidance = job.run.guidance
         self._cond_fn = self._make_cond_fn(guidance, log) if guidance else None
@@ -113,8 +116,8 @@ class Sampler:
             return
         step, row = np.argwhere(~finite)[0]
         left = len(finite) - 1 - step
-        halved = self._run.network.flags["use_fp16"]
-        advice = "try --use_fp16 False, and check" if halved else "check"
+        halved = self._run.network.precision == "float16"
+        advice = "try --precision float32, and check" if halved else "check"
         raise UserError(
             f"sample {start + row} became NaN or infinite at step {step + 1} of {len(finite)} "
             f"(index {left} of the chain, original timestep {self.diffusion.timestep_map[left]}); "
@@ -147,9 +150,8 @@ def load_network(
 ) -> torch.nn.Module:
     """Make the network of a record, load its checkpoint, put it on the device.
 
-    With half precision it computes in float16 on CUDA, and on a CPU in bfloat16 where the processor
-    has it and float32 elsewhere. UserError, naming `flag`, if the checkpoint is not the recorded
-    one any more.
+    It computes in its precision if the device has it, see `dtype_on`. UserError, naming `flag`, if
+    the checkpoint is not the recorded one any more.
     """
     network = create_network(record.kind, {**record.flags, **WITHOUT_EFFECT})
     state_dict = read_checkpoint(record.path, flag=flag)
@@ -162,14 +164,35 @@ def load_network(
     network.load_state_dict(state_dict)
     network = network.eval().requires_grad_(False).to(device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in its stub
-    half_flag = "classifier_use_fp16" if record.kind == "classifier" else "use_fp16"
-    if record.flags[half_flag]:
-        dtype = torch.float16
-        if device.type == "cpu":
-            dtype = torch.bfloat16 if cpu_has_bfloat16() else torch.float32
-            log(f"--{half_flag} True on a CPU: computing in {str(dtype).removeprefix('torch.')}")
+    dtype = dtype_on(device, record.precision)
+    name = str(dtype).removeprefix("torch.")
+    if device.type == "cpu" and name != record.precision:
+        log(f"{record.kind}: {record.precision} on a CPU: computing in {name}")
+    if dtype != torch.float32:
         network.convert_to(dtype)
     return network
+
+
+def dtype_on(device: torch.device, precision: str) -> torch.dtype:
+    """What a network of a precision (one of PRECISIONS) computes in.
+
+    A CPU has no tf32, float16 only to store, and bfloat16 where the processor says so: half
+    precision is bfloat16 there, or float32. tf32 is float32 to torch; `set_tf32` tells them apart.
+    """
+    if precision in ("float32", "tf32"):
+        return torch.float32
+    if device.type != "cpu":
+        return torch.float16 if precision == "float16" else torch.bfloat16
+    return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+
+
+def set_tf32(allowed: bool) -> None:
+    """Let CUDA round the factors of float32 products to tf32, or not, in this whole process.
+
+    Left to itself torch does so in convolutions and not in matrix products.
+    """
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def name_of(device: torch.device) -> str:
