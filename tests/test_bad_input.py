@@ -368,3 +368,17 @@ def test_bad_input_is_one_line(command_line, capsys, name, command, changes, nam
     for made in ("out/chunks", "out/samples_all.npz", "out/metrics.json", "another_size/grid.png"):
         assert not Path(made).exists()
     assert not list(Path().glob("log/model*.pt")) and not list(Path().glob("log/samples*"))
+
+
+@pytest.mark.parametrize(
+    "command", [_driver, _worker, _guided, _image_sample, _super_res, _image_train, _vae_train]
+)
+def test_compile_without_a_compiler_is_one_line(command_line, capsys, monkeypatch, command):
+    monkeypatch.setenv("CXX", "none++")
+    run, argv = command()
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: run([*argv, "--compile"]))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.rstrip().split("\n")[-1].startswith("error: --compile: there is no C++ compiler")
+    assert not Path("out/chunks").exists() and not list(Path().glob("log/model*.pt"))

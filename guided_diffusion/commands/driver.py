@@ -18,6 +18,7 @@ from esddpm_io.errors import EXIT_USER_ERROR, UserError, check_at_least, termina
 from esddpm_io.files import absolute, check_output_folder, is_blob, join, read_json, sha256
 from guided_diffusion.commands import scoring
 from guided_diffusion.commands.sampler_flags import (
+    COMPILE_HELP,
     WITH_ETA,
     add_precision_flag,
     add_sampler_flags,
@@ -55,6 +56,7 @@ _NAMES = {
 _BESIDE_AGAIN = {
     *("again", "execute", "output_dir", "devices", "machine_idx", "num_machines"),
     *("not_eval_metrics", "save_png_files", "eval_backend", "eval_device", "eval_cache_dir"),
+    "compile",
 }
 
 
@@ -87,6 +89,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--devices", default=DEFAULT_DEVICES, help=devices)
     add_sampler_flags(add)
     add_precision_flag(add)
+    add("--compile", action="store_true", help=COMPILE_HELP)
     clip = "clamp predicted images to [-1, 1]; see docs/samplers.md for when not to"
     add("--clip_denoised", type=_truth_value, default=True, help=clip)
     add("--use_fp16", type=_truth_value, help="True or False instead of what the preset says")
@@ -537,6 +540,11 @@ def _worker_commands(
     from guided_diffusion.sampling.launcher import WorkerCommand
 
     devices = _choose_devices(args, typed)
+    if args.compile and args.execute:
+        from guided_diffusion.compiling import check_compiler
+
+        for device in devices:
+            check_compiler(device)
     script = SCRIPTS_FOLDER / (GUIDED_SAMPLER if guided else PLAIN_SAMPLER)
     beside_samples = args.output_dir and not is_blob(output)
     logs = Path(output if beside_samples else SCRIPTS_FOLDER) / "logs"
@@ -551,8 +559,9 @@ def _worker_commands(
             "any_chunk": True,
             "batch_size": args.batch_size,
         }
-        if args.save_png_files:
-            flags["save_png_files"] = True
+        for switch in ("save_png_files", "compile"):
+            if getattr(args, switch):
+                flags[switch] = True
         argv = [sys.executable, str(script)]
         argv += [part for key, value in flags.items() for part in (f"--{key}", str(value))]
         commands.append(WorkerCommand(argv, device, logs / log_name.format(rank=rank)))

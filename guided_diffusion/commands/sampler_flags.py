@@ -11,6 +11,7 @@ from guided_diffusion.settings.record import PRECISIONS, SAMPLERS
 
 SPACINGS = ("uniform", "logsnr", "karras")
 WITH_ETA = ("ddim", "dpmpp_2m_sde")
+COMPILE_HELP = "torch.compile the networks: a minute at the start, faster after that"
 _NAMES = {"t_prime", "steps", "sampler", "spacing"}
 
 

@@ -8,6 +8,7 @@ import torch
 
 from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import check_fit, fingerprint, read_checkpoint
+from guided_diffusion.compiling import Compiled, compile_for_sampling
 from guided_diffusion.dist_util import cpu_has_bfloat16, find_launch
 from guided_diffusion.pixels import to_uint8
 from guided_diffusion.rng import RandomStreams
@@ -34,7 +35,9 @@ class Sampler:
         precision = job.run.network.precision
         if self.device.type == "cuda" and precision in ("float32", "tf32"):
             set_tf32(precision == "tf32")
-        self._model = load_network(job.run.network, self.device, flag="--model_path", log=log)
+        self._rows = min(job.batch_size, job.chunk_size, job.run.num_samples)
+        self._compile, self._compiled = job.compile, list[Compiled]()
+        self._model = self._load(job.run.network, "--model_path", log)
         guidance = job.run.guidance
         self._cond_fn = self._make_cond_fn(guidance, log) if guidance else None
         self.steps = len(job.run.sampler.timesteps)
@@ -84,10 +87,22 @@ class Sampler:
             return functools.partial(ddim, eta=sampler.eta, denoise_steps=sampler.steps)
         return functools.partial(diffusion.p_sample_loop_progressive, denoise_steps=sampler.steps)
 
-    def free_memory(self) -> None:
-        """Give memory that a failed batch has left behind back to the device."""
+    def shrink(self, batch_size: int) -> None:
+        """Give memory that a failed batch has left behind back; from now on batches are smaller."""
+        for network in self._compiled:
+            network.rows = batch_size
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _load(self, record: Network, flag: str, log: Callable[[str], None]) -> Callable:
+        """A network of the run, compiled if the job says so."""
+        network = load_network(record, self.device, flag=flag, log=log)
+        if not self._compile:
+            return network
+        log(f"compiling the {record.kind} at its first evaluation")
+        compiled = compile_for_sampling(network, self._rows, self.device)
+        self._compiled.append(compiled)
+        return compiled
 
     def _predict(self, x: torch.Tensor, t: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """The model's output; labels that are there for the classifier alone are left out."""
@@ -125,9 +140,7 @@ class Sampler:
         )
 
     def _make_cond_fn(self, guidance: Guidance, log: Callable[[str], None]) -> Callable:
-        classifier = load_network(
-            guidance.classifier, self.device, flag="--classifier_path", log=log
-        )
+        classifier = self._load(guidance.classifier, "--classifier_path", log)
         scale = guidance.scale
 
         def gradient(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
