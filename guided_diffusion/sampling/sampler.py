@@ -11,12 +11,13 @@ from guided_diffusion.checkpoints import check_fit, fingerprint, read_checkpoint
 from guided_diffusion.compiling import Compiled, compile_for_sampling
 from guided_diffusion.dist_util import cpu_has_bfloat16, find_launch
 from guided_diffusion.pixels import to_uint8
-from guided_diffusion.rng import RandomStreams
+from guided_diffusion.rng import DrawnAhead, RandomStreams
 from guided_diffusion.sampling.job import Job
 from guided_diffusion.sampling.sources import Start
 from guided_diffusion.script_util import create_network
 from guided_diffusion.settings.record import WITHOUT_EFFECT, Guidance, Network, diffusion_of
 from guided_diffusion.solvers import SOLVERS
+from guided_diffusion.unet import EncoderUNetModel, UNetModel
 
 Report = Callable[[int], None]
 
@@ -54,6 +55,8 @@ class Sampler:
         sampler, size = self._run.sampler, self._run.image_size
         begin = self._source.start(start, stop)
         streams = RandomStreams(self._run.seed, start, stop)
+        # A CPU has no time to spare while the network runs.
+        ahead = DrawnAhead(streams, draws=self.steps + 1) if self.device.type == "cuda" else None
         finite = []
         for done, out in enumerate(
             self._loop()(
@@ -64,7 +67,7 @@ class Sampler:
                 cond_fn=self._cond_fn,
                 model_kwargs=self._model_kwargs(begin),
                 device=self.device,
-                randn=streams.randn,
+                randn=(ahead or streams).randn,
             ),
             start=1,
         ):
@@ -175,12 +178,19 @@ def load_network(
         )
     check_fit(network, state_dict, record.path, flag=flag)
     network.load_state_dict(state_dict)
-    network = network.eval().requires_grad_(False).to(device)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in its stub
     dtype = dtype_on(device, record.precision)
     name = str(dtype).removeprefix("torch.")
     if device.type == "cpu" and name != record.precision:
         log(f"{record.kind}: {record.precision} on a CPU: computing in {name}")
+    return place(network, device, dtype)
+
+
+def place(
+    network: UNetModel | EncoderUNetModel, device: torch.device, dtype: torch.dtype
+) -> torch.nn.Module:
+    """A network made ready for sampling: on the device, frozen, its trunk in `dtype`."""
+    network.eval().requires_grad_(False).to(device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in its stub
     if dtype != torch.float32:
         network.convert_to(dtype)
     return network
