@@ -344,6 +344,14 @@ def _other_cases() -> Iterator[tuple[str, Callable, dict[str, object], str]]:
         yield "worker", _worker, changes, f"--{next(iter(changes))}"
     for kind in ("missing", "text.npz", "damaged", "of_another_version", "two_of_rank_0"):
         yield "gather", _gather, {"dir": kind}, kind
+    for name, command in {
+        "driver": _driver,
+        "worker": _worker,
+        "image_sample": _image_sample,
+    }.items():
+        yield name, command, {"precision": "fp16"}, "--precision"
+        contradiction = {"precision": "bfloat16", "use_fp16": True}
+        yield name, command, contradiction, "--precision bfloat16 contradicts --use_fp16 True"
     yield "gather", _gather, {"dir": "another_size"}, "another_size"
     for changes in ({"num_file": 0}, {"num_file": 3}, {"wait_time": -1}):
         yield "gather", _gather, changes, f"--{next(iter(changes))}"
@@ -436,3 +444,17 @@ def test_bad_input_is_one_line(command_line, capsys, name, command, changes, nam
     for made in ("out/*/chunks", "out/*/samples_all.npz", "out/*/metrics.json", "out/sweep.*"):
         assert not list(Path().glob(made))
     assert not list(Path().glob("log/model*.pt")) and not list(Path().glob("log/samples*"))
+
+
+@pytest.mark.parametrize(
+    "command", [_driver, _worker, _guided, _image_sample, _super_res, _image_train, _vae_train]
+)
+def test_compile_without_a_compiler_is_one_line(command_line, capsys, monkeypatch, command):
+    monkeypatch.setenv("CXX", "none++")
+    run, argv = command()
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: run([*argv, "--compile"]))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.rstrip().split("\n")[-1].startswith("error: --compile: there is no C++ compiler")
+    assert not Path("out/chunks").exists() and not list(Path().glob("log/model*.pt"))

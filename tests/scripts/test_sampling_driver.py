@@ -530,6 +530,12 @@ def test_precision_and_eta_reach_the_workers(tiny, tmp_path):
     run = ChunkFolder.load(tmp_path / "out").run
     assert run.network.flags["use_fp16"] is False and run.origins["use_fp16"] == "typed"
     assert (run.sampler.name, run.sampler.eta) == ("ddim", 0.3)
+    driver.main([*flags(tiny, tmp_path / "bf16", precision="bfloat16"), "--execute"])
+    run = ChunkFolder.load(tmp_path / "bf16").run
+    assert run.network.precision == run.guidance.classifier.precision == "bfloat16"
+    worker = tiny.guided_flags(tmp_path / "one", precision="bfloat16")
+    alone = by_one_process(tmp_path / "one", worker, guided=True)
+    assert_equal(all_samples(tmp_path / "bf16"), alone)
 
 
 def test_evaluations_and_sampler_by_name(tiny, tmp_path, capsys):
