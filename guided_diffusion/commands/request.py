@@ -36,7 +36,7 @@ from guided_diffusion.settings.record import (
 from guided_diffusion.settings.resolver import Resolved, check_same_noise, resolve_network
 from guided_diffusion.solvers import SOLVERS, evaluation_timesteps
 
-_LARGEST_SEED = 2**64 - 1
+LARGEST_SEED = 2**64 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +128,8 @@ def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None
     the valid values, for all that could only fail later.
     """
     require(
-        0 <= request.seed <= _LARGEST_SEED,
-        f"{request.flag('seed')} must be in 0 … {_LARGEST_SEED}, not {request.seed}",
+        0 <= request.seed <= LARGEST_SEED,
+        f"{request.flag('seed')} must be in 0 … {LARGEST_SEED}, not {request.seed}",
     )
     require(
         request.eta is None or 0 <= request.eta <= 1,
@@ -153,7 +153,7 @@ def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None
     )
     classifier = _resolve_classifier(request, model, read) if request.classifier_scale else None
     resolved = [network for network in (model, classifier) if network]
-    sampler = _sampler(request, resolved)
+    sampler = sampler_of(request, resolved)
     needs_labels = bool(model.flags["class_cond"]) or classifier is not None
     start, source = _start(request, model, NUM_CLASSES if needs_labels else None, save_dir)
     run = Run(
@@ -235,7 +235,7 @@ def _guidance(request: Request, classifier: Resolved | None, read: ReadNetworks)
     return Guidance(record, request.classifier_scale)
 
 
-def _sampler(request: Request, networks: list[Resolved]) -> SamplerSettings:
+def sampler_of(request: Request, networks: list[Resolved]) -> SamplerSettings:
     """The chain, checked, with the original timesteps of its steps."""
     require(
         request.variance == "learned" or bool(networks[0].flags["learn_sigma"]),

@@ -194,6 +194,12 @@ class LoadedNetworks:
         self._kept.append((record, device, rows, network))
         return network
 
+    def joined(self, others: "LoadedNetworks") -> "LoadedNetworks":
+        """Those of both."""
+        both = LoadedNetworks()
+        both._kept = [*self._kept, *others._kept]
+        return both
+
     def shrink(self, rows: int) -> None:
         """From now on compiled networks get batches of at most so many rows."""
         for *_, network in self._kept:
