@@ -8,15 +8,20 @@ table. Everything goes to --work_dir.
 """
 
 import argparse
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
-from emoji32_early_stop import ROOT, first_images, run, sample, score
-
 from esddpm_io.errors import UserError, run_main
+from esddpm_io.images import open_images
+from esddpm_io.npz import NpzWriter
 from guided_diffusion.settings.presets import load_preset
 
+ROOT = Path(__file__).resolve().parents[1]
+DRIVER = ROOT / "scripts" / "generate_processes_diffusion_and_reverse.py"
+EVALUATOR = ROOT / "evaluations" / "evaluator.py"
 TRAIN = ROOT / "scripts" / "image_train.py"
 
 
@@ -76,6 +81,40 @@ def train(preset, folder: Path, args: argparse.Namespace, early_stop_steps: int)
     words = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     run([sys.executable, str(TRAIN), *words])
     return network
+
+
+def first_images(path: str, count: int, subset: Path) -> Path:
+    """The first `count` images of a batch as an npz of their own."""
+    source = open_images(path, flag="--dataset_path")
+    if count > len(source):
+        raise UserError(f"--num_samples must be at most {len(source)}, the images of {path}")
+    subset.parent.mkdir(parents=True, exist_ok=True)
+    images = source.read(0, count)
+    with NpzWriter(subset, {"arr_0": (images.shape, images.dtype)}) as writer:
+        writer.append("arr_0", images)
+    return subset
+
+
+def sample(flags: list[str], devices: str, folder: Path) -> Path:
+    """Run the driver into `folder`; returns its samples."""
+    command = [sys.executable, str(DRIVER), "--dataset", "emoji32", "--devices", devices]
+    command += ["--output_dir", str(folder), "--batch_size", "50", "--not_eval_metrics"]
+    run([*command, "--execute", *flags])
+    return folder / "samples_all.npz"
+
+
+def score(preset, batches: list[Path], json_path: Path) -> list[dict]:
+    """The metrics of every batch, from one call of the evaluator."""
+    command = [sys.executable, str(EVALUATOR), preset.reference_batch, *map(str, batches)]
+    command += ["--inception_path", preset.feature_graph, "--metric_name", preset.metric_name]
+    run([*command, "--json", str(json_path)])
+    return [result["metrics"] for result in json.loads(json_path.read_text())["results"]]
+
+
+def run(command: list[str]) -> None:
+    code = subprocess.run(command, stdout=sys.stderr).returncode
+    if code:
+        sys.exit(code)
 
 
 def create_argparser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import types
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -88,6 +89,16 @@ def join(folder: str | os.PathLike, *parts: str) -> str:
 def absolute(path: str | os.PathLike) -> str:
     """A path that a user typed, which starts where they stand, as an absolute one."""
     return str(path) if is_blob(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
+    """As many of the last parts of each path as it takes to tell all of them apart."""
+    parts = [str(path).rstrip("/").split("/") for path in paths]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(own[-length:]) for own in parts]
+        if len(set(names)) == len(set(map(tuple, parts))):
+            return names
+    return []
 
 
 def exists(path: str | os.PathLike) -> bool:

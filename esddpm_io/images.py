@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError
@@ -23,6 +23,7 @@ from esddpm_io.progress import Progress
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _LABELLED_NAME = re.compile(r"\d+_label_(\d+)\.[^.]+$")
 _FILES_AT_ONCE = 8
+_CAPTION_SIZE = 16  # pixels of a line of text
 # What decoders raise for damaged files.
 _BROKEN_IMAGE = (
     *(OSError, ValueError, SyntaxError, EOFError, struct.error),
@@ -294,6 +295,22 @@ def image_grid(arrays: np.ndarray | Sequence[np.ndarray], columns: int) -> np.nd
         left = gap + index % columns * (width + gap)
         grid[top : top + height, left : left + width] = array
     return grid
+
+
+def enlarge(image: np.ndarray, times: int) -> np.ndarray:
+    """An image [H, W, 3] with every pixel repeated `times` in both directions."""
+    return image.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def with_caption(image: np.ndarray, text: str) -> np.ndarray:
+    """An image uint8 [H, W, 3] with a line of text under it, black on white."""
+    font = ImageFont.load_default(_CAPTION_SIZE)
+    height, width = image.shape[:2]
+    out = Image.new("RGB", (width, height + 2 * _CAPTION_SIZE), "white")
+    out.paste(Image.fromarray(image), (0, 0))
+    draw = ImageDraw.Draw(out)
+    draw.text((_CAPTION_SIZE // 2, height + _CAPTION_SIZE), text, "black", font, anchor="lm")
+    return np.asarray(out)
 
 
 def check_image_array(

@@ -1,7 +1,6 @@
 """The evaluation as a library call: `from evaluations import evaluate`."""
 
 import dataclasses
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from esddpm_io.errors import UserError
-from esddpm_io.files import check_output_folder
+from esddpm_io.files import check_output_folder, short_names
 from evaluations.devices import extract_on_devices
 from evaluations.features import (
     Engine,
@@ -24,6 +23,7 @@ from evaluations.graph_file import Graph
 from evaluations.inputs import FeatureCache, Images, ImageSet, open_set
 from evaluations.metrics import Value, interval_of_replicates
 from evaluations.moments import Gaussian
+from evaluations.neighbours import nearest
 from evaluations.scoring import METRICS, Scorer
 from evaluations.settings import Settings
 
@@ -88,7 +88,8 @@ def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
     early = [
         [*about_reference, *told(_doubts_about_images(one, reference_set))] for one in sample_sets
     ]
-    extractor = _Extractor(engine, graph, chosen)
+    names = [image_set.name for image_set in (reference_set, *sample_sets)]
+    extractor = _Extractor(engine, graph, chosen, names)
     statistics_do = not any(METRICS[name].needs_images for name in chosen.metrics)
     reference_features = extractor(reference_set, statistics_do=statistics_do)
     singular = told(_doubts_about_covariances(reference_set.name, reference_features, chosen))
@@ -109,6 +110,15 @@ def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
     )
 
 
+def reference_gaussian(reference: Images, engine: Engine) -> Gaussian:
+    """The Gaussian of the reference's pool features: as given in it, or of all its images."""
+    image_set = open_set(reference, flag="REF")
+    if image_set.pool_gaussian is not None:
+        return image_set.pool_gaussian
+    (name,) = short_names([image_set.name])
+    return extract(engine, image_set.source, name=name, keep_pool=False).pool_gaussian
+
+
 def check_inputs(reference: str, num_samples: int | None = None, **settings) -> None:
     """`UserError` for what `evaluate` would refuse before there are samples: `num_samples` of them.
 
@@ -120,6 +130,21 @@ def check_inputs(reference: str, num_samples: int | None = None, **settings) -> 
     check_engine(chosen.backend, chosen.precision, chosen.device)
     if num_samples is not None:
         _check_count("the sample batch", num_samples, chosen.metrics)
+
+
+def nearest_in_reference(
+    reference: Images, samples: Images, k: int, **settings
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k images of a reference next to each sample in pool features, from near to far.
+
+    Inputs and keywords as of `evaluate`. Returns int64 indices and float32 distances, [N, k] both.
+    """
+    chosen = Settings.of(settings)
+    sets = [open_set(reference, flag="REF"), open_set(samples, flag="SAMPLE")]
+    graph = load_graph(chosen.inception_path)
+    engine = choose_engine(graph, chosen.backend, chosen.precision, chosen.device)
+    extractor = _Extractor(engine, graph, chosen, [image_set.name for image_set in sets])
+    return nearest(*(extractor(image_set).pool for image_set in sets), k)
 
 
 def _checked_graph(chosen: Settings, *image_sets: ImageSet) -> Graph:
@@ -245,10 +270,14 @@ def _check_precision(image_set: ImageSet, chosen: Settings) -> None:
 
 
 class _Extractor:
-    """Features of image sets, from the cache where there is one; given statistics stand."""
+    """Features of image sets, from the cache where there is one; given statistics stand.
 
-    def __init__(self, engine: Engine, graph: Graph, settings: Settings):
+    names: of all sets, which the progress tells apart.
+    """
+
+    def __init__(self, engine: Engine, graph: Graph, settings: Settings, names: list[str]):
         self._engine, self._graph, self._settings = engine, graph, settings
+        self._short = dict(zip(names, short_names(names), strict=True))
         self._cache = None
         if settings.cache_dir is not None:
             how = f"{graph.digest} {engine.name} {settings.precision}"
@@ -288,7 +317,7 @@ class _Extractor:
     ) -> Features:
         settings = self._settings
         options = {
-            "name": os.path.basename(image_set.name),
+            "name": self._short[image_set.name],
             "batch_size": settings.batch_size,
             "keep_spatial": keep_spatial,
         }

@@ -11,7 +11,7 @@ import warnings
 
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import run_main, terminate_cleanly
-from esddpm_io.files import check_output_file
+from esddpm_io.files import check_output_file, short_names
 from evaluations.evaluation import evaluate
 from evaluations.features import BACKENDS, PRECISIONS
 from evaluations.neighbours import ARITHMETICS
@@ -107,9 +107,10 @@ def main(argv: list[str] | None = None) -> None:
     if as_table:
         print(table(evaluation, names))
         return
-    for result in evaluation.results:
-        if len(evaluation.results) > 1:
-            print(f"{result.sample}:")
+    samples = short_names([result.sample for result in evaluation.results])
+    for sample, result in zip(samples, evaluation.results, strict=True):
+        if len(samples) > 1:
+            print(f"{sample}:")
         print("\n".join(lines(result, names)))
 
 

@@ -275,6 +275,12 @@ def flatten_outputs(pool: np.ndarray, spatial: np.ndarray) -> tuple[np.ndarray, 
     )
 
 
+def pool_features(engine: Engine, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
+    """Pool features float32 [N, P] of images in memory, uint8 [N, H, W, 3]; no progress is told."""
+    parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+    return np.concatenate([flatten_outputs(*engine(part))[0] for part in parts])
+
+
 def _check_finite(pool: np.ndarray, spatial: np.ndarray, start: int, name: str) -> None:
     finite = np.isfinite(pool).all(axis=1) & np.isfinite(spatial).all(axis=1)
     if not finite.all():

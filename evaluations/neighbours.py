@@ -343,3 +343,27 @@ def density_coverage(
         balls[columns] += inside.sum(axis=0)
         covered[rows] |= inside.any(axis=1)
     return balls / k, covered
+
+
+def nearest(
+    reference: np.ndarray, samples: np.ndarray, k: int, arithmetic: str = "float32"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k points of `reference` [M, D] next to each of `samples` [N, D], from near to far.
+
+    Returns their rows int64 [N, k] and their distances (not squared) float32 [N, k].
+    `ValueError` if M < k.
+    """
+    if len(reference) < k:
+        raise ValueError(f"{len(reference)} points: at least {k} are needed")
+    points = [Points(features, arithmetic) for features in (samples, reference)]
+    rows = np.zeros((len(samples), k), np.int64)
+    squared = np.full((len(samples), k), np.inf, np.float32)
+    for part, columns, block in PairwiseDistances(*points).blocks():
+        distances = block.distances()
+        found = np.broadcast_to(np.arange(columns.start, columns.stop), distances.shape)
+        both = np.concatenate([squared[part], distances], axis=1)
+        order = np.argsort(both, axis=1, kind="stable")[:, :k]
+        squared[part] = np.take_along_axis(both, order, axis=1)
+        candidates = np.concatenate([rows[part], found], axis=1)
+        rows[part] = np.take_along_axis(candidates, order, axis=1)
+    return rows, np.sqrt(squared)

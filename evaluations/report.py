@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 
+from esddpm_io.files import short_names
 from evaluations.evaluation import Evaluation, Result
 from evaluations.features import OTHER, PUBLISHED
 from evaluations.scoring import METRICS
@@ -54,12 +55,16 @@ def lines(result: Result, names: Names) -> list[str]:
 
 
 def table(evaluation: Evaluation, names: Names) -> str:
-    """A Markdown table, one row a sample batch; deviations and intervals after the value."""
+    """A Markdown table, one row a sample batch; deviations and intervals after the value.
+
+    Of paths so much is shown as tells them apart.
+    """
     metrics = list(evaluation.results[0].metrics)
     rows = [["Samples", "Images", *map(names.label, metrics)]]
-    for result in evaluation.results:
+    samples = short_names([result.sample for result in evaluation.results])
+    for sample, result in zip(samples, evaluation.results, strict=True):
         cells = [_cell(result, metric) for metric in metrics]
-        rows.append([result.sample, str(result.images), *cells])
+        rows.append([sample, str(result.images), *cells])
     rows.insert(1, ["---", *["---:"] * (len(metrics) + 1)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

@@ -19,7 +19,7 @@ from esddpm_io.images import save_png
 from evaluations import evaluator
 from guided_diffusion import logger
 from guided_diffusion.checkpoints import write_sidecar
-from guided_diffusion.commands import driver, gather, sample, sweep
+from guided_diffusion.commands import driver, gather, report, sample, sweep
 from guided_diffusion.script_util import (
     sr_create_model,
     sr_model_and_diffusion_defaults,
@@ -135,6 +135,27 @@ def _bad_folders(root: Path) -> None:
     for rank, size in enumerate((8, 16)):
         path = root / "another_size" / f"samples_1x{size}x{size}x3_rank_{rank}.npz"
         np.savez(path, np.zeros((1, size, size, 3), np.uint8))
+    _bad_runs(root)
+
+
+def _bad_runs(root: Path) -> None:
+    """Folders that no page can be made of."""
+    point = dict.fromkeys(("t_prime", "seed", "network_evaluations"), 0)
+    result = {"metrics": {"fid": 1.0}, "labels": {"fid": "FID"}, "images": 1}
+    good = {"point": point, "evaluation": {"results": [result], "reference": "r"}}
+    for name, record in {
+        "no_samples": good,
+        "bad_samples": good,
+        "no_scores": {**good, "evaluation": {}},
+        "text_scores": {**good, "evaluation": {"results": [{**result, "metrics": {"fid": "x"}}]}},
+        "no_settings": {**good, "point": {}},
+        "listed": [good],
+    }.items():
+        (root / "runs" / name).mkdir(parents=True)
+        (root / "runs" / name / "metrics.json").write_text(json.dumps(record))
+    (root / "runs" / "no_json").mkdir()
+    (root / "runs" / "no_json" / "metrics.json").write_text("{")
+    (root / "runs" / "bad_samples" / "samples_all.npz").write_text("no archive")
 
 
 # --- the commands, with all that is good ---
@@ -194,6 +215,11 @@ def _gather(**changes: object) -> tuple[Callable, list[str]]:
 def _sweep(**changes: object) -> tuple[Callable, list[str]]:
     good = {"dataset": "tiny.toml", "t_prime": "0,200", "steps": 2, "devices": "cpu"}
     return sweep.main, words(**{**good, "output_dir": "out", **changes})
+
+
+def _report(**changes: object) -> tuple[Callable, list[str]]:
+    good = {"dirs": "runs/no_samples", "output_dir": "page", **changes}
+    return report.main, [str(good.pop("dirs")), *words(**good)]
 
 
 def _trainer(script, **flags: object) -> Callable:
@@ -324,6 +350,14 @@ def _other_cases() -> Iterator[tuple[str, Callable, dict[str, object], str]]:
     for changes in ({"metrics": "fad"}, {"batch_size": 0}, {"device": "cuda:99"}):
         yield "evaluator", _evaluator, changes, f"--{next(iter(changes))}"
     yield from _sweep_cases()
+    for kind in ("missing", "no_images"):
+        yield "report", _report, {"dirs": kind}, f"{kind} has no metrics.json"
+    yield "report", _report, {"dirs": "text.npz"}, "text.npz"
+    for kind in ("no_json", "no_scores", "text_scores", "no_settings", "listed"):
+        yield "report", _report, {"dirs": f"runs/{kind}"}, f"{kind}/metrics.json is damaged"
+    yield "report", _report, {}, "no_samples has no samples_all.npz"
+    yield "report", _report, {"dirs": "runs/bad_samples"}, "bad_samples/samples_all.npz"
+    yield "report", _report, {"output_dir": "text.npz"}, "--output_dir"
     yield "vae_sample", _vae_sample, {}, "model.pt"
     yield "vae_sample", _vae_sample, {"num_samples": 0}, "--num_samples"
     yield "vae_sample", _vae_sample, {"out": "/proc/x.npz"}, "--out"
@@ -371,8 +405,8 @@ IDS = [f"{name}: {' '.join(map(str, changes.values()))}" for name, _, changes, _
 
 
 def test_there_are_enough_of_them():
-    assert len(CASES) >= 132
-    assert len({name for name, *_ in CASES}) == 16
+    assert len(CASES) >= 150
+    assert len({name for name, *_ in CASES}) == 17
 
 
 @pytest.fixture

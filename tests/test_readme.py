@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-READMES = ("README.md", "datasets/README.md", "evaluations/README.md")
+PAGES = ("README.md", "datasets/README.md", "evaluations/README.md")
+PAGES += tuple(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md")))
 CODE = re.compile(r"^```\w*\n(.*?)^```|`([^`]+)`", re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[list[str]]:
-    """Words of every `python SCRIPT …` of the READMEs, those before `python` left out."""
+    """Words of every `python SCRIPT …` of the pages, those before `python` left out."""
     found = {}
-    for readme in READMES:
-        for block, inline in CODE.findall((REPOSITORY / readme).read_text()):
+    for page in PAGES:
+        for block, inline in CODE.findall((REPOSITORY / page).read_text()):
             for line in (block or inline).replace("\\\n", " ").splitlines():
                 if re.search(r"\b(python|torchrun)\b.*\.py\b", line):
                     words = shlex.split(line.replace("[", "").replace("]", ""), comments=True)
@@ -63,8 +64,30 @@ def test_every_documented_flag_exists(monkeypatch, capsys):
                 assert re.search(rf"{flag}\b", helps[script]), f"{' '.join(words)}: {flag}"
 
 
-def section(title: str) -> str:
-    text = (REPOSITORY / "README.md").read_text()
+def anchors(text: str) -> set[str]:
+    """The names that headings of a page can be linked by."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_are_there(page):
+    text = (REPOSITORY / page).read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (REPOSITORY / page).parent / name if name else REPOSITORY / page
+        assert path.exists(), f"{page}: {target}"
+        assert not anchor or anchor in anchors(path.read_text()), f"{page}: {target}"
+
+
+def test_the_readme_is_for_a_person_in_a_hurry():
+    assert len((REPOSITORY / "README.md").read_text().split()) < 1200
+
+
+def section(page: str, title: str) -> str:
+    text = (REPOSITORY / page).read_text()
     (body,) = re.findall(rf"^## {title}\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
     return body
 
@@ -75,7 +98,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 def test_your_own_data_in_five_commands(tmp_path):
     """The README's own words, in a folder that looks like the repository; only fewer steps."""
-    text = section("Your own data in five commands")
+    text = section("docs/own_data.md", "Your own data in five commands")
     (script,), (preset,) = blocks(text, "bash"), blocks(text, "toml")
     assert script.count("python ") == 5
     for name in ("scripts", "evaluations"):

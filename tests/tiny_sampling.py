@@ -60,6 +60,13 @@ class TinyFiles:
         for index, (image, label) in enumerate(zip(pixels, labels, strict=True)):
             save_png(self.folder / f"{index}_label_{label}.png", image)
 
+    def fixed_variance(self) -> Path:
+        """A checkpoint of the same network without a learned variance."""
+        path = self.root / "fixed_variance.pt"
+        flags = {**model_and_diffusion_defaults(), **MODEL, "learn_sigma": False}
+        torch.save(fill(create_model_and_diffusion(**flags)[0]).state_dict(), path)
+        return path
+
     def preset(self) -> Path:
         """A preset file for these files, scored in emoji32 features; images are the reference."""
         path = self.root / "tiny.toml"

@@ -18,7 +18,7 @@ from esddpm_io.atomic import write_json
 from esddpm_io.errors import EXIT_USER_ERROR, UserError, check_at_least, terminate_cleanly
 from esddpm_io.files import absolute, check_output_folder, is_blob, join, read_json, sha256
 from guided_diffusion.commands import scoring
-from guided_diffusion.commands.sampler_flags import WITH_ETA, add_sampler_flags, by_name
+from guided_diffusion.commands.sampler_flags import AUTO, WITH_ETA, add_sampler_flags, by_name
 from guided_diffusion.settings.layers import parse, require, without_effect
 from guided_diffusion.settings.presets import (
     GUIDED_SAMPLER,
@@ -95,7 +95,7 @@ def add_shared_flags(add: Callable[..., object]) -> None:
     add("--limit", type=int, default=0, help="only the first N generator images (0: all)")
     devices = "GPU indices, none (as CUDA says), cpu, cpu,cpu"
     add("--devices", default=DEFAULT_DEVICES, help=devices)
-    clip = "clamp predicted images to [-1, 1]; see docs/samplers.md for when not to"
+    clip = "clamp predicted images to [-1, 1]; untyped, solvers that start from T' do not"
     add("--clip_denoised", type=_truth_value, default=True, help=clip)
     add("--use_fp16", type=_truth_value, help="True or False instead of what the preset says")
     add("--classifier_path", help="classifier instead of the preset's")
@@ -156,6 +156,8 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
     print(f"output folder: {output}")
     evaluation = None
     only_print = not (args.execute or args.print_settings)
+    if named.get("t_prime") == AUTO:
+        named["t_prime"] = _measured_t_prime(args, typed, preset, named, output)
     try:
         check_files(args, typed, preset, output)
         settled = _settle(request_of(args, typed, preset, named), output)
@@ -196,6 +198,26 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
         preset.name,
         args.save_png_files,
         args.machine_idx,
+    )
+
+
+def _measured_t_prime(
+    args: argparse.Namespace,
+    typed: set[str],
+    preset: Preset,
+    named: dict[str, Any],
+    output: str,
+) -> int:
+    from guided_diffusion.commands.propose import stored_or_measured
+
+    check_files(args, typed, preset, output)
+    return stored_or_measured(
+        request_of(args, typed, preset, named),
+        scoring.read_flags(args, preset),
+        choose_devices(args, typed)[0],
+        args.batch_size,
+        join(output, scoring.PROPOSAL_FILE),
+        may_measure=args.execute and args.machine_idx == 0,
     )
 
 
@@ -436,6 +458,10 @@ def _ignored_flags(args: argparse.Namespace, typed: set[str], preset: Preset) ->
                 not _uses_ddim(args) and args.sampler not in WITH_ETA,
                 "without DDIM (--chain_length ddim250, say) or --sampler dpmpp_2m_sde",
             ),
+            "variance": (
+                _uses_ddim(args) or args.sampler not in (None, "ddpm"),
+                "without DDPM (--sampler ddpm)",
+            ),
             "classifier_guidance_scale": (
                 unguided,
                 f"with the data set {preset.name}: it has no classifier (see --classifier_path)",
@@ -486,7 +512,8 @@ def request_of(
         **({"steps": None if args.start_from_scratch else args.reverse_steps} | named),
         use_ddim=_uses_ddim(args),
         eta=args.eta,
-        clip_denoised=args.clip_denoised,
+        clip_denoised=args.clip_denoised if "clip_denoised" in typed else None,
+        variance=args.variance,
         seed=args.seed,
         images=files["dataset_path"],
         num_samples=args.num_samples,

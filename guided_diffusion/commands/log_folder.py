@@ -23,6 +23,7 @@ _OF_A_WORKER = {
     "steps": None,
     "sampler": None,
     "spacing": "uniform",
+    "variance": "learned",
 }
 
 

@@ -34,7 +34,7 @@ from guided_diffusion.settings.record import (
     diffusion_from,
 )
 from guided_diffusion.settings.resolver import Resolved, check_same_noise, resolve_network
-from guided_diffusion.solvers import evaluation_timesteps
+from guided_diffusion.solvers import SOLVERS, evaluation_timesteps
 
 _LARGEST_SEED = 2**64 - 1
 
@@ -48,7 +48,8 @@ class Request:
     `sampler` (one of SAMPLERS), t_prime is where sampling starts (None: from noise), steps how many
     times the network is evaluated, and spacing where. images: the start images' path, or the images
     to enlarge. num_samples: how many from noise. limit: only the first of the start images (0:
-    all). eta None: the sampler's own.
+    all). eta and clip_denoised None: the sampler's own (a solver that starts from T' does not clip:
+    docs/samplers.md says why). variance: of DDPM's steps, one of VARIANCES.
     """
 
     kind: str
@@ -61,7 +62,8 @@ class Request:
     t_prime: int | None = None
     spacing: str = "uniform"
     eta: float | None = None
-    clip_denoised: bool = True
+    clip_denoised: bool | None = None
+    variance: str = "learned"
     seed: int = 0
     images: str = ""
     num_samples: int = 0
@@ -84,11 +86,15 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Settled:
-    """The record of a run, the images that it starts from, and remarks for the user."""
+    """The record of a run, the images that it starts from, and remarks for the user.
+
+    highest_t_prime: the largest T' that the networks were trained for.
+    """
 
     run: Run
     source: Source
     remarks: list[str]
+    highest_t_prime: int
 
 
 class ReadNetworks:
@@ -158,7 +164,13 @@ def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None
         origins=_origins(model, classifier),
         preset=request.preset.source if request.preset else None,
     )
-    return Settled(run, source, [remark for network in resolved for remark in network.remarks])
+    trained = [network.early_stop_steps for network in resolved if network.early_stop_steps]
+    return Settled(
+        run=run,
+        source=source,
+        remarks=[remark for network in resolved for remark in network.remarks],
+        highest_t_prime=min([int(model.process["diffusion_steps"]), *trained]),
+    )
 
 
 def _origins(model: Resolved, classifier: Resolved | None) -> dict[str, str]:
@@ -199,6 +211,11 @@ def _guidance(request: Request, classifier: Resolved | None, read: ReadNetworks)
 
 def _sampler(request: Request, networks: list[Resolved]) -> SamplerSettings:
     """The chain, checked, with the original timesteps of its steps."""
+    require(
+        request.variance == "learned" or bool(networks[0].flags["learn_sigma"]),
+        f"{request.flag('variance')} {request.variance}: the network learned no variance "
+        "(learn_sigma is False); with --sigma_small True its steps have the posterior's",
+    )
     if request.sampler is not None:
         return _sampler_by_name(request, networks)
     try:
@@ -222,7 +239,8 @@ def _sampler(request: Request, networks: list[Resolved]) -> SamplerSettings:
         steps=request.steps,
         timesteps=timesteps,
         eta=eta,
-        clip_denoised=request.clip_denoised,
+        clip_denoised=request.clip_denoised is not False,
+        variance="learned" if request.use_ddim else request.variance,
     )
 
 
@@ -243,14 +261,23 @@ def _sampler_by_name(request: Request, networks: list[Resolved]) -> SamplerSetti
     timesteps = tuple(found)
     _check_trained(request, networks, timesteps, range(len(levels)))
     own, takes_eta = OWN_ETA[request.sampler], request.sampler in WITH_ETA
+    own_clip = request.from_noise or request.sampler not in SOLVERS
     return SamplerSettings(
         name=request.sampler,
         respacing=None,
         steps=None if request.from_noise else len(timesteps),
         timesteps=timesteps,
         eta=request.eta if request.eta is not None and takes_eta else own,
-        clip_denoised=request.clip_denoised,
+        clip_denoised=own_clip if request.clip_denoised is None else request.clip_denoised,
+        variance=request.variance if request.sampler == "ddpm" else "learned",
     )
+
+
+def at_t_prime(run: Run, t_prime: int, steps: int, spacing: str = "uniform") -> SamplerSettings:
+    """The run's sampler, started from another T' (see `evaluation_timesteps`)."""
+    levels = diffusion_from(run.process, "").alphas_cumprod
+    timesteps = tuple(evaluation_timesteps(levels, t_prime, steps, spacing))
+    return dataclasses.replace(run.sampler, respacing=None, steps=steps, timesteps=timesteps)
 
 
 def _check_trained(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from esddpm_io.errors import check_at_least, terminate_cleanly
 from esddpm_io.files import read_json
-from guided_diffusion.commands.sampler_flags import WITH_ETA, add_sampler_flags, by_name
+from guided_diffusion.commands.sampler_flags import AUTO, WITH_ETA, add_sampler_flags, by_name
 from guided_diffusion.sampling.chunks import default_chunk_size
 from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE
 from guided_diffusion.sampling.job import Job, describe, rank_from_environment
@@ -160,6 +160,10 @@ def _request(args: argparse.Namespace, typed: set[str], kind: str) -> "Request":
 
     networks = model_and_diffusion_defaults() | classifier_defaults()
     networks |= sr_model_and_diffusion_defaults()
+    require(
+        args.t_prime != AUTO,
+        "--t_prime auto: T' is measured by the driver, or by propose_t_prime.py: type the number",
+    )
     chain: dict[str, Any] = {"steps": None if args.start_from_scratch else args.denoise_steps}
     return Request(
         kind=kind,
@@ -169,7 +173,8 @@ def _request(args: argparse.Namespace, typed: set[str], kind: str) -> "Request":
         **(chain | by_name(args, typed, ("timestep_respacing", "denoise_steps", "use_ddim"))),
         use_ddim=args.use_ddim,
         eta=args.eta,
-        clip_denoised=args.clip_denoised,
+        clip_denoised=args.clip_denoised if "clip_denoised" in typed else None,
+        variance=args.variance,
         seed=args.seed,
         images=args.base_samples if kind == "sr" else args.dataset_path,
         num_samples=args.num_samples,
@@ -192,6 +197,10 @@ def _in_vain(args: argparse.Namespace, typed: set[str]) -> list[str]:
             "eta": (
                 not args.use_ddim and args.sampler not in WITH_ETA,
                 "without --use_ddim True, --sampler ddim or dpmpp_2m_sde",
+            ),
+            "variance": (
+                args.use_ddim or args.sampler not in (None, "ddpm"),
+                "without DDPM (--sampler ddpm)",
             ),
         },
     )

@@ -7,9 +7,10 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from guided_diffusion.settings.layers import require
-from guided_diffusion.settings.record import SAMPLERS
+from guided_diffusion.settings.record import SAMPLERS, VARIANCES
 
 SPACINGS = ("uniform", "logsnr", "karras")
+AUTO = "auto"  # the value of --t_prime that asks for a proposal
 # The samplers' own share of the noise; those with eta take another, too.
 OWN_ETA = {"ddpm": 1.0, "ddim": 0.0, "dpmpp_2m": 0.0, "dpmpp_2m_sde": 1.0}
 WITH_ETA = ("ddim", "dpmpp_2m_sde")
@@ -17,12 +18,20 @@ _NAMES = {"t_prime", "steps", "sampler", "spacing"}
 
 
 def add_sampler_flags(add: Callable[..., object]) -> None:
-    """--t_prime, --steps, --sampler, --spacing and --eta, unset unless they are typed."""
-    add("--t_prime", type=int, help="T', the noise level to start from, in original timesteps")
+    """The flags of the reverse loop that the published suite does not have."""
+    t_prime = "T', the noise level to start from, in original timesteps, or auto: from data"
+    add("--t_prime", type=_t_prime, metavar="T'", help=t_prime)
     add("--steps", type=int, help="K, how many times the network is evaluated")
     add("--sampler", choices=SAMPLERS, help="with --steps; ddpm if it is not given")
     add("--spacing", choices=SPACINGS, default="uniform", help="where the K evaluations lie")
     add("--eta", type=float, help="share of the noise, 0 … 1: of DDIM (0), of dpmpp_2m_sde (1)")
+    variance = "of a DDPM step: the network's own or the posterior's (see docs/samplers.md)"
+    add("--variance", choices=VARIANCES, default="learned", help=variance)
+
+
+def _t_prime(text: str) -> int | str:
+    """The argument of --t_prime; argparse names the flag if this raises ValueError."""
+    return text if text == AUTO else int(text)
 
 
 def by_name(

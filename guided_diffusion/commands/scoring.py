@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from guided_diffusion.settings.record import Run
 
 METRICS_FILE = "metrics.json"
+PROPOSAL_FILE = "t_prime.json"  # of --t_prime auto
 EVALUATOR = Path(__file__).resolve().parents[2] / "evaluations" / "evaluator.py"
 BACKENDS = ("auto", "tensorflow", "torch")  # the evaluator's, which is not imported
 FLAGS = ("ref_batch", "inception_path", "eval_backend", "eval_device", "eval_cache_dir")
@@ -138,6 +139,7 @@ def _record(
         "provenance": provenance(),
         "run": run.to_json() if run else None,
         "sampling": sampling,
+        "t_prime_proposal": read_json(join(folder, PROPOSAL_FILE)),
         "inputs": hash_inputs(run, evaluation, point["start_images"] if point else None),
         "scoring": dataclasses.asdict(evaluation),
         "evaluation": scores,

@@ -7,7 +7,6 @@ points to those that are there.
 
 import argparse
 import dataclasses
-import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,9 +22,9 @@ from esddpm_io.files import (
     join,
     read_json,
 )
-from guided_diffusion.commands import driver, scoring
+from guided_diffusion.commands import driver, report, scoring
 from guided_diffusion.commands.point import GeneratorPoint
-from guided_diffusion.commands.sampler_flags import SPACINGS
+from guided_diffusion.commands.sampler_flags import AUTO, SPACINGS
 from guided_diffusion.commands.sweep_points import (
     LISTS,
     SCRATCH,
@@ -55,7 +54,8 @@ def create_argparser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--output_dir", required=True, help="folder of the sweep, with a folder for each point")
-    start = f"list of T', in original timesteps; 0: the generator's images, {SCRATCH}: from noise"
+    start = "list of T', in original timesteps; 0: the generator's images themselves, "
+    start += f"{SCRATCH}: from pure noise, {AUTO}: T' from data"
     add("--t_prime", required=True, help=start)
     add("--steps", help="list of K, how many times the network is evaluated")
     add("--sampler", default="dpmpp_2m_sde", help=f"list of {', '.join(SAMPLERS)}")
@@ -170,7 +170,7 @@ def _execute(sweep: Sweep) -> list[str]:
     left = [point for point in sweep.points if not _is_scored(point, sweep.evaluation)]
     failed: dict[str, str] = {}
 
-    def report(error: "WorkersFailed") -> None:
+    def note_failure(error: "WorkersFailed") -> None:
         folder = error.folder.folder
         failed[folder] = f"{folder}: {error}"
         print(f"error: {failed[folder]}\ngoing on with the other points", file=sys.stderr)
@@ -179,7 +179,7 @@ def _execute(sweep: Sweep) -> list[str]:
         [folders[point.folder] for point in left if point.run],
         lambda missing: _commands(sweep, missing),
         gathers=sweep.args.machine_idx == 0,
-        on_failure=report,
+        on_failure=note_failure,
     )
     if sweep.evaluation is None:
         print("nothing is left to sample; machine 0 gathers and scores the points")
@@ -216,9 +216,7 @@ def _score(sweep: Sweep, points: list[Point]) -> None:
         folders = [point.folder for point in points]
         scoring.evaluate(folders, sweep.evaluation, sweep.preset.name)
     print(write_tables(sweep.output))
-    if importlib.util.find_spec("guided_diffusion.commands.report"):
-        page = importlib.import_module("guided_diffusion.commands.report")
-        page.write([sweep.output], sweep.output)
+    report.write([sweep.output], sweep.output)
 
 
 def _commands(sweep: Sweep, folders: "Sequence[ChunkFolder]") -> "list[WorkerCommand]":

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import math
 import os
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from esddpm_io.errors import UserError
 from esddpm_io.files import exists, join, list_names, read_json
-from guided_diffusion.commands import driver
+from guided_diffusion.commands import driver, scoring
 from guided_diffusion.commands.point import GeneratorPoint, generator_of
-from guided_diffusion.commands.sampler_flags import OWN_ETA
+from guided_diffusion.commands.sampler_flags import AUTO, OWN_ETA
 from guided_diffusion.settings.presets import Preset
 from guided_diffusion.settings.record import SAMPLERS
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from esddpm_io.images import ImageSource
     from guided_diffusion.settings.record import Run
 
-SCRATCH, AUTO = "scratch", "auto"
+SCRATCH = "scratch"
 GENERATOR_FOLDER = "generator"
 LISTS = {
     *("t_prime", "steps", "sampler", "eta", "classifier_guidance_scale"),
@@ -130,9 +131,12 @@ def settle_all(
     there = _folders_by_identity(output)
     files = ("model_path", "dataset_path")
     several = [name for name in files if len({values[name] for values in combinations}) > 1]
-    for values in combinations:
+    # Those that have to be measured last, when nothing else is wrong.
+    for values in sorted(combinations, key=lambda values: values["t_prime"] == AUTO):
+        if values["t_prime"] == AUTO and problems:
+            break
         try:
-            own = _args_of(args, typed, preset, values)
+            own = _args_of(args, typed, preset, values, output)
             driver.check_files(own, typed, preset, output)
             if values["t_prime"] == 0:
                 what, said = _generator(own, typed, preset), []
@@ -160,22 +164,37 @@ def settle_all(
 
 
 def _args_of(
-    args: argparse.Namespace, typed: set[str], preset: Preset, values: Values
+    args: argparse.Namespace, typed: set[str], preset: Preset, values: Values, output: str
 ) -> argparse.Namespace:
     """The driver's flags for one combination."""
     given = {name: value for name, value in values.items() if value is not None}
     own = argparse.Namespace(**{**vars(args), **given})
     if own.t_prime == AUTO:
-        own.t_prime = resolve_auto(own, preset)
+        own.t_prime = _measured_t_prime(own, typed, preset, output)
     if own.t_prime == SCRATCH:
         own.t_prime, own.start_from_scratch = None, True
         own.num_samples = _count_images(own, typed, preset)
     return own
 
 
-def resolve_auto(args: argparse.Namespace, preset: Preset) -> int:
+def _measured_t_prime(
+    args: argparse.Namespace, typed: set[str], preset: Preset, output: str
+) -> int:
     """T' for `auto`, of one combination's checkpoint, generator images and sampler."""
-    raise UserError(f"--t_prime {AUTO}: a sweep takes numbers and {SCRATCH}")
+    from guided_diffusion.commands.propose import stored_or_measured
+
+    driver.check_files(args, typed, preset, output)
+    named = {name: getattr(args, name) for name in ("sampler", "steps", "spacing")}
+    request = driver.request_of(args, typed, preset, named)
+    asked = hashlib.sha256(repr(request).encode()).hexdigest()[:16]
+    return stored_or_measured(
+        request,
+        scoring.read_flags(args, preset),
+        driver.choose_devices(args, typed)[0],
+        args.batch_size,
+        join(output, "t_prime", f"{asked}.json"),
+        may_measure=args.execute and args.machine_idx == 0,
+    )
 
 
 def _count_images(args: argparse.Namespace, typed: set[str], preset: Preset) -> int:

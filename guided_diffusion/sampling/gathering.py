@@ -1,5 +1,6 @@
 """Finished samples into one file and a grid to look at."""
 
+import os
 import statistics
 from collections import Counter
 from collections.abc import Callable
@@ -24,16 +25,17 @@ def gather(folder: ChunkFolder, log: Callable[[str], None] = print) -> bool:
     samples = join(folder.folder, SAMPLES_FILE)
     outputs.join_parts(outputs.parts_of(folder, 0, folder.num_samples), samples)
     start = folder.run.start
-    draw_grid(folder.folder, start.path if start.kind == "images" else None)
+    starts = start.path if start.kind == "images" else None
+    draw_grid(folder.folder, starts, _caption(folder.run))
     Observer(folder.folder).forget_dead()
     folder.clean()
     return True
 
 
-def draw_grid(folder: str, starts: str | None) -> None:
+def draw_grid(folder: str, starts: str | None, caption: str = "") -> None:
     """Draw the samples of a folder that are gathered, and say where both are."""
     samples, grid = join(folder, SAMPLES_FILE), join(folder, GRID_FILE)
-    outputs.save_grid(samples, starts, grid)
+    outputs.save_grid(samples, starts, grid, caption)
     print(f"samples: {absolute(samples)}\ngrid: {absolute(grid)}", flush=True)
 
 
@@ -67,3 +69,18 @@ def t_prime(run: Run) -> int:
         return run.sampler.timesteps[0] + 1
     process = diffusion_of(run)
     return round(process.original_num_steps * len(run.sampler.timesteps) / process.num_timesteps)
+
+
+def _caption(run: Run) -> str:
+    """Data set, sampler, where it starts, number of evaluations and seed, in a line."""
+    timesteps = run.sampler.timesteps
+    # Of the published pair T' is a rounded number, which it takes the whole chain to know.
+    start = f"T' = {t_prime(run)}" if run.sampler.respacing is None else f"t = {timesteps[0]}"
+    words = [
+        os.path.splitext(os.path.basename(run.preset or ""))[0],
+        run.sampler.name,
+        start if run.start.kind == "images" else "from noise",
+        f"K = {len(timesteps)}",
+        f"seed {run.seed}",
+    ]
+    return ", ".join(word for word in words if word)

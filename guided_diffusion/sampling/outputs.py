@@ -9,7 +9,14 @@ import numpy as np
 
 from esddpm_io.errors import UserError
 from esddpm_io.files import join, list_names
-from esddpm_io.images import image_grid, open_images, png_name, save_png
+from esddpm_io.images import (
+    enlarge,
+    image_grid,
+    open_images,
+    png_name,
+    save_png,
+    with_caption,
+)
 from esddpm_io.npz import NpzReader, NpzWriter
 from esddpm_io.progress import Progress
 from guided_diffusion.sampling.chunks import ChunkFolder
@@ -18,6 +25,7 @@ PNG_FOLDER = "images"
 _RANK_FILE = re.compile(r"samples_.*_rank_(\d+)\.npz")
 _ROWS_AT_ONCE = 64
 _GRID_COLUMNS, _GRID_ROWS = 8, 4
+_GRID_PIXELS = 1000  # of its width, about: small images are enlarged to be seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +134,14 @@ def exported_pngs(folder: ChunkFolder) -> set[int]:
     return {int(index) for name in names if (index := re.split("[_.]", name)[0]).isdecimal()}
 
 
-def save_grid(samples: str, starts: str | None, path: str) -> None:
+def save_grid(samples: str, starts: str | None, path: str, caption: str = "") -> None:
     """Write a grid of samples picked at even distances, under the images they started from.
 
-    samples: an .npz; starts: the generator's images with the same indices, or None.
+    samples: an .npz; starts: the generator's images with the same indices, or None. Pixels of
+    small images are repeated. caption: a line below the grid.
     """
     results = open_images(samples, flag="samples")
+    times = max(1, round(_GRID_PIXELS / (_GRID_COLUMNS * results.shape[2])))
     count = min(len(results), _GRID_COLUMNS * _GRID_ROWS)
     picked = np.linspace(0, len(results) - 1, count).astype(int)
     sources = [results] if starts is None else [open_images(starts, flag="--dataset_path"), results]
@@ -139,10 +149,11 @@ def save_grid(samples: str, starts: str | None, path: str) -> None:
     for row in range(0, count, _GRID_COLUMNS):
         indices = picked[row : row + _GRID_COLUMNS]
         for source in sources:
-            images = [source.read(index, index + 1)[0] for index in indices]
+            images = [enlarge(source.read(index, index + 1)[0], times) for index in indices]
             blank = np.full_like(images[0], 255)
             cells += images + [blank] * (_GRID_COLUMNS - len(images))
-    save_png(path, image_grid(cells, _GRID_COLUMNS))
+    grid = image_grid(cells, _GRID_COLUMNS)
+    save_png(path, with_caption(grid, caption) if caption else grid)
 
 
 def rank_files(folder: str, number: int) -> dict[int, str]:

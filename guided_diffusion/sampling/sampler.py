@@ -104,7 +104,11 @@ class Sampler:
         """The model's output; labels that are there for the classifier alone are left out."""
         if not self._run.network.flags["class_cond"]:
             kwargs.pop("y", None)
-        return self._model(x, t, **kwargs)
+        output = self._model(x, t, **kwargs)
+        if self._run.sampler.variance == "posterior":
+            # The lower end of the range that a learned variance lies in (improved DDPM, eq. 15).
+            output[:, x.shape[1] :] = -1
+        return output
 
     def _model_kwargs(self, begin: Start) -> dict[str, torch.Tensor | None]:
         kwargs: dict[str, torch.Tensor | None] = {}

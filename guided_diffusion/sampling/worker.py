@@ -232,7 +232,9 @@ def describe_chain(run: Run) -> str:
     if sampler.respacing is None:
         start = "pure noise" if sampler.steps is None else f"T' = {sampler.timesteps[0] + 1}"
         times = ", ".join(map(str, sampler.timesteps))
-        return f"{sampler.name}: {steps} evaluations from {start}, at original timesteps {times}"
+        clip = "" if sampler.clip_denoised else "; predicted images are not clipped"
+        said = f"{sampler.name}: {steps} evaluations from {start}, at original timesteps {times}"
+        return f"{said}{clip}"
     if sampler.steps is None:
         return f"{loop}: {steps} steps from pure noise at original timestep {sampler.timesteps[0]}"
     return f"{loop}: {steps} reverse steps, starting at original timestep {sampler.timesteps[0]}"

@@ -18,6 +18,7 @@ if typing.TYPE_CHECKING:
 
 Value = bool | int | float | str
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde")
+VARIANCES = ("learned", "posterior")
 # Flags of a network that its samples do not depend on, and what they are while it samples.
 WITHOUT_EFFECT: dict[str, Value] = {"use_checkpoint": False, "dropout": 0.0}
 # Flags of the diffusion process that only training or the chain's choice of steps knows.
@@ -70,6 +71,7 @@ class SamplerSettings:
     order; steps: their number, or None where sampling starts from pure noise. respacing: the chain
     whose last steps they are, as --timestep_respacing writes it; None where T' and their number
     were given by name. eta: share of DDPM's noise in DDIM, of the SDE's noise in dpmpp_2m_sde.
+    variance: of a DDPM step, one of VARIANCES; "learned" is the network's own, if it has one.
     """
 
     name: str
@@ -78,6 +80,7 @@ class SamplerSettings:
     timesteps: tuple[int, ...]
     eta: float
     clip_denoised: bool
+    variance: str = "learned"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +136,9 @@ class Run:
             values |= _with_effect(self.guidance.classifier.flags)
             values["classifier"] = self.guidance.classifier.sha256
             values["classifier_scale"] = self.guidance.scale
+        # Newer than folders of samples that are still of use: named only where it is chosen.
+        if self.sampler.variance != "learned":
+            values["variance"] = self.sampler.variance
         return values
 
     @property
@@ -201,9 +207,9 @@ def _build(kind: typing.Any, value: object) -> object:
         if not isinstance(value, dict):
             raise TypeError(f"{kind.__name__} must be an object, not {value!r}")
         hints = typing.get_type_hints(kind)
-        if missing := hints.keys() - value.keys():
+        if missing := _needed(kind) - value.keys():
             raise TypeError(f"{kind.__name__} lacks {', '.join(sorted(missing))}")
-        fields = {name: _build(hint, value[name]) for name, hint in hints.items()}
+        fields = {name: _build(hints[name], value[name]) for name in hints.keys() & value.keys()}
         return kind(**fields)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
@@ -216,6 +222,16 @@ def _build(kind: typing.Any, value: object) -> object:
     if origin is dict and isinstance(value, dict):
         return {str(name): _build(arguments[1], item) for name, item in value.items()}
     return _checked(value, (kind, int) if kind is float else (kind,))
+
+
+def _needed(kind: typing.Any) -> set[str]:
+    """Fields that have no default; the others are newer than some files."""
+    none = dataclasses.MISSING
+    return {
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is none and field.default_factory is none
+    }
 
 
 def _checked(value: object, kinds: tuple[typing.Any, ...]) -> object:

@@ -15,6 +15,7 @@ from esddpm_io.files import (
     check_output_folder,
     read_json,
     sha256,
+    short_names,
 )
 from esddpm_io.processes import run_to_end
 from esddpm_io.progress import Progress, progress_text
@@ -185,3 +186,19 @@ def test_sha256_of_a_folder_is_that_of_its_names_and_contents(tmp_path):
     assert sha256(folder) != first
     with pytest.raises(UserError, match="--again: there is no file"):
         sha256(tmp_path / "none", flag="--again")
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/a/b.npz"], ["b.npz"]),
+        (["/a/b.npz", "c.npz"], ["b.npz", "c.npz"]),
+        (["/r/t1/s.npz", "/r/t2/s.npz"], ["t1/s.npz", "t2/s.npz"]),
+        (["/r/t1/out/s", "/r/t2/out/s", "/r/t2/out/s/"], ["t1/out/s", "t2/out/s", "t2/out/s"]),
+        (["s.npz", "a/s.npz"], ["s.npz", "a/s.npz"]),
+        (["/s.npz", "s.npz"], ["/s.npz", "s.npz"]),
+        ([], []),
+    ],
+)
+def test_as_much_of_a_path_as_tells_it_apart(paths, names):
+    assert short_names(paths) == names

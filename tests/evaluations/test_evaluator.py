@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,19 @@ def test_several_batches_and_a_table(run):
     assert len({line.count("|") for line in (header, rule, *rows)}) == 1
     code, out, _ = run("ref.npz", "samples.npz", "ref.npz")
     assert [line for line in out.splitlines() if line.endswith(":")] == ["samples.npz:", "ref.npz:"]
+
+
+def test_files_of_the_same_name_are_told_apart(run):
+    for folder in ("runs/t100", "runs/t400"):
+        Path(folder).mkdir(parents=True)
+        shutil.copy("samples.npz", folder)
+    samples = [str(Path("runs", name, "samples.npz").resolve()) for name in ("t100", "t400")]
+    _, out, err = run("ref.npz", *samples, "--metrics", "fid")
+    assert out.splitlines()[::2] == ["t100/samples.npz:", "t400/samples.npz:"]
+    assert all(f"features of {name}/samples.npz: 50/50" in err for name in ("t100", "t400"))
+    _, out, _ = run("ref.npz", *samples, "--metrics", "fid", "--table")
+    names = [row.split(" | ")[0] for row in out.splitlines()[2:]]
+    assert names == ["| t100/samples.npz", "| t400/samples.npz"]
 
 
 def test_all_metrics_with_intervals(run):

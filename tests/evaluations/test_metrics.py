@@ -21,6 +21,7 @@ from evaluations.metrics import (
     neighbour_radii,
     precision_recall,
 )
+from evaluations.neighbours import nearest
 from tests.evaluations.graph_writer import GOLDEN
 from tests.evaluations.metric_packages import ROWS, inputs
 
@@ -368,3 +369,14 @@ def test_intervals_of_paired_differences_cover_what_they_say(change, widest):
     width = np.mean([high - low for low, high in paired])
     assert 0.85 < width / (2 * 2.02 * np.std(differences)) < widest
     assert np.mean(unpaired) > 2 * width
+
+
+def test_nearest_points_in_order(monkeypatch):
+    monkeypatch.setattr(neighbours, "_BLOCK", 16)  # so that several blocks have to be joined
+    samples = SAMPLES[:20]
+    rows, distances = nearest(REFERENCE, samples, 3)
+    every = np.linalg.norm(samples[:, None].astype(float) - REFERENCE[None], axis=2)
+    np.testing.assert_array_equal(rows, np.argsort(every, axis=1)[:, :3])
+    np.testing.assert_allclose(distances, np.sort(every, axis=1)[:, :3], rtol=1e-3)
+    with pytest.raises(ValueError, match="2 points: at least 3"):
+        nearest(REFERENCE[:2], samples, 3)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from esddpm_io.errors import UserError, run_main
+from esddpm_io.images import with_caption
 from evaluations.features import BACKENDS
 from guided_diffusion.checkpoints import write_sidecar
 from guided_diffusion.commands import driver, gather, sample, scoring
@@ -46,14 +47,6 @@ def tiny(tmp_path_factory) -> TinyFiles:
     files = TinyFiles(tmp_path_factory.mktemp("tiny"))
     files.preset()
     return files
-
-
-@pytest.fixture(autouse=True)
-def own_signal_handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def flags(tiny: TinyFiles, output: Path, **changes: object) -> list[str]:
@@ -155,10 +148,17 @@ def test_grid_and_pngs(whole_job):
     out = whole_job[1]
     images, labels = all_samples(out)
     grid = np.asarray(Image.open(out / "samples_grid.png"))
-    # 10 images in two rows of 8, each under its row of start images.
-    assert grid.shape == (4 * 10 + 2, 8 * 10 + 2, 3)
-    np.testing.assert_array_equal(grid[12:20, 2:10], images[0])
-    np.testing.assert_array_equal(grid[32:40, 12:20], images[9])
+    # 10 images in two rows of 8, each under its row of start images, pixels 16 times as large;
+    # then a line of caption.
+    cell, height = 8 * 16 + 2, 4 * (8 * 16 + 2) + 2
+    assert grid.shape == (height + 32, 8 * cell + 2, 3)
+    for row, column, index in ((1, 0, 0), (3, 1, 9)):
+        top, left = row * cell + 2, column * cell + 2
+        shown = grid[top : top + 128, left : left + 128]
+        np.testing.assert_array_equal(shown, images[index].repeat(16, 0).repeat(16, 1))
+    caption = "tiny, ddpm, t = 250, K = 2, seed 0"
+    np.testing.assert_array_equal(with_caption(grid[:height], caption), grid)
+    assert (grid[height:] < 64).any()
     assert len(list((out / "images").iterdir())) == NUM_IMAGES
     png = np.asarray(Image.open(out / "images" / f"7_label_{labels[7]}.png"))
     np.testing.assert_array_equal(png, images[7])
@@ -540,10 +540,10 @@ def test_evaluations_and_sampler_by_name(tiny, tmp_path, capsys):
     assert f"output folder: {SCRIPTS}/exps/imagenet64/dpmpp_2m_sde_t500_4_steps_a\n" in printed
     out = tmp_path / "out"
     argv = ["--dataset", str(tiny.root / "tiny.toml"), "--output_dir", str(out), "--execute"]
-    argv += ["--classifier_guidance_scale", "0", "--clip_denoised", "no", "--batch_size", "4"]
+    argv += ["--classifier_guidance_scale", "0", "--batch_size", "4"]
     driver.main([*begin, *argv])
     said = "dpmpp_2m_sde: 4 evaluations from T' = 500, at original timesteps 499, 374, 249, 124"
-    assert said in capsys.readouterr().out
+    assert f"{said}; predicted images are not clipped\n" in capsys.readouterr().out
     sampling = json.loads((out / "metrics.json").read_text())["sampling"]
     assert sampling["t_prime"] == 500 and sampling["timesteps"] == [499, 374, 249, 124]
     worker = tiny.worker_flags(tmp_path / "one", clip_denoised=False)

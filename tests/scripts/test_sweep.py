@@ -26,14 +26,6 @@ def tiny(tmp_path_factory) -> TinyFiles:
     return files
 
 
-@pytest.fixture(autouse=True)
-def own_signal_handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def flags(tiny: TinyFiles, output: Path, **changes: object) -> list[str]:
     """Flags of a sweep: T' = 0 and 200, two evaluations, guided, one process on the CPU."""
     values = {
@@ -97,6 +89,22 @@ def test_a_point_is_what_the_driver_gives(tiny, tmp_path, whole):
     assert one["point"] | times == other["point"] | times
     scores = [record["evaluation"]["results"][0]["metrics"] for record in (one, other)]
     assert scores[0] == scores[1]
+
+
+def test_auto_is_measured_once(tiny, tmp_path, capsys):
+    argv = flags(tiny, tmp_path, t_prime="auto,0", seed="0")
+    with pytest.raises(UserError, match="--t_prime auto: T' is not known yet"):
+        sweep.main([*argv, "--print_points"])
+    with pytest.raises(UserError, match="^--eta must be in 0 … 1, not 2.0$"):
+        sweep.main([*argv, "--eta", "2"])
+    assert not list(tmp_path.glob("t_prime/*"))
+    sweep.main(argv)
+    (file,) = tmp_path.glob("t_prime/*.json")
+    t_prime = json.loads(file.read_text())["proposal"]["t_prime"]
+    assert (tmp_path / f"dpmpp_2m_sde_t{t_prime}_2_steps" / "metrics.json").exists()
+    capsys.readouterr()
+    sweep.main([*argv, "--print_points"])
+    assert f"T' = {t_prime}, as it was measured before" in capsys.readouterr().out
 
 
 def test_points_say_what_they_are(tiny, whole):
@@ -254,7 +262,7 @@ def test_other_settings_are_refused(tiny, tmp_path, capsys):
     sweep.main(flags(tiny, tmp_path, limit=6))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=r"t200_2_steps holds samples of other settings \(clip_d"):
-        sweep.main(flags(tiny, tmp_path, t_prime="100,200", clip_denoised=False))
+        sweep.main(flags(tiny, tmp_path, t_prime="100,200", clip_denoised=True))
     assert not list((tmp_path / "dpmpp_2m_sde_t100_2_steps").glob("chunks"))
     other = tmp_path.parent / "other.npz"
     with np.load(tiny.images) as npz:
@@ -351,7 +359,7 @@ def test_a_script_sets_up_its_environment_and_hands_on_its_variables(tmp_path):
     assert done[1].stdout.strip() == (
         f"{tmp_path}/scripts/sweep.py --dataset emoji32 --output_dir "
         f"{tmp_path}/scripts/exps/emoji32/sweep --devices cpu,cpu --t_prime 0,200,300,400,500,600 "
-        "--steps 8 --sampler dpmpp_2m_sde --seed 0,1 --limit 500 --clip_denoised False "
+        "--steps 8 --sampler dpmpp_2m_sde --seed 0,1 --limit 500 "
         "--dataset_path my images.npz --print_points"
     )
 

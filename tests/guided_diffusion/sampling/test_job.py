@@ -9,7 +9,7 @@ from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import write_sidecar
 from guided_diffusion.commands import sampler_flags
 from guided_diffusion.commands.sample import build_parser
-from guided_diffusion.sampling.job import rank_from_environment
+from guided_diffusion.sampling.job import Job, rank_from_environment
 from guided_diffusion.script_util import classifier_defaults, model_and_diffusion_defaults
 from guided_diffusion.settings.record import SAMPLERS, Run
 from guided_diffusion.solvers import SOLVERS, SPACINGS
@@ -222,6 +222,37 @@ def test_evaluations_and_sampler_by_name(tiny, tmp_path):
     assert spaced[0] == 499 and spaced[-1] == 0
     scratch = sampler(start_from_scratch=True, num_samples=4, steps=4, sampler="dpmpp_2m")
     assert scratch.steps is None and scratch.timesteps == (999, 749, 499, 249)
+
+
+def test_only_solvers_that_start_from_t_prime_leave_out_clipping(tiny, tmp_path):
+    def clips(**flags: object) -> bool:
+        argv = named_flags(tiny, tmp_path, steps=4, **flags)
+        return read_job(argv, guided=False).run.sampler.clip_denoised
+
+    assert [clips(t_prime=500, sampler=name) for name in SAMPLERS] == [True, True, False, False]
+    assert clips(t_prime=500, sampler="dpmpp_2m", clip_denoised=True)
+    assert not clips(t_prime=500, sampler="ddim", clip_denoised=False)
+    assert clips(start_from_scratch=True, num_samples=4, sampler="dpmpp_2m_sde")
+
+
+def test_the_variance_is_in_the_record_where_it_is_chosen(tiny, tmp_path):
+    def job(**flags: object) -> Job:
+        return read_job(tiny.worker_flags(tmp_path, **flags), guided=False)
+
+    learned, posterior = job().run, job(variance="posterior").run
+    assert learned.identity != posterior.identity
+    assert "variance" not in learned.dependences()
+    assert posterior.dependences()["variance"] == "posterior"
+    assert Run.from_json(json.loads(json.dumps(posterior.to_json())), where="") == posterior
+    # Records of before the flag are those with the learned variance.
+    content = json.loads(json.dumps(learned.to_json()))
+    del content["sampler"]["variance"]
+    assert Run.from_json(content, where="") == learned
+    ddim = job(use_ddim=True, variance="posterior")
+    assert ddim.run.identity == job(use_ddim=True).run.identity
+    assert "--variance has no effect without DDPM (--sampler ddpm)" in ddim.remarks
+    with pytest.raises(UserError, match="--variance posterior: the network learned no variance"):
+        job(variance="posterior", model_path=tiny.fixed_variance(), learn_sigma=False)
 
 
 @pytest.mark.parametrize(

@@ -104,10 +104,22 @@ def test_samplers_by_name_are_those_of_the_library(tiny, tmp_path, name, scale):
     loop = {"ddpm": "p_sample_loop", "ddim": "ddim_sample_loop"}.get(name, "solver_sample_loop")
     more = {"denoise_steps": 2}
     if loop == "solver_sample_loop":
-        more = {"t_prime": 500, "sampler": name}
+        more = {"t_prime": 500, "sampler": name, "clip_denoised": False}
     expected = by_the_library(tiny, 3, 7, loop, scale, use_timesteps=(499, 249), **more)
     assert np.abs(images.astype(int) - expected).max() <= 1
     assert (images == expected).mean() > 0.99
+
+
+def test_ddpm_with_the_posterior_s_variance(tiny, tmp_path):
+    """Which is DDIM with eta 1 (DDIM, section 4.1)."""
+    flags = tiny.worker_flags(tmp_path)
+    learned, posterior = (
+        Sampler(read_job([*flags, "--variance", kind], guided=False)).sample(3, 7)[0]
+        for kind in ("learned", "posterior")
+    )
+    expected = by_the_library(tiny, 3, 7, "ddim_sample_loop", 0.0, eta=1.0)
+    assert np.abs(posterior.astype(int) - expected).max() <= 1
+    assert (learned != posterior).mean() > 0.1
 
 
 def test_guidance_changes_the_samples(tiny, tmp_path):

@@ -20,7 +20,7 @@ def published_flags(checkpoint):
 
 
 def test_names():
-    assert preset_names() == ["emoji32", "imagenet64", "lsun_bedroom", "lsun_cat"]
+    assert preset_names() == ["emoji32", "emoji32_guided", "imagenet64", "lsun_bedroom", "lsun_cat"]
 
 
 @pytest.mark.parametrize(

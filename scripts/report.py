@@ -1,0 +1,9 @@
+"""Finished runs on one page: see `guided_diffusion/commands/report.py`."""
+
+from esddpm_io.errors import run_main
+from guided_diffusion.commands.report import create_argparser, main
+
+__all__ = ["create_argparser", "main"]
+
+if __name__ == "__main__":
+    run_main(main)
