@@ -32,7 +32,6 @@ fi
 flags=(
     --dataset emoji32 --output_dir "$OUTPUT" --devices "$DEVICES"
     --t_prime "$T_PRIMES" --steps "$STEPS" --sampler "$SAMPLER" --seed "$SEEDS" --limit "$LIMIT"
-    --clip_denoised False
 )
 if [[ -n $GENERATOR_IMAGES ]]; then
     flags+=(--dataset_path "$GENERATOR_IMAGES")

@@ -236,6 +236,16 @@ def test_checkpoints_images_and_guidance_as_lists(tiny, tmp_path, capsys):
         assert [f"_guidance0_{stem}_" in name for name in names].count(True) == 1
 
 
+def test_a_folder_of_images_is_read_once(tiny, tmp_path, monkeypatch, whole):
+    """To know what is in it; the workers go by that, as long as no file has changed."""
+    argv = flags(tiny, tmp_path, t_prime="0,200,300", dataset_path=tiny.folder)
+    sweep.main(argv)
+    for name in ("generator", "dpmpp_2m_sde_t200_2_steps"):
+        np.testing.assert_array_equal(images(tmp_path / name), images(whole[1] / name))
+    notes = [path.read_text() for path in tmp_path.rglob("generator_images.json")]
+    assert len(notes) == 3 and len(set(notes)) == 1
+
+
 def test_a_point_that_fails_does_not_end_the_others(tiny, tmp_path):
     argv = flags(tiny, tmp_path, classifier_guidance_scale="0,1e38,1", steps=3)
     done = run_script("sweep.py", *argv)
@@ -284,7 +294,7 @@ def test_several_machines(tiny, tmp_path, whole, capsys):
     lists = {"t_prime": "0,200,scratch", "sampler": "ddim"}
     argv = flags(tiny, tmp_path, **lists)
     sweep.main([*argv, "--num_machines", "2", "--machine_idx", "1"])
-    assert "machine 0 gathers and scores them" in capsys.readouterr().out
+    assert "machine 0 gathers and scores the points" in capsys.readouterr().out
     assert not list(tmp_path.glob("*/samples_all.npz")) and not (tmp_path / "sweep.json").exists()
     sweep.main([*argv, "--num_machines", "2"])
     for name in ("generator", "ddim_t200_2_steps", "ddim_from_scratch_2_steps"):
@@ -334,6 +344,25 @@ def test_scripts_of_published_data_sets_say_how_to_fetch_the_files(name, tmp_pat
         pytest.skip("the published files are here: this would sample for hours")
     assert done.returncode == 2
     assert f"download.py {name}" in done.stderr and done.stderr.count("error: ") == 1
+
+
+def test_a_script_sets_up_its_environment_and_hands_on_its_variables(tmp_path):
+    """Here one whose set-up makes a Python that prints its flags."""
+    (tmp_path / "setup_env.sh").write_text(
+        "mkdir -p $(dirname $0)/.venv/bin; cd $(dirname $0)/.venv/bin\n"
+        "printf '#!/bin/sh\\necho \"$@\"\\n' >python; chmod +x python; echo set up\n"
+    )
+    argv, environment = shell("emoji32.sh", "--print_points", PROJECT=tmp_path, SEEDS="0,1")
+    del environment["PYTHON"]
+    environment["GENERATOR_IMAGES"] = "my images.npz"
+    done = [subprocess.run(argv, env=environment, capture_output=True, text=True) for _ in "ab"]
+    assert [one.stdout.count("set up\n") for one in done] == [1, 0]
+    assert done[1].stdout.strip() == (
+        f"{tmp_path}/scripts/sweep.py --dataset emoji32 --output_dir "
+        f"{tmp_path}/scripts/exps/emoji32/sweep --devices cpu,cpu --t_prime 0,200,300,400,500,600 "
+        "--steps 8 --sampler dpmpp_2m_sde --seed 0,1 --limit 500 "
+        "--dataset_path my images.npz --print_points"
+    )
 
 
 def test_a_sweep_that_is_killed_twice_goes_on(tmp_path):
