@@ -82,7 +82,12 @@ def _summary(group: Group) -> Element:
         rest.append(f"; the generator's own images have {_number(start.value(key))}")
         if group.best_of((start, best), key) is start:
             rest.append(", which is better: nothing was gained")
-    return element("p", *words, value, "".join(rest) + ".", class_="lede")
+    rest.append(".")
+    near = [one for one in group.settings if one.above and one.above[1] and one.above[1][0] <= 0]
+    if near:
+        others = "; ".join(_describe(group, one) for one in near)
+        rest.append(f" These images do not tell it apart from {others}.")
+    return element("p", *words, value, "".join(rest), class_="lede")
 
 
 def _describe(group: Group, setting: Setting) -> str:
@@ -107,7 +112,8 @@ def _facts(groups: list[Group], points: list[Point]) -> Element:
 
     dates = sorted(values("provenance", "date").split(", "))
     first, last = (date[:16].replace("T", " ") for date in (dates[0], dates[-1]))
-    last = last[11:] if last[:10] == first[:10] else last
+    if last != first:
+        first = f"{first} to {last[11:] if last[:10] == first[:10] else last}"
     references = values("evaluation", "reference").split(", ")
     commits = values("provenance", "commit").split(", ")
     torch = values("provenance", "torch")
@@ -115,7 +121,7 @@ def _facts(groups: list[Group], points: list[Point]) -> Element:
     for point in points:
         devices |= dict.fromkeys((point.record.get("sampling") or {}).get("devices", {}))
     facts = {
-        "Date": f"{first} to {last} UTC",
+        "Date": first and f"{first} UTC",
         "Metric": ", ".join(dict.fromkeys(group.metrics[group.chosen_by] for group in groups)),
         "Reference": ", ".join(PurePath(one).name for one in references),
         "Images": ", ".join(
@@ -149,25 +155,30 @@ def _section(
     reference = PurePath(first.record["evaluation"]["reference"]).name
     count = f"{first.result['images']:,} images"
     heading = f"{group.metrics[group.chosen_by]} of {count} against {reference}"
-    views = [_view(group, strip) for strip in strips]
+    level = 3 if several else 2
+    views = [_view(group, strip, level + 1) for strip in strips]
+
+    def heading_of(text: str) -> Element:
+        return element(f"h{level}", text, class_="sub")
+
     return element(
         "section",
         element("h2", heading) if several else None,
-        element("h3", "Results"),
+        heading_of("Results"),
         _table(group),
         element("p", _about_table(group), class_="notes"),
         _warnings(group),
         _plots(group),
-        element("h3", "The same samples at every T'"),
+        heading_of("The same samples at every T'"),
         element(
             "p",
             "Samples of one column have the same start image and the same noise."
             " Choose one to enlarge it; the slider moves through T'.",
         ),
         *views,
-        element("h3", "Nearest real images"),
+        heading_of("Nearest real images"),
         *_nearest(group, nearest),
-        element("h3", "Settings and commands"),
+        heading_of("Settings and commands"),
         *[_details(point) for setting in group.settings for point in setting.points],
     )
 
@@ -230,7 +241,7 @@ def _row(group: Group, setting: Setting, columns: Iterable[str], several: bool) 
     for name in columns:
         value = None if setting.t_prime == 0 and name != "start_images" else about.get(name)
         text = None if value is None else group.words(name, value)
-        cells.append(_cell(text or "–", value if isinstance(value, float) else text))
+        cells.append(_cell(text or "–", value if isinstance(value, float) else text or ""))
     cells.append(_cell(str(about["network_evaluations"]), about["network_evaluations"]))
     if several:
         cells.append(_cell(str(len(setting.points)), len(setting.points)))
@@ -284,7 +295,7 @@ def _split_name(label: str) -> list[Content]:
 
 
 def _cell(content: Content, value: object, small: Element | None = None) -> Element:
-    kind = "number" if isinstance(value, int | float) else None
+    kind = None if isinstance(value, str) else "number"
     return element("td", content, small, data_value="" if value is None else value, class_=kind)
 
 
@@ -300,7 +311,7 @@ def _scrolling(content: Element, label: str) -> Element:
 # --- samples ---
 
 
-def _view(group: Group, strip: Strip) -> Element:
+def _view(group: Group, strip: Strip, level: int) -> Element:
     """A strip, and the slider with one of its samples enlarged."""
     heads = [
         element("th", element("button", f"#{index}", type="button"), scope="col")
@@ -316,9 +327,8 @@ def _view(group: Group, strip: Strip) -> Element:
     content = [_scrolling(table, name)]
     if len(strip.rows) > 1:
         content.insert(0, _enlarged(group, strip))
-    return element(
-        "div", element("h4", strip.label) if strip.label else None, *content, class_="view"
-    )
+    heading = element(f"h{level}", strip.label, class_="series") if strip.label else None
+    return element("div", heading, *content, class_="view")
 
 
 def _strip_row(group: Group, strip: Strip, row: Row) -> Element:

@@ -327,6 +327,7 @@ def _read(folder: str, name: str, difference: dict[str, Any] | None) -> Point:
             raise TypeError("metrics and their labels differ")
         for needed in ("t_prime", "seed", "network_evaluations"):
             about[needed]
+        record["evaluation"]["reference"]
         above = None
         if difference:
             interval = difference["interval"]

@@ -215,7 +215,7 @@ def test_other_features_or_references_stand_apart(runs, page, changes):
     assert "may not be compared" in text
     assert [columns(table, "T'") for table in tables(text)] == [[("200",), ("300",)], [("400",)]]
     # The best of the one part is not measured by the other: both parts have one.
-    assert "Best" in text and text.count("<h2>") == 2
+    assert text.count("Best Frechet") + text.count("Best FID") == text.count("<h2>") == 2
 
 
 def test_a_sweep_stands_for_its_points_and_a_run_counts_once(runs, page):
@@ -228,13 +228,17 @@ def test_a_sweep_stands_for_its_points_and_a_run_counts_once(runs, page):
 
 def test_a_sweeps_differences_are_told_with_their_intervals(runs, page):
     runs.add("t200", 200, 5.0)
+    runs.add("t300", 300, 5.5)
     runs.add("t400", 400, 8.0)
     best = {"to": "t200", "difference": 0.0, "interval": None}
+    near = {"to": "t200", "difference": 0.5, "interval": [-0.25, 1.25]}
     other = {"to": "t200", "difference": 3.0, "interval": [2.5, 3.5]}
-    differences = {"t200": best, "t400": other}
+    differences = {"t200": best, "t300": near, "t400": other}
     (runs.root / "sweep.json").write_text(json.dumps({"differences": differences}))
-    found = columns(tables(page(runs.root))[0], "T'", "Above the best")
-    assert found == [("200", "0.00"), ("400", "3.00|2.50 to 3.50")]
+    text = page(runs.root)
+    found = columns(tables(text)[0], "T'", "Above the best")
+    assert found == [("200", "0.00"), ("300", "0.50|-0.25 to 1.25"), ("400", "3.00|2.50 to 3.50")]
+    assert "do not tell it apart from T' 300, dpmpp_2m_sde, 2 network evaluations." in text
     # A run of a sweep that stands alone is compared with nothing.
     assert "Above the best" not in page(runs.root / "t400")
 
