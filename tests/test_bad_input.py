@@ -363,6 +363,7 @@ def _report_cases() -> Iterator[tuple[str, Callable, dict[str, object], str]]:
     yield "report", _report, {}, "no_samples has no samples_all.npz"
     yield "report", _report, {"dirs": "runs/bad_samples"}, "bad_samples/samples_all.npz"
     yield "report", _report, {"output_dir": "text.npz"}, "--output_dir"
+    yield "report", _report, {"nearest": -1}, "--nearest"
 
 
 CASES = list(_cases())

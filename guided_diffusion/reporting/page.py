@@ -100,7 +100,7 @@ def _describe(group: Group, setting: Setting) -> str:
 def _facts(groups: list[Group], points: list[Point]) -> Element:
     """Who measured what with what, each fact with all the values that it has."""
 
-    def values(*keys: str) -> str:
+    def values(*keys: str) -> list[str]:
         found: dict[str, None] = {}
         for point in points:
             value: Any = point.record
@@ -108,41 +108,43 @@ def _facts(groups: list[Group], points: list[Point]) -> Element:
                 value = (value or {}).get(key)
             if value is not None:
                 found[str(value)] = None
-        return ", ".join(found)
+        return list(found)
 
-    dates = sorted(values("provenance", "date").split(", "))
-    first, last = (date[:16].replace("T", " ") for date in (dates[0], dates[-1]))
-    if last != first:
-        first = f"{first} to {last[11:] if last[:10] == first[:10] else last}"
-    references = values("evaluation", "reference").split(", ")
-    commits = values("provenance", "commit").split(", ")
-    torch = values("provenance", "torch")
-    devices: dict[str, None] = {}
-    for point in points:
-        devices |= dict.fromkeys((point.record.get("sampling") or {}).get("devices", {}))
+    commits = values("provenance", "commit")
+    devices = [(point.record.get("sampling") or {}).get("devices", {}) for point in points]
     facts = {
-        "Date": first and f"{first} UTC",
-        "Metric": ", ".join(dict.fromkeys(group.metrics[group.chosen_by] for group in groups)),
-        "Reference": ", ".join(PurePath(one).name for one in references),
-        "Images": ", ".join(
-            dict.fromkeys(f"{group.settings[0].points[0].result['images']:,}" for group in groups)
-        ),
-        "Runs": str(len(points)),
-        "Sampler": ", ".join(
-            dict.fromkeys(p.about["sampler"] for p in points if p.about["sampler"])
-        ),
-        "Devices": ", ".join(devices),
+        "Date": _dates(values("provenance", "date")),
+        "Metric": [group.metrics[group.chosen_by] for group in groups],
+        "Reference": [PurePath(path).name for path in values("evaluation", "reference")],
+        "Images": [f"{group.settings[0].points[0].result['images']:,}" for group in groups],
+        "Runs": [str(len(points))],
+        "Sampler": [point.about.get("sampler") for point in points],
+        "Devices": list(itertools.chain.from_iterable(devices)),
         "Machine": values("provenance", "host"),
-        "Code": f"es-ddpm {values('provenance', 'version')}, commit "
-        + ", ".join(commit[:10] + "-dirty" * commit.endswith("-dirty") for commit in commits),
-        "Software": f"Python {values('provenance', 'python')}, torch {torch}",
+        "Version": [f"es-ddpm {version}" for version in values("provenance", "version")],
+        "Commit": [one[:10] + "-dirty" * one.endswith("-dirty") for one in commits],
+        "Software": [
+            f"{name} {version}"
+            for name in ("python", "torch")
+            for version in values("provenance", name)
+        ],
     }
     pairs = [
-        element("div", element("dt", name), element("dd", text))
-        for name, text in facts.items()
-        if text
+        element("div", element("dt", name), element("dd", ", ".join(filter(None, found))))
+        for name, found in ((name, dict.fromkeys(all_of)) for name, all_of in facts.items())
+        if any(found)
     ]
     return element("dl", *pairs, class_="facts")
+
+
+def _dates(dates: list[str]) -> list[str]:
+    """From when to when, as few words as it takes."""
+    if not dates:
+        return []
+    first, last = (date[:16].replace("T", " ") for date in (min(dates), max(dates)))
+    if first == last:
+        return [f"{first} UTC"]
+    return [f"{first} to {last[11:] if last[:10] == first[:10] else last} UTC"]
 
 
 # --- a group ---
@@ -172,8 +174,8 @@ def _section(
         heading_of("The same samples at every T'"),
         element(
             "p",
-            "Samples of one column have the same start image and the same noise."
-            " Choose one to enlarge it; the slider moves through T'.",
+            "Samples of one column have the same index, and so the same start image and, with one"
+            " seed, the same start noise. Choose one to enlarge it; the slider moves through T'.",
         ),
         *views,
         heading_of("Nearest real images"),
@@ -256,7 +258,7 @@ def _row(group: Group, setting: Setting, columns: Iterable[str], several: bool) 
 
 def _metric_cell(group: Group, setting: Setting, key: str) -> Element:
     value, spread = setting.value(key), group.spread(setting, key)
-    best = value == group.best(key) and len(group.settings) > 1
+    best = value == group.best(key) and len(set(group.values(key))) > 1
     digits = _digits(group.values(key))
     text = f"{value:.{digits}f}"
     small = None
@@ -325,6 +327,8 @@ def _view(group: Group, strip: Strip, level: int) -> Element:
     )
     name = f"Samples, {strip.label}" if strip.label else "Samples"
     content = [_scrolling(table, name)]
+    if strip.seed is None and any(one.setting and one.setting.t_prime != 0 for one in strip.rows):
+        content.append(element("p", "These rows have no seed in common: their noise differs."))
     if len(strip.rows) > 1:
         content.insert(0, _enlarged(group, strip))
     heading = element(f"h{level}", strip.label, class_="series") if strip.label else None

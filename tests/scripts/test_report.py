@@ -16,6 +16,7 @@ from PIL import Image
 from esddpm_io.errors import UserError
 from guided_diffusion.commands import driver, report
 from guided_diffusion.reporting.points import point_of, read_groups
+from guided_diffusion.reporting.strips import strips_of
 from tests.tiny_sampling import IMAGE_SIZE, NUM_IMAGES, TinyFiles
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -79,8 +80,9 @@ def runs(tmp_path, real) -> Runs:
 def page(tmp_path):
     """Write the report of folders; its text."""
 
-    def call(*folders: Path) -> str:
-        report.main([*map(str, folders), "--output_dir", str(tmp_path / "out")])
+    def call(*folders: Path, **flags: object) -> str:
+        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        report.main([*map(str, folders), "--output_dir", str(tmp_path / "out"), *words])
         return (tmp_path / "out" / "report.html").read_text()
 
     return call
@@ -309,6 +311,9 @@ def test_the_nearest_real_images_of_the_best(runs, page, real):
         assert sample == first != second
         distances = [float(number) for number in re.findall(r"<small>([^<]+)", row)]
         assert distances == sorted(distances) and distances[0] < 0.1 < distances[1]
+    few = page(runs.root, nearest=2)
+    assert len(re.findall(r"<tr><th scope=\"row\">#", few)) == 2
+    assert "They were not looked for" in page(runs.root, nearest=0)
 
 
 def test_without_the_reference_a_sentence_takes_their_place(runs, page):
@@ -322,6 +327,20 @@ def test_without_the_reference_a_sentence_takes_their_place(runs, page):
     text = page(runs.root)
     assert "/nowhere/ref.npz is not there any more" in text
     assert f"{Path(__file__).name} is not what it was" in text
+
+
+def test_rows_show_a_seed_that_all_have(runs, page):
+    runs.add("a0", 200, 5.0, seed=0)
+    runs.add("a1", 200, 5.0, seed=1)
+    runs.add("b1", 400, 5.0, seed=1)
+    black = np.zeros((NUM_IMAGES, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    np.savez(runs.root / "a0" / "samples_all.npz", black)
+    [group] = read_groups([str(runs.root)])
+    [strip] = strips_of(group)
+    row = next(row for row in strip.rows if row.name == "T' 200")
+    assert strip.seed == 1 and row.images.any()
+    runs.add("c2", 600, 5.0, seed=2)
+    assert "no seed in common" in page(runs.root)
 
 
 def test_only_a_generators_images_make_a_page(runs, page):
