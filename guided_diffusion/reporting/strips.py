@@ -32,7 +32,7 @@ class Row:
 class Strip:
     """Rows that start from the same images, by T'; `indices` are of all of them.
 
-    seed: of all rows, which then start from the same noise too; None where they have none in common.
+    seed: of all rows, which then start from the same noise too; None where none is common.
     """
 
     label: str
