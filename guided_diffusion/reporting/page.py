@@ -84,7 +84,8 @@ def _summary(group: Group) -> Element:
             rest.append(", which is better: nothing was gained")
     rest.append(".")
     near = [one for one in group.settings if one.above and one.above[1] and one.above[1][0] <= 0]
-    if near:
+    # Differences are to this one only if it is the best of the sweep's one seed, generator and all.
+    if near and group.seeds == 1 and best.above and best.above[0] == 0:
         others = "; ".join(_describe(group, one) for one in near)
         rest.append(f" These images do not tell it apart from {others}.")
     return element("p", *words, value, "".join(rest), class_="lede")
