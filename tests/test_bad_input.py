@@ -19,7 +19,7 @@ from esddpm_io.images import save_png
 from evaluations import evaluator
 from guided_diffusion import logger
 from guided_diffusion.checkpoints import write_sidecar
-from guided_diffusion.commands import driver, gather, report, sample, sweep
+from guided_diffusion.commands import driver, gather, sample, sweep
 from guided_diffusion.script_util import (
     sr_create_model,
     sr_model_and_diffusion_defaults,
@@ -31,6 +31,7 @@ from scripts import (
     image_nll,
     image_sample,
     image_train,
+    report,
     super_res_sample,
     super_res_train,
     vae_sample,
@@ -217,11 +218,6 @@ def _sweep(**changes: object) -> tuple[Callable, list[str]]:
     return sweep.main, words(**{**good, "output_dir": "out", **changes})
 
 
-def _report(**changes: object) -> tuple[Callable, list[str]]:
-    good = {"dirs": "runs/no_samples", "output_dir": "page", **changes}
-    return report.main, [str(good.pop("dirs")), *words(**good)]
-
-
 def _trainer(script, **flags: object) -> Callable:
     def command(**changes: object) -> tuple[Callable, list[str]]:
         good = {"data_dir": "images.npz", "num_workers": 0, "batch_size": 2, "save_interval": 1}
@@ -238,6 +234,11 @@ _vae_train = _trainer(vae_train, image_size=8, iterations=1)
 
 def _vae_sample(**changes: object) -> tuple[Callable, list[str]]:
     return vae_sample.main, words(model_path="model.pt", **changes)
+
+
+def _report(**changes: object) -> tuple[Callable, list[str]]:
+    good = {"dirs": "runs/no_samples", "output_dir": "page", **changes}
+    return report.main, [str(good.pop("dirs")), *words(**good)]
 
 
 def _download(dataset: str, **changes: object) -> tuple[Callable, list[str]]:
@@ -358,6 +359,16 @@ def _other_cases() -> Iterator[tuple[str, Callable, dict[str, object], str]]:
     for changes in ({"metrics": "fad"}, {"batch_size": 0}, {"device": "cuda:99"}):
         yield "evaluator", _evaluator, changes, f"--{next(iter(changes))}"
     yield from _sweep_cases()
+    yield "vae_sample", _vae_sample, {}, "model.pt"
+    yield "vae_sample", _vae_sample, {"num_samples": 0}, "--num_samples"
+    yield "vae_sample", _vae_sample, {"out": "/proc/x.npz"}, "--out"
+    yield "download", _download, {"dataset": "mnist"}, "DATASET"
+    yield "download", _download, {"dataset": "no_url.toml"}, "no_url.toml"
+    yield "download", _download, {"dataset": "lsun_cat", "base_url": "ftp://x"}, "--base_url"
+    yield from _report_cases()
+
+
+def _report_cases() -> Iterator[tuple[str, Callable, dict[str, object], str]]:
     for kind in ("missing", "no_images"):
         yield "report", _report, {"dirs": kind}, f"{kind} has no metrics.json"
     yield "report", _report, {"dirs": "text.npz"}, "text.npz"
@@ -366,12 +377,7 @@ def _other_cases() -> Iterator[tuple[str, Callable, dict[str, object], str]]:
     yield "report", _report, {}, "no_samples has no samples_all.npz"
     yield "report", _report, {"dirs": "runs/bad_samples"}, "bad_samples/samples_all.npz"
     yield "report", _report, {"output_dir": "text.npz"}, "--output_dir"
-    yield "vae_sample", _vae_sample, {}, "model.pt"
-    yield "vae_sample", _vae_sample, {"num_samples": 0}, "--num_samples"
-    yield "vae_sample", _vae_sample, {"out": "/proc/x.npz"}, "--out"
-    yield "download", _download, {"dataset": "mnist"}, "DATASET"
-    yield "download", _download, {"dataset": "no_url.toml"}, "no_url.toml"
-    yield "download", _download, {"dataset": "lsun_cat", "base_url": "ftp://x"}, "--base_url"
+    yield "report", _report, {"nearest": -1}, "--nearest"
 
 
 def _sweep_cases() -> Iterator[tuple[str, Callable, dict[str, object], str]]:

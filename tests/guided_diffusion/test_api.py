@@ -39,9 +39,7 @@ def data(tiny):
 
 @pytest.mark.parametrize("scale", [0.0, 20.0])
 @pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m_sde"])
-def test_the_same_samples_as_the_scripts(
-    tiny, tmp_path, network, classifier, data, sampler, scale
-):
+def test_the_same_samples_as_the_scripts(tiny, tmp_path, network, classifier, data, sampler, scale):
     argv = tiny.guided_flags(tmp_path, classifier_scale=scale, seed=3)
     for flag in ("--timestep_respacing", "--denoise_steps"):
         del argv[argv.index(flag) : argv.index(flag) + 2]
