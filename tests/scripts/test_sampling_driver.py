@@ -538,6 +538,17 @@ def test_precision_and_eta_reach_the_workers(tiny, tmp_path):
     assert_equal(all_samples(tmp_path / "bf16"), alone)
 
 
+def test_compiling_is_the_processes_affair(tiny, tmp_path, capsys):
+    """Each is told, and the run is the one it was, which may go on in the same folder."""
+    argv = flags(tiny, tmp_path / "out", devices="cpu,cpu")
+    driver.main(argv)
+    plain = ChunkFolder.load(tmp_path / "out").run
+    assert "--compile" not in capsys.readouterr().out
+    driver.main([*argv, "--compile"])
+    assert capsys.readouterr().out.count("--compile True") == 2
+    assert ChunkFolder.load(tmp_path / "out").run.identity == plain.identity
+
+
 def test_evaluations_and_sampler_by_name(tiny, tmp_path, capsys):
     """The folder that stands for them, the timesteps said and kept, the samples of a worker."""
     begin = ["--devices", "cpu", "--t_prime", "500", "--steps", "4", "--sampler", "dpmpp_2m_sde"]
