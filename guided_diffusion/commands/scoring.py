@@ -13,7 +13,7 @@ from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError
 from esddpm_io.files import absolute, exists, join, read_json, sha256
 from esddpm_io.processes import run_to_end
-from guided_diffusion.commands.point import generator_of, point_of_run
+from guided_diffusion.sampling.point import generator_of, point_of_run
 from guided_diffusion.settings.presets import Preset
 from guided_diffusion.settings.provenance import provenance
 

@@ -23,7 +23,6 @@ from esddpm_io.files import (
     read_json,
 )
 from guided_diffusion.commands import driver, report, scoring
-from guided_diffusion.commands.point import GeneratorPoint
 from guided_diffusion.commands.sampler_flags import AUTO, SPACINGS
 from guided_diffusion.commands.sweep_points import (
     LISTS,
@@ -34,6 +33,7 @@ from guided_diffusion.commands.sweep_points import (
     settle_all,
 )
 from guided_diffusion.commands.sweep_table import write_tables
+from guided_diffusion.sampling.point import GeneratorPoint
 from guided_diffusion.settings.layers import parse, require
 from guided_diffusion.settings.presets import SCRIPTS_FOLDER, Preset, load_preset
 from guided_diffusion.settings.record import SAMPLERS
@@ -216,7 +216,8 @@ def _score(sweep: Sweep, points: list[Point]) -> None:
         folders = [point.folder for point in points]
         scoring.evaluate(folders, sweep.evaluation, sweep.preset.name)
     print(write_tables(sweep.output))
-    report.write([sweep.output], sweep.output)
+    if any(exists(join(point.folder, scoring.METRICS_FILE)) for point in sweep.points):
+        report.write([sweep.output], sweep.output)
 
 
 def _commands(sweep: Sweep, folders: "Sequence[ChunkFolder]") -> "list[WorkerCommand]":

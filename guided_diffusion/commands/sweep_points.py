@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from esddpm_io.errors import UserError
 from esddpm_io.files import exists, join, list_names, read_json
 from guided_diffusion.commands import driver, scoring
-from guided_diffusion.commands.point import GeneratorPoint, generator_of
 from guided_diffusion.commands.sampler_flags import AUTO, OWN_ETA
+from guided_diffusion.sampling.point import GeneratorPoint, generator_of
 from guided_diffusion.settings.presets import Preset
 from guided_diffusion.settings.record import SAMPLERS
 

@@ -26,6 +26,7 @@ _COLUMNS = {  # of the table, where settings differ in it
     "eta": "Eta",
     "guidance_scale": "Guidance",
     "clip_denoised": "Clipping",
+    "variance": "Variance",
     "checkpoint": "Checkpoint",
     "start_images": "Start images",
 }

@@ -11,6 +11,8 @@ from esddpm_io.errors import UserError
 from esddpm_io.files import absolute, exists, join, list_names, read_json, short_names
 from esddpm_io.images import ImageSource, open_images
 from guided_diffusion.sampling.gathering import SAMPLES_FILE
+from guided_diffusion.sampling.point import point_of_run
+from guided_diffusion.settings.record import Run
 
 METRICS_FILE = "metrics.json"
 SWEEP_FILE = "sweep.json"
@@ -24,6 +26,7 @@ _OF_A_SERIES: dict[str, Callable[[Any], str]] = {
     "eta": lambda eta: f"eta {eta:g}",
     "guidance_scale": lambda scale: f"guidance {scale:g}",
     "clip_denoised": lambda clipped: "clipped" if clipped else "not clipped",
+    "variance": lambda variance: f"{variance} variance",
     "checkpoint": str,
     "start_images": str,
 }
@@ -33,30 +36,13 @@ _PATHS = ("checkpoint", "start_images")
 def point_of(record: dict[str, Any]) -> dict[str, Any]:
     """What a metrics.json's samples are: T', steps, sampler, seed and so on.
 
-    t_prime: 0 for the generator's own images, None from noise. Runs that no sweep made have no
-    such entry, it is told by their record. KeyError, TypeError if that is none.
+    t_prime: 0 for the generator's own images, None from noise. Files from before it was noted there
+    tell it by their record: KeyError, TypeError, UserError if that is none.
     """
-    run = record.get("run")
-    clipped = {"clip_denoised": run["sampler"]["clip_denoised"]} if run else {}
     if record.get("point"):
-        return {**record["point"], **clipped}
-    run, sampling = record["run"], record["sampling"]
-    sampler, timesteps = run["sampler"], sampling["timesteps"]
-    return {
-        **clipped,
-        "t_prime": sampling["t_prime"] if run["start"]["kind"] == "images" else None,
-        "steps": len(timesteps),
-        "sampler": sampler["name"],
-        "eta": sampler["eta"],
-        "guidance_scale": run["guidance"]["scale"] if run["guidance"] else 0.0,
-        "seed": run["seed"],
-        "timesteps": timesteps,
-        "network_evaluations": sampling["network_evaluations_per_image"],
-        "seconds_per_image": sampling["seconds_per_image"],
-        "samples": sampling["images"],
-        "checkpoint": run["network"]["path"],
-        "start_images": run["start"]["path"],
-    }
+        return dict(record["point"])
+    run = Run.from_json(record["run"], where=METRICS_FILE)
+    return point_of_run(run, record["sampling"]["seconds_per_image"])
 
 
 @dataclasses.dataclass(frozen=True)

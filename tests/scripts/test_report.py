@@ -248,7 +248,7 @@ def test_a_sweeps_differences_are_told_with_their_intervals(runs, page):
 def test_runs_that_seem_alike_are_named(runs, page):
     runs.add("first", 200, 5.0)
     runs.add("second", 200, 6.0)
-    runs.add("clipped", 200, 7.0, run={"sampler": {"clip_denoised": False}})
+    runs.add("clipped", 200, 7.0, clip_denoised=False)
     found = columns(tables(page(runs.root))[0], "Run", "Clipping", "Frechet")
     assert found == [
         ("clipped", "not clipped", "7.000"),

@@ -6,6 +6,8 @@ T' = 0 is the generator itself: its folder holds no run, but the images and `gen
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError
 from esddpm_io.files import exists, join, read_json
@@ -25,6 +27,8 @@ def point_of_run(run: Run, seconds_per_image: float | None) -> dict[str, Any]:
         "steps": len(run.sampler.timesteps),
         "sampler": run.sampler.name,
         "eta": run.sampler.eta,
+        "clip_denoised": run.sampler.clip_denoised,
+        "variance": run.sampler.variance,
         "guidance_scale": run.guidance.scale if run.guidance else 0.0,
         "seed": run.seed,
         "timesteps": list(run.sampler.timesteps),
@@ -51,6 +55,8 @@ class GeneratorPoint:
             "steps": 0,
             "sampler": None,
             "eta": 0.0,
+            "clip_denoised": None,
+            "variance": None,
             "guidance_scale": 0.0,
             "seed": None,
             "timesteps": [],
@@ -79,12 +85,12 @@ class GeneratorPoint:
         layout: dict = {"arr_0": ((self.samples, *images.shape[1:]), "uint8")}
         if images.has_labels:
             layout["arr_1"] = ((self.samples,), "int64")
+        given = {"arr_0": images.read, "arr_1": images.labels}
         with NpzWriter(samples, layout) as writer:
             for row in range(0, self.samples, _ROWS_AT_ONCE):
                 stop = min(row + _ROWS_AT_ONCE, self.samples)
-                writer.append("arr_0", images.read(row, stop))
-                if images.has_labels:
-                    writer.append("arr_1", images.labels(row, stop))
+                for name in layout:
+                    writer.append(name, np.asarray(given[name](row, stop)))
         write_json(join(folder, GENERATOR_FILE), dataclasses.asdict(self))
 
 
