@@ -44,7 +44,7 @@ def main() -> None:
     labels = torch.zeros(BATCH, dtype=torch.long, device=device)
 
     def plain() -> torch.Tensor:
-        return plain_loop(model, diffusion, classifier, clean.to(device), labels)
+        return plain_loop(model, diffusion, classifier, clean.to(device), labels, STEPS)
 
     def engine() -> torch.Tensor:
         start = clean.to(device, memory_format=torch.channels_last)
@@ -90,27 +90,34 @@ def timed(way: Callable[[], torch.Tensor], device: torch.device) -> tuple[float,
     return time.perf_counter() - clock, time.process_time() - processor
 
 
-def plain_loop(model, diffusion, classifier, clean: torch.Tensor, labels) -> torch.Tensor:
-    """DDPM with early stop and guidance scale 0, step by step, as the published suite goes."""
+def plain_loop(
+    model, diffusion, classifier, clean: torch.Tensor, labels: torch.Tensor, steps: int, **kwargs
+) -> torch.Tensor:
+    """DDPM with early stop and guidance scale 0, step by step, as the published suite goes.
+
+    `kwargs` are the model's; without a classifier there is no gradient to be had.
+    """
 
     def at(array: np.ndarray, t: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(array).to(t.device)[t].float()[:, None, None, None]
 
-    def gradient(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def gradient(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor | float:
+        if classifier is None:
+            return 0.0
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             chosen = classifier(x, t).log_softmax(dim=-1).gather(1, labels[:, None]).sum()
             return torch.autograd.grad(chosen, x)[0] * 0.0
 
     timesteps = np.array(diffusion.timestep_map)
-    t = torch.full((len(clean),), STEPS - 1, device=clean.device)
+    t = torch.full((len(clean),), steps - 1, device=clean.device)
     x = at(diffusion.sqrt_alphas_cumprod, t) * clean
     x = x + at(diffusion.sqrt_one_minus_alphas_cumprod, t) * torch.randn_like(clean)
-    for index in reversed(range(STEPS)):
+    for index in reversed(range(steps)):
         t = torch.full((len(clean),), index, device=clean.device)
         original = torch.from_numpy(timesteps).to(t.device)[t]
         with torch.no_grad():
-            eps, share = model(x, original).chunk(2, dim=1)
+            eps, share = model(x, original, **kwargs).chunk(2, dim=1)
             share = (share + 1) / 2
             log_variance = share * at(np.log(diffusion.betas), t)
             log_variance = log_variance + (1 - share) * at(

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import types
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -92,13 +93,15 @@ def absolute(path: str | os.PathLike) -> str:
 
 
 def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """As many of the last parts of each path as it takes to tell all of them apart."""
-    parts = [str(path).rstrip("/").split("/") for path in paths]
-    for length in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(own[-length:]) for own in parts]
-        if len(set(names)) == len(set(map(tuple, parts))):
-            return names
-    return []
+    """As many of the last parts of each path as no other path ends in."""
+    parts = [tuple(str(path).rstrip("/").split("/")) for path in paths]
+    endings = Counter(own[start:] for own in set(parts) for start in range(len(own)))
+
+    def short(own: tuple[str, ...]) -> str:
+        unique = [start for start in range(len(own)) if endings[own[start:]] == 1]
+        return "/".join(own[max(unique, default=0) :])
+
+    return [short(own) for own in parts]
 
 
 def exists(path: str | os.PathLike) -> bool:

@@ -5,6 +5,7 @@ of an epoch or of an image. Two words of its counter say what the numbers are fo
 serves twice: a VAE's code must not come back as the noise that its image gets.
 """
 
+import concurrent.futures
 import random
 from typing import Any
 
@@ -40,11 +41,42 @@ class RandomStreams:
 
     def randn(self, like: torch.Tensor) -> torch.Tensor:
         """Standard normal noise with the shape [n, …], device and dtype of `like`."""
-        noise = torch.empty(like.shape, dtype=torch.float32, pin_memory=like.is_cuda)
+        return _moved(self.fill(_buffer(like)), like)
+
+    def fill(self, noise: torch.Tensor) -> torch.Tensor:
+        """Fill `noise`, float32 [n, …] on the CPU, with the next numbers, and return it."""
         for generator, row in zip(self._generators, noise.numpy(), strict=True):
             generator.standard_normal(out=row, dtype=np.float32)
-        # Pinned, so the copy runs while the CPU goes on; on the CPU this copies nothing.
-        return noise.to(like.device, like.dtype, non_blocking=True)
+        return noise
+
+
+class DrawnAhead:
+    """The first `draws` draws of `streams`, each made on a thread while the device is at work.
+
+    Values and order are those of `streams.randn`; all draws have the shape of the first.
+    """
+
+    def __init__(self, streams: RandomStreams, draws: int):
+        self._streams, self._left = streams, draws
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._next: concurrent.futures.Future[torch.Tensor] | None = None
+
+    def randn(self, like: torch.Tensor) -> torch.Tensor:
+        """Standard normal noise with the shape [n, …], device and dtype of `like`."""
+        fill = self._streams.fill
+        noise = self._next.result() if self._next else fill(_buffer(like))
+        self._left -= 1
+        self._next = self._thread.submit(fill, _buffer(like)) if self._left > 0 else None
+        return _moved(noise, like)
+
+
+def _buffer(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=torch.float32, pin_memory=like.is_cuda)
+
+
+def _moved(noise: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    # Pinned, so the copy runs while the CPU goes on; on the CPU this copies nothing.
+    return noise.to(like.device, like.dtype, non_blocking=True)
 
 
 def random_labels(seed: int, start: int, stop: int, num_classes: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from esddpm_io.errors import UserError, check_at_least
 from . import dist_util, logger
 from .checkpoint_sets import find_set, newest_set
 from .checkpoints import read_sidecar
+from .compiling import check_compiler
 from .script_util import add_dict_to_argparser
 
 # What the generators of torch and NumPy take.
@@ -36,6 +37,7 @@ _LOOP = (
     "keep_checkpoints",
     "seed",
     "channels_last",
+    "compile",
 )
 _DATA = ("data_dir", "batch_size", "random_crop", "random_flip", "label_from", "seed")
 
@@ -53,6 +55,7 @@ _HELP = {
     "precision": "float32, bfloat16 or float16 (default: float16 with use_fp16, else float32)",
     "keep_checkpoints": "remove all but this many checkpoints (0: keep all)",
     "channels_last": "NHWC memory: faster convolutions in half precision on GPUs",
+    "compile": "torch.compile the network: a minute or more at the start, faster steps after that",
     "label_from": "name: label is the file name up to _; folder: the folder's name",
     "num_workers": "processes that decode images (-1: as many as cores, at most 8)",
     "sample_interval": "draw samples of the averaged weights every so many steps (0: never)",
@@ -65,6 +68,7 @@ def loop_defaults() -> dict:
         "precision": "",
         "keep_checkpoints": 0,
         "channels_last": False,
+        "compile": False,
         "seed": 0,
         "random_crop": False,
         "random_flip": True,
@@ -108,6 +112,8 @@ def training_parser(description: str, *defaults: dict) -> argparse.ArgumentParse
     for action in parser._actions:
         if action.dest in _HELP:
             action.help = _HELP[action.dest]
+        if action.dest == "compile":
+            action.nargs, action.const = "?", True
     if "early_stop_steps" in merged:
         parser.set_defaults(early_stop_steps=None)  # told from 0, see `settle_early_stop`
     return parser
@@ -172,6 +178,8 @@ def settle_device_options(args: argparse.Namespace, fp16_flag: str) -> None:
     float32.
     """
     device = dist_util.dev()
+    if args.compile:
+        check_compiler(device.type)
     wanted = args.precision or ("float16" if getattr(args, fp16_flag) else "float32")
     if wanted == "float16" and device.type == "cpu":
         wanted = "bfloat16" if dist_util.cpu_has_bfloat16() else "float32"

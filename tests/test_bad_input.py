@@ -19,7 +19,7 @@ from esddpm_io.images import save_png
 from evaluations import evaluator
 from guided_diffusion import logger
 from guided_diffusion.checkpoints import write_sidecar
-from guided_diffusion.commands import driver, gather, report, sample, sweep
+from guided_diffusion.commands import driver, gather, sample, sweep
 from guided_diffusion.script_util import (
     sr_create_model,
     sr_model_and_diffusion_defaults,
@@ -31,6 +31,7 @@ from scripts import (
     image_nll,
     image_sample,
     image_train,
+    report,
     super_res_sample,
     super_res_train,
     vae_sample,
@@ -217,11 +218,6 @@ def _sweep(**changes: object) -> tuple[Callable, list[str]]:
     return sweep.main, words(**{**good, "output_dir": "out", **changes})
 
 
-def _report(**changes: object) -> tuple[Callable, list[str]]:
-    good = {"dirs": "runs/no_samples", "output_dir": "page", **changes}
-    return report.main, [str(good.pop("dirs")), *words(**good)]
-
-
 def _trainer(script, **flags: object) -> Callable:
     def command(**changes: object) -> tuple[Callable, list[str]]:
         good = {"data_dir": "images.npz", "num_workers": 0, "batch_size": 2, "save_interval": 1}
@@ -238,6 +234,11 @@ _vae_train = _trainer(vae_train, image_size=8, iterations=1)
 
 def _vae_sample(**changes: object) -> tuple[Callable, list[str]]:
     return vae_sample.main, words(model_path="model.pt", **changes)
+
+
+def _report(**changes: object) -> tuple[Callable, list[str]]:
+    good = {"dirs": "runs/no_samples", "output_dir": "page", **changes}
+    return report.main, [str(good.pop("dirs")), *words(**good)]
 
 
 def _download(dataset: str, **changes: object) -> tuple[Callable, list[str]]:
@@ -344,12 +345,30 @@ def _other_cases() -> Iterator[tuple[str, Callable, dict[str, object], str]]:
         yield "worker", _worker, changes, f"--{next(iter(changes))}"
     for kind in ("missing", "text.npz", "damaged", "of_another_version", "two_of_rank_0"):
         yield "gather", _gather, {"dir": kind}, kind
+    for name, command in {
+        "driver": _driver,
+        "worker": _worker,
+        "image_sample": _image_sample,
+    }.items():
+        yield name, command, {"precision": "fp16"}, "--precision"
+        contradiction = {"precision": "bfloat16", "use_fp16": True}
+        yield name, command, contradiction, "--precision bfloat16 contradicts --use_fp16 True"
     yield "gather", _gather, {"dir": "another_size"}, "another_size"
     for changes in ({"num_file": 0}, {"num_file": 3}, {"wait_time": -1}):
         yield "gather", _gather, changes, f"--{next(iter(changes))}"
     for changes in ({"metrics": "fad"}, {"batch_size": 0}, {"device": "cuda:99"}):
         yield "evaluator", _evaluator, changes, f"--{next(iter(changes))}"
     yield from _sweep_cases()
+    yield "vae_sample", _vae_sample, {}, "model.pt"
+    yield "vae_sample", _vae_sample, {"num_samples": 0}, "--num_samples"
+    yield "vae_sample", _vae_sample, {"out": "/proc/x.npz"}, "--out"
+    yield "download", _download, {"dataset": "mnist"}, "DATASET"
+    yield "download", _download, {"dataset": "no_url.toml"}, "no_url.toml"
+    yield "download", _download, {"dataset": "lsun_cat", "base_url": "ftp://x"}, "--base_url"
+    yield from _report_cases()
+
+
+def _report_cases() -> Iterator[tuple[str, Callable, dict[str, object], str]]:
     for kind in ("missing", "no_images"):
         yield "report", _report, {"dirs": kind}, f"{kind} has no metrics.json"
     yield "report", _report, {"dirs": "text.npz"}, "text.npz"
@@ -358,12 +377,7 @@ def _other_cases() -> Iterator[tuple[str, Callable, dict[str, object], str]]:
     yield "report", _report, {}, "no_samples has no samples_all.npz"
     yield "report", _report, {"dirs": "runs/bad_samples"}, "bad_samples/samples_all.npz"
     yield "report", _report, {"output_dir": "text.npz"}, "--output_dir"
-    yield "vae_sample", _vae_sample, {}, "model.pt"
-    yield "vae_sample", _vae_sample, {"num_samples": 0}, "--num_samples"
-    yield "vae_sample", _vae_sample, {"out": "/proc/x.npz"}, "--out"
-    yield "download", _download, {"dataset": "mnist"}, "DATASET"
-    yield "download", _download, {"dataset": "no_url.toml"}, "no_url.toml"
-    yield "download", _download, {"dataset": "lsun_cat", "base_url": "ftp://x"}, "--base_url"
+    yield "report", _report, {"nearest": -1}, "--nearest"
 
 
 def _sweep_cases() -> Iterator[tuple[str, Callable, dict[str, object], str]]:
@@ -436,3 +450,17 @@ def test_bad_input_is_one_line(command_line, capsys, name, command, changes, nam
     for made in ("out/*/chunks", "out/*/samples_all.npz", "out/*/metrics.json", "out/sweep.*"):
         assert not list(Path().glob(made))
     assert not list(Path().glob("log/model*.pt")) and not list(Path().glob("log/samples*"))
+
+
+@pytest.mark.parametrize(
+    "command", [_driver, _worker, _guided, _image_sample, _super_res, _image_train, _vae_train]
+)
+def test_compile_without_a_compiler_is_one_line(command_line, capsys, monkeypatch, command):
+    monkeypatch.setenv("CXX", "none++")
+    run, argv = command()
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: run([*argv, "--compile"]))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.rstrip().split("\n")[-1].startswith("error: --compile: there is no C++ compiler")
+    assert not Path("out/chunks").exists() and not list(Path().glob("log/model*.pt"))

@@ -18,7 +18,14 @@ from esddpm_io.atomic import write_json
 from esddpm_io.errors import EXIT_USER_ERROR, UserError, check_at_least, terminate_cleanly
 from esddpm_io.files import absolute, check_output_folder, is_blob, join, read_json, sha256
 from guided_diffusion.commands import scoring
-from guided_diffusion.commands.sampler_flags import AUTO, WITH_ETA, add_sampler_flags, by_name
+from guided_diffusion.commands.sampler_flags import (
+    AUTO,
+    COMPILE_HELP,
+    WITH_ETA,
+    add_precision_flag,
+    add_sampler_flags,
+    by_name,
+)
 from guided_diffusion.settings.layers import parse, require, without_effect
 from guided_diffusion.settings.presets import (
     GUIDED_SAMPLER,
@@ -52,6 +59,7 @@ _NAMES = {
 _BESIDE_AGAIN = {
     *("again", "execute", "output_dir", "devices", "machine_idx", "num_machines"),
     *("not_eval_metrics", "save_png_files", "eval_backend", "eval_device", "eval_cache_dir"),
+    "compile",
 }
 
 
@@ -98,6 +106,8 @@ def add_shared_flags(add: Callable[..., object]) -> None:
     clip = "clamp predicted images to [-1, 1]; untyped, solvers that start from T' do not"
     add("--clip_denoised", type=_truth_value, default=True, help=clip)
     add("--use_fp16", type=_truth_value, help="True or False instead of what the preset says")
+    add_precision_flag(add)
+    add("--compile", action="store_true", help=COMPILE_HELP)
     add("--classifier_path", help="classifier instead of the preset's")
     override = "a preset's flags win over those of the checkpoint's sidecar"
     truth = {"nargs": "?", "const": True, "default": False, "type": _truth_value}
@@ -522,6 +532,7 @@ def request_of(
         classifier_scale=args.classifier_guidance_scale if guided else 0.0,
         preset=preset,
         override=args.override_checkpoint_flags,
+        precision=args.precision,
         names=_NAMES,
     )
 
@@ -595,6 +606,11 @@ def worker_commands(
     """
     from guided_diffusion.sampling.launcher import WorkerCommand
 
+    if args.compile and args.execute:
+        from guided_diffusion.compiling import check_compiler
+
+        for device in devices:
+            check_compiler(device)
     script = SCRIPTS_FOLDER / (GUIDED_SAMPLER if guided else PLAIN_SAMPLER)
     commands = []
     for local, device in enumerate(devices):
@@ -606,8 +622,9 @@ def worker_commands(
             "any_chunk": True,
             "batch_size": args.batch_size,
         }
-        if args.save_png_files:
-            flags["save_png_files"] = True
+        for switch in ("save_png_files", "compile"):
+            if getattr(args, switch):
+                flags[switch] = True
         argv = [sys.executable, str(script), "--settings", *settings]
         argv += [part for key, value in flags.items() for part in (f"--{key}", str(value))]
         commands.append(WorkerCommand(argv, device, log.with_name(log.name.format(rank=rank))))

@@ -7,11 +7,17 @@ import sys
 from esddpm_io.errors import terminate_cleanly
 from esddpm_io.files import absolute
 from guided_diffusion import dist_util, logger
-from guided_diffusion.commands.sample import COMMON_DEFAULTS, job_from, sampling_defaults
+from guided_diffusion.commands.sample import (
+    COMMON_DEFAULTS,
+    add_switch,
+    job_from,
+    sampling_defaults,
+)
+from guided_diffusion.commands.sampler_flags import COMPILE_HELP, add_precision_flag
 from guided_diffusion.sampling import outputs, worker
 from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.job import describe
-from guided_diffusion.script_util import add_dict_to_argparser, str2bool
+from guided_diffusion.script_util import add_dict_to_argparser
 from guided_diffusion.settings.layers import parse
 
 # What an engine's worker has flags for, and these commands do not.
@@ -35,14 +41,10 @@ def build_parser(description: str, defaults: dict) -> argparse.ArgumentParser:
     add_dict_to_argparser(parser, {**COMMON_DEFAULTS, **defaults})
     eta = "with --use_ddim True: 0 (default) adds no noise, 1 that of DDPM"
     parser.add_argument("--eta", type=float, help=eta)
-    parser.add_argument(
-        "--print_settings",
-        nargs="?",
-        const=True,
-        default=False,
-        type=str2bool,
-        help="show the run with the origin of its settings, and do nothing else",
-    )
+    add_precision_flag(parser.add_argument)
+    show = "show the run with the origin of its settings, and do nothing else"
+    add_switch(parser, "print_settings", show)
+    add_switch(parser, "compile", COMPILE_HELP)
     return parser
 
 

@@ -36,7 +36,14 @@ _STEPS, _SAMPLER = 5, "dpmpp_2m_sde"
 _FLAGS = {
     *("dataset", "dataset_path", "limit", "model_path", "classifier_path", "seed", "use_fp16"),
     *("classifier_guidance_scale", "steps", "sampler", "spacing", "eta", "variance"),
-    *("clip_denoised", "override_checkpoint_flags", "devices", "batch_size", *scoring.FLAGS),
+    *(
+        "clip_denoised",
+        "precision",
+        "override_checkpoint_flags",
+        "devices",
+        "batch_size",
+        *scoring.FLAGS,
+    ),
 }
 
 

@@ -6,10 +6,11 @@ sampled again. Writes report.html, which needs no other file, and sweep.png and 
 
 import argparse
 
-from esddpm_io.errors import terminate_cleanly
+from esddpm_io.errors import check_at_least, terminate_cleanly
 from esddpm_io.files import absolute, check_output_folder, join
 
 PAGE_FILE, SWEEP_PLOT, STRIP_PLOT = "report.html", "sweep.png", "strip.png"
+NEAREST = 6  # samples: enough to see whether the network copies
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -19,6 +20,8 @@ def create_argparser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("dirs", metavar="DIR", nargs="+", help="folder of a run, of a sweep, or of several runs")
+    samples = "samples that the nearest real images are shown of; 0: the features are not computed"
+    add("--nearest", type=int, default=NEAREST, help=samples)
     add("--output_dir", help="folder for the page and the plots; default: the first DIR")
     return parser
 
@@ -26,14 +29,16 @@ def create_argparser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     terminate_cleanly()
     args = create_argparser().parse_args(argv)
-    write(args.dirs, args.output_dir or args.dirs[0])
+    check_at_least(args, {"nearest": 0})
+    write(args.dirs, args.output_dir or args.dirs[0], args.nearest)
 
 
-def write(dirs: list[str], output_dir: str) -> None:
+def write(dirs: list[str], output_dir: str, nearest: int = NEAREST) -> None:
     """Write report.html, sweep.png and strip.png of the runs in `dirs` to `output_dir`.
 
-    dirs: folders of runs (metrics.json, samples_all.npz), or with such folders in them. UserError,
-    before anything is written, for what is no finished run.
+    dirs: folders of runs (metrics.json, samples_all.npz), or with such folders in them. nearest:
+    the number of samples that real images are looked for. UserError, before anything is written,
+    for what is no finished run.
     """
     from guided_diffusion.reporting.figures import save_strip_png, save_sweep_png
     from guided_diffusion.reporting.nearest import nearest_real
@@ -47,7 +52,7 @@ def write(dirs: list[str], output_dir: str) -> None:
     strips = [strips_of(group) for group in groups]
     save_sweep_png(groups, join(output_dir, SWEEP_PLOT))
     save_strip_png([strip for own in strips for strip in own], join(output_dir, STRIP_PLOT))
-    nearest = [nearest_real(group) for group in groups]
+    near = [nearest_real(group, nearest) for group in groups]
     page = join(output_dir, PAGE_FILE)
-    write_page(groups, strips, nearest, page)
+    write_page(groups, strips, near, page)
     print(f"report: {page}")

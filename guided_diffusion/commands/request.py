@@ -36,7 +36,7 @@ from guided_diffusion.settings.record import (
 from guided_diffusion.settings.resolver import Resolved, check_same_noise, resolve_network
 from guided_diffusion.solvers import SOLVERS, evaluation_timesteps
 
-_LARGEST_SEED = 2**64 - 1
+LARGEST_SEED = 2**64 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Request:
     times the network is evaluated, and spacing where. images: the start images' path, or the images
     to enlarge. num_samples: how many from noise. limit: only the first of the start images (0:
     all). eta and clip_denoised None: the sampler's own (a solver that starts from T' does not clip:
-    docs/samplers.md says why). variance: of DDPM's steps, one of VARIANCES.
+    docs/samplers.md says why). variance: of DDPM's steps, one of VARIANCES. precision: one of
+    PRECISIONS, None for what flags say.
     """
 
     kind: str
@@ -72,6 +73,7 @@ class Request:
     classifier_scale: float = 0.0
     preset: Preset | None = None
     override: bool = False
+    precision: str | None = None
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -102,7 +104,7 @@ class ReadNetworks:
 
     def __init__(self) -> None:
         self._resolved: dict[tuple, Resolved] = {}
-        self._records: dict[str, Network] = {}
+        self._hashes: dict[str, str] = {}
 
     def resolve(self, kind: str, path: str, **how: Any) -> Resolved:
         """`resolve_network`; the same keywords give the same answer."""
@@ -111,11 +113,11 @@ class ReadNetworks:
             self._resolved[key] = resolve_network(kind, path, **how)
         return self._resolved[key]
 
-    def record(self, network: Resolved, flag: str) -> Network:
-        """The record of a network, with the hash of its tensors."""
-        if network.path not in self._records:
-            self._records[network.path] = network_of(network, flag)
-        return dataclasses.replace(self._records[network.path], flags=network.network_flags)
+    def record(self, network: Resolved, flag: str, precision: str | None) -> Network:
+        """`network_of`; the hash of its tensors is taken once."""
+        if network.path not in self._hashes:
+            self._hashes[network.path] = fingerprint(read_checkpoint(network.path, flag=flag))
+        return _record_of(network, self._hashes[network.path], precision)
 
 
 def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None) -> Settled:
@@ -126,8 +128,8 @@ def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None
     the valid values, for all that could only fail later.
     """
     require(
-        0 <= request.seed <= _LARGEST_SEED,
-        f"{request.flag('seed')} must be in 0 … {_LARGEST_SEED}, not {request.seed}",
+        0 <= request.seed <= LARGEST_SEED,
+        f"{request.flag('seed')} must be in 0 … {LARGEST_SEED}, not {request.seed}",
     )
     require(
         request.eta is None or 0 <= request.eta <= 1,
@@ -138,6 +140,7 @@ def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None
         f"{request.flag('limit')} must be at least 1, or 0 for all generator images",
     )
     read = networks or ReadNetworks()
+    request = dataclasses.replace(request, typed=_with_precision(request))
     size = _size_of_images(request)
     model = read.resolve(
         request.kind,
@@ -150,18 +153,18 @@ def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None
     )
     classifier = _resolve_classifier(request, model, read) if request.classifier_scale else None
     resolved = [network for network in (model, classifier) if network]
-    sampler = _sampler(request, resolved)
+    sampler = sampler_of(request, resolved)
     needs_labels = bool(model.flags["class_cond"]) or classifier is not None
     start, source = _start(request, model, NUM_CLASSES if needs_labels else None, save_dir)
     run = Run(
-        network=read.record(model, request.flag("model_path")),
+        network=read.record(model, request.flag("model_path"), request.precision),
         process=model.process,
         guidance=_guidance(request, classifier, read),
         start=start,
         sampler=sampler,
         seed=request.seed,
         num_samples=len(source),
-        origins=_origins(model, classifier),
+        origins=_origins(request, model, classifier),
         preset=request.preset.source if request.preset else None,
     )
     trained = [network.early_stop_steps for network in resolved if network.early_stop_steps]
@@ -173,9 +176,26 @@ def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None
     )
 
 
-def _origins(model: Resolved, classifier: Resolved | None) -> dict[str, str]:
+def _with_precision(request: Request) -> dict[str, Value]:
+    """The typed flags, with --precision as the published flags say it; UserError if both differ."""
+    typed = dict(request.typed)
+    if request.precision is None:
+        return typed
+    for name in ("use_fp16", "classifier_use_fp16"):
+        half = request.precision == "float16"
+        require(
+            typed.get(name, half) == half,
+            f"--precision {request.precision} contradicts --{name} {typed.get(name)}: give one",
+        )
+        typed[name] = half
+    return typed
+
+
+def _origins(request: Request, model: Resolved, classifier: Resolved | None) -> dict[str, str]:
     """Of all flags; the chain is said beside those of the networks."""
     origins = {**(classifier.origins if classifier else {}), **model.origins}
+    if request.precision is not None:
+        origins["precision"] = "typed"
     return {name: origin for name, origin in origins.items() if name != "timestep_respacing"}
 
 
@@ -197,19 +217,25 @@ def _resolve_classifier(request: Request, model: Resolved, read: ReadNetworks) -
 
 def network_of(network: Resolved, flag: str) -> Network:
     """The record of a network, with the hash of its tensors."""
+    return ReadNetworks().record(network, flag, None)
+
+
+def _record_of(network: Resolved, sha256: str, precision: str | None) -> Network:
+    """precision: what flags have no value for, so that other runs keep the identity they had."""
     flags = network.network_flags
-    sha256 = fingerprint(read_checkpoint(network.path, flag=flag))
+    if precision in ("tf32", "bfloat16"):
+        flags["precision"] = precision
     return Network(network.kind, flags, absolute(network.path), sha256)
 
 
 def _guidance(request: Request, classifier: Resolved | None, read: ReadNetworks) -> Guidance | None:
     if classifier is None:
         return None
-    record = read.record(classifier, request.flag("classifier_path"))
+    record = read.record(classifier, request.flag("classifier_path"), request.precision)
     return Guidance(record, request.classifier_scale)
 
 
-def _sampler(request: Request, networks: list[Resolved]) -> SamplerSettings:
+def sampler_of(request: Request, networks: list[Resolved]) -> SamplerSettings:
     """The chain, checked, with the original timesteps of its steps."""
     require(
         request.variance == "learned" or bool(networks[0].flags["learn_sigma"]),

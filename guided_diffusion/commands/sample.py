@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from esddpm_io.errors import check_at_least, terminate_cleanly
 from esddpm_io.files import read_json
-from guided_diffusion.commands.sampler_flags import AUTO, WITH_ETA, add_sampler_flags, by_name
+from guided_diffusion.commands.sampler_flags import (
+    AUTO,
+    COMPILE_HELP,
+    WITH_ETA,
+    add_precision_flag,
+    add_sampler_flags,
+    by_name,
+)
+from guided_diffusion.compiling import check_compiler
 from guided_diffusion.sampling.chunks import default_chunk_size
 from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE
 from guided_diffusion.sampling.job import Job, describe, rank_from_environment
@@ -58,7 +66,13 @@ _PLACE_DEFAULTS = {
 }
 _TYPES_OF_UNSET = {"global_rank": int, "world_size": int, "any_chunk": str2bool}
 _WITHOUT_TYPE = (*_TYPES_OF_UNSET, "settings")
-_SWITCHES = ("start_from_scratch", "save_numpy_array", "save_png_files", "print_settings")
+_SWITCHES = (
+    "start_from_scratch",
+    "save_numpy_array",
+    "save_png_files",
+    "print_settings",
+    "compile",
+)
 _OF_THE_PROCESS = {*_PLACE_DEFAULTS, *_SWITCHES[1:], "batch_size", "device"}
 
 
@@ -86,9 +100,15 @@ def build_parser(guided: bool, prog: str | None = None) -> argparse.ArgumentPars
     for name, kind in _TYPES_OF_UNSET.items():
         parser.add_argument(f"--{name}", type=kind, default=None)
     add_sampler_flags(parser.add_argument)
+    add_precision_flag(parser.add_argument)
     for name in _SWITCHES:
-        parser.add_argument(f"--{name}", nargs="?", const=True, default=False, type=str2bool)
+        add_switch(parser, name, COMPILE_HELP if name == "compile" else None)
     return parser
+
+
+def add_switch(parser: argparse.ArgumentParser, name: str, text: str | None) -> None:
+    """Add `--name`, which may be given a truth value too."""
+    parser.add_argument(f"--{name}", nargs="?", const=True, default=False, type=str2bool, help=text)
 
 
 def read_jobs(argv: Sequence[str] | None, *, guided: bool) -> list[Job]:
@@ -109,7 +129,9 @@ def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
     """The job of parsed flags of a network of a `kind`; `typed` names those that were typed."""
     check_at_least(args, {"num_samples": 1, "batch_size": 1, "chunk_size": 0})
     place = _place(args, os.environ)
-    choose_device(args.device)
+    device = choose_device(args.device)
+    if args.compile:
+        check_compiler(device.type)
     if args.settings:
         run, source, remarks = _recorded(args, typed)
     else:
@@ -134,6 +156,7 @@ def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
         save_numpy_array=args.save_numpy_array,
         save_png_files=args.save_png_files,
         print_settings=args.print_settings,
+        compile=args.compile,
         remarks=tuple(remarks),
     )
 
@@ -182,6 +205,7 @@ def _request(args: argparse.Namespace, typed: set[str], kind: str) -> "Request":
         classifier_path=getattr(args, "classifier_path", ""),
         classifier_scale=getattr(args, "classifier_scale", 0.0),
         override=args.override_checkpoint_flags,
+        precision=args.precision,
     )
 
 

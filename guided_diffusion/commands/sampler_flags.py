@@ -1,4 +1,4 @@
-"""T', network evaluations and sampler by name: the flags that the driver and the workers share.
+"""T', evaluations, sampler by name, precision: the flags that the driver and the workers share.
 
 No torch here: the driver's --help needs none.
 """
@@ -7,13 +7,14 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from guided_diffusion.settings.layers import require
-from guided_diffusion.settings.record import SAMPLERS, VARIANCES
+from guided_diffusion.settings.record import PRECISIONS, SAMPLERS, VARIANCES
 
 SPACINGS = ("uniform", "logsnr", "karras")
 AUTO = "auto"  # the value of --t_prime that asks for a proposal
 # The samplers' own share of the noise; those with eta take another, too.
 OWN_ETA = {"ddpm": 1.0, "ddim": 0.0, "dpmpp_2m": 0.0, "dpmpp_2m_sde": 1.0}
 WITH_ETA = ("ddim", "dpmpp_2m_sde")
+COMPILE_HELP = "torch.compile the networks: a minute at the start, faster after that"
 _NAMES = {"t_prime", "steps", "sampler", "spacing"}
 
 
@@ -32,6 +33,12 @@ def add_sampler_flags(add: Callable[..., object]) -> None:
 def _t_prime(text: str) -> int | str:
     """The argument of --t_prime; argparse names the flag if this raises ValueError."""
     return text if text == AUTO else int(text)
+
+
+def add_precision_flag(add: Callable[..., object]) -> None:
+    """--precision, unset unless it is typed."""
+    text = "what the networks compute in; unset: what use_fp16 of the flags or the preset says"
+    add("--precision", choices=PRECISIONS, help=text)
 
 
 def by_name(

@@ -168,7 +168,7 @@ def _draw(axes: "Axes", group: Group, key: str, against: str) -> None:
     if any(group.spread(setting, key) for setting in group.settings):
         about.append(f"bars: {group.spread_is}")
     axes.set_title(group.metrics[key], loc="left")
-    axes.set_xlabel(_axis_name(against) + (f" ({'; '.join(about)})" if about else ""))
+    axes.set_xlabel("\n".join([_axis_name(against), "; ".join(about)]).rstrip())
 
 
 def _draw_by_t_prime(axes: "Axes", group: Group, key: str) -> list[Label]:
@@ -205,7 +205,7 @@ def _draw_by_evaluations(axes: "Axes", group: Group, key: str) -> list[Label]:
         _draw_line(axes, group, list(best.values()), list(best), key, colour, marker)
         for place, setting in best.items():
             if setting.t_prime is not None:
-                offset = {"xytext": (0, -12), "textcoords": "offset points", "ha": "center"}
+                offset = {"xytext": (5, -10), "textcoords": "offset points", "fontsize": 8}
                 axes.annotate(setting.name, (place, setting.value(key)), color=colour, **offset)
         labels.append((max(best), best[max(best)].value(key), series.label, colour))
     ticks = sorted({setting.about["network_evaluations"] for setting in _sampled(group)})

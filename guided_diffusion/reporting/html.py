@@ -48,4 +48,5 @@ def image(pixels: np.ndarray, alt: str, width: int, **attributes: object) -> Ele
     Image.fromarray(pixels).save(stream, format="PNG", optimize=True)
     source = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
     height = round(width * pixels.shape[0] / pixels.shape[1])
-    return element("img", src=source, alt=alt, width=width, height=height, **attributes)
+    size = {"width": width, "height": height, "class_": "crisp" if width > len(pixels[0]) else None}
+    return element("img", src=source, alt=alt, **size, **attributes)

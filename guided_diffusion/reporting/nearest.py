@@ -10,7 +10,7 @@ from esddpm_io.files import exists, sha256
 from esddpm_io.images import open_images
 from guided_diffusion.reporting.points import Group, Point, Setting
 
-_SAMPLES, _NEIGHBOURS = 6, 4
+_NEIGHBOURS = 4  # of each sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,21 +27,23 @@ class Nearest:
     distances: np.ndarray
 
 
-def nearest_real(group: Group) -> Nearest | str:
-    """Neighbours of a few samples of the best setting, or a sentence on why there are none."""
+def nearest_real(group: Group, samples: int) -> Nearest | str:
+    """Neighbours of so many samples of the best setting, or a sentence on why there are none."""
     best = group.best_setting
+    if not samples:
+        return "They were not looked for."
     if best is None:
         return "There are no samples of a network among these runs."
     point = best.points[0]
-    picked = np.linspace(0, len(point.images) - 1, min(len(point.images), _SAMPLES)).astype(int)
-    samples = np.concatenate([point.images.read(index, index + 1) for index in picked])
+    picked = np.linspace(0, len(point.images) - 1, min(len(point.images), samples)).astype(int)
+    pixels = np.concatenate([point.images.read(index, index + 1) for index in picked])
     try:
-        reference, rows, distances = _search(point, samples)
+        reference, rows, distances = _search(point, pixels)
     except UserError as error:
         return f"They cannot be looked for: {error}."
     images = open_images(reference, flag="reference")
     real = [np.concatenate([images.read(row, row + 1) for row in own]) for own in rows]
-    return Nearest(best, picked.tolist(), samples, np.stack(real), distances)
+    return Nearest(best, picked.tolist(), pixels, np.stack(real), distances)
 
 
 def _search(point: Point, samples: np.ndarray) -> tuple[str, np.ndarray, np.ndarray]:

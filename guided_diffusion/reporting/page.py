@@ -82,7 +82,13 @@ def _summary(group: Group) -> Element:
         rest.append(f"; the generator's own images have {_number(start.value(key))}")
         if group.best_of((start, best), key) is start:
             rest.append(", which is better: nothing was gained")
-    return element("p", *words, value, "".join(rest) + ".", class_="lede")
+    rest.append(".")
+    near = [one for one in group.settings if one.above and one.above[1] and one.above[1][0] <= 0]
+    # Differences are to this one only if it is the best of the sweep's one seed, generator and all.
+    if near and group.seeds == 1 and best.above and best.above[0] == 0:
+        others = "; ".join(_describe(group, one) for one in near)
+        rest.append(f" These images do not tell it apart from {others}.")
+    return element("p", *words, value, "".join(rest), class_="lede")
 
 
 def _describe(group: Group, setting: Setting) -> str:
@@ -95,7 +101,7 @@ def _describe(group: Group, setting: Setting) -> str:
 def _facts(groups: list[Group], points: list[Point]) -> Element:
     """Who measured what with what, each fact with all the values that it has."""
 
-    def values(*keys: str) -> str:
+    def values(*keys: str) -> list[str]:
         found: dict[str, None] = {}
         for point in points:
             value: Any = point.record
@@ -103,40 +109,43 @@ def _facts(groups: list[Group], points: list[Point]) -> Element:
                 value = (value or {}).get(key)
             if value is not None:
                 found[str(value)] = None
-        return ", ".join(found)
+        return list(found)
 
-    dates = sorted(values("provenance", "date").split(", "))
-    first, last = (date[:16].replace("T", " ") for date in (dates[0], dates[-1]))
-    last = last[11:] if last[:10] == first[:10] else last
-    references = values("evaluation", "reference").split(", ")
-    commits = values("provenance", "commit").split(", ")
-    torch = values("provenance", "torch")
-    devices: dict[str, None] = {}
-    for point in points:
-        devices |= dict.fromkeys((point.record.get("sampling") or {}).get("devices", {}))
+    commits = values("provenance", "commit")
+    devices = [(point.record.get("sampling") or {}).get("devices", {}) for point in points]
     facts = {
-        "Date": f"{first} to {last} UTC",
-        "Metric": ", ".join(dict.fromkeys(group.metrics[group.chosen_by] for group in groups)),
-        "Reference": ", ".join(PurePath(one).name for one in references),
-        "Images": ", ".join(
-            dict.fromkeys(f"{group.settings[0].points[0].result['images']:,}" for group in groups)
-        ),
-        "Runs": str(len(points)),
-        "Sampler": ", ".join(
-            dict.fromkeys(p.about["sampler"] for p in points if p.about["sampler"])
-        ),
-        "Devices": ", ".join(devices),
+        "Date": _dates(values("provenance", "date")),
+        "Metric": [group.metrics[group.chosen_by] for group in groups],
+        "Reference": [PurePath(path).name for path in values("evaluation", "reference")],
+        "Images": [f"{group.settings[0].points[0].result['images']:,}" for group in groups],
+        "Runs": [str(len(points))],
+        "Sampler": [point.about.get("sampler") for point in points],
+        "Devices": list(itertools.chain.from_iterable(devices)),
         "Machine": values("provenance", "host"),
-        "Code": f"es-ddpm {values('provenance', 'version')}, commit "
-        + ", ".join(commit[:10] + "-dirty" * commit.endswith("-dirty") for commit in commits),
-        "Software": f"Python {values('provenance', 'python')}, torch {torch}",
+        "Version": [f"es-ddpm {version}" for version in values("provenance", "version")],
+        "Commit": [one[:10] + "-dirty" * one.endswith("-dirty") for one in commits],
+        "Software": [
+            f"{name} {version}"
+            for name in ("python", "torch")
+            for version in values("provenance", name)
+        ],
     }
     pairs = [
-        element("div", element("dt", name), element("dd", text))
-        for name, text in facts.items()
-        if text
+        element("div", element("dt", name), element("dd", ", ".join(filter(None, found))))
+        for name, found in ((name, dict.fromkeys(all_of)) for name, all_of in facts.items())
+        if any(found)
     ]
     return element("dl", *pairs, class_="facts")
+
+
+def _dates(dates: list[str]) -> list[str]:
+    """From when to when, as few words as it takes."""
+    if not dates:
+        return []
+    first, last = (date[:16].replace("T", " ") for date in (min(dates), max(dates)))
+    if first == last:
+        return [f"{first} UTC"]
+    return [f"{first} to {last[11:] if last[:10] == first[:10] else last} UTC"]
 
 
 # --- a group ---
@@ -149,25 +158,30 @@ def _section(
     reference = PurePath(first.record["evaluation"]["reference"]).name
     count = f"{first.result['images']:,} images"
     heading = f"{group.metrics[group.chosen_by]} of {count} against {reference}"
-    views = [_view(group, strip) for strip in strips]
+    level = 3 if several else 2
+    views = [_view(group, strip, level + 1) for strip in strips]
+
+    def heading_of(text: str) -> Element:
+        return element(f"h{level}", text, class_="sub")
+
     return element(
         "section",
         element("h2", heading) if several else None,
-        element("h3", "Results"),
+        heading_of("Results"),
         _table(group),
         element("p", _about_table(group), class_="notes"),
         _warnings(group),
         _plots(group),
-        element("h3", "The same samples at every T'"),
+        heading_of("The same samples at every T'"),
         element(
             "p",
-            "Samples of one column have the same start image and the same noise."
-            " Choose one to enlarge it; the slider moves through T'.",
+            "Samples of one column have the same index, and so the same start image and, with one"
+            " seed, the same start noise. Choose one to enlarge it; the slider moves through T'.",
         ),
         *views,
-        element("h3", "Nearest real images"),
+        heading_of("Nearest real images"),
         *_nearest(group, nearest),
-        element("h3", "Settings and commands"),
+        heading_of("Settings and commands"),
         *[_details(point) for setting in group.settings for point in setting.points],
     )
 
@@ -230,7 +244,7 @@ def _row(group: Group, setting: Setting, columns: Iterable[str], several: bool) 
     for name in columns:
         value = None if setting.t_prime == 0 and name != "start_images" else about.get(name)
         text = None if value is None else group.words(name, value)
-        cells.append(_cell(text or "–", value if isinstance(value, float) else text))
+        cells.append(_cell(text or "–", value if isinstance(value, float) else text or ""))
     cells.append(_cell(str(about["network_evaluations"]), about["network_evaluations"]))
     if several:
         cells.append(_cell(str(len(setting.points)), len(setting.points)))
@@ -245,7 +259,7 @@ def _row(group: Group, setting: Setting, columns: Iterable[str], several: bool) 
 
 def _metric_cell(group: Group, setting: Setting, key: str) -> Element:
     value, spread = setting.value(key), group.spread(setting, key)
-    best = value == group.best(key) and len(group.settings) > 1
+    best = value == group.best(key) and len(set(group.values(key))) > 1
     digits = _digits(group.values(key))
     text = f"{value:.{digits}f}"
     small = None
@@ -284,7 +298,7 @@ def _split_name(label: str) -> list[Content]:
 
 
 def _cell(content: Content, value: object, small: Element | None = None) -> Element:
-    kind = "number" if isinstance(value, int | float) else None
+    kind = None if isinstance(value, str) else "number"
     return element("td", content, small, data_value="" if value is None else value, class_=kind)
 
 
@@ -300,7 +314,7 @@ def _scrolling(content: Element, label: str) -> Element:
 # --- samples ---
 
 
-def _view(group: Group, strip: Strip) -> Element:
+def _view(group: Group, strip: Strip, level: int) -> Element:
     """A strip, and the slider with one of its samples enlarged."""
     heads = [
         element("th", element("button", f"#{index}", type="button"), scope="col")
@@ -314,11 +328,12 @@ def _view(group: Group, strip: Strip) -> Element:
     )
     name = f"Samples, {strip.label}" if strip.label else "Samples"
     content = [_scrolling(table, name)]
+    if strip.seed is None and any(one.setting and one.setting.t_prime != 0 for one in strip.rows):
+        content.append(element("p", "These rows have no seed in common: their noise differs."))
     if len(strip.rows) > 1:
         content.insert(0, _enlarged(group, strip))
-    return element(
-        "div", element("h4", strip.label) if strip.label else None, *content, class_="view"
-    )
+    heading = element(f"h{level}", strip.label, class_="series") if strip.label else None
+    return element("div", heading, *content, class_="view")
 
 
 def _strip_row(group: Group, strip: Strip, row: Row) -> Element:

@@ -275,7 +275,8 @@ def read_groups(folders: list[str]) -> list[Group]:
     found: dict[str, Any] = {}
     for folder in map(absolute, folders):
         differences = _differences(folder)
-        found |= {run: differences.get(PurePath(run).name) for run in _runs_in(folder)}
+        for run in _runs_in(folder):
+            found[run] = differences.get(PurePath(run).name) or found.get(run)
     names = short_names(list(found))
     points = [_read(run, name, found[run]) for run, name in zip(found, names, strict=True)]
     first = points[0]
@@ -327,6 +328,7 @@ def _read(folder: str, name: str, difference: dict[str, Any] | None) -> Point:
             raise TypeError("metrics and their labels differ")
         for needed in ("t_prime", "seed", "network_evaluations"):
             about[needed]
+        record["evaluation"]["reference"]
         above = None
         if difference:
             interval = difference["interval"]

@@ -8,7 +8,7 @@ from esddpm_io.errors import UserError
 from esddpm_io.files import exists
 from esddpm_io.images import open_images
 from guided_diffusion.reporting.nearest import sha256_of
-from guided_diffusion.reporting.points import Group, Series, Setting
+from guided_diffusion.reporting.points import Group, Point, Series, Setting
 
 _IMAGES = 12  # of a row: what is seen at a glance, and keeps the page small
 
@@ -30,9 +30,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Strip:
-    """Rows that start from the same images and noise, by T'; `indices` are of all of them."""
+    """Rows that start from the same images, by T'; `indices` are of all of them.
+
+    seed: of all rows, which then start from the same noise too; None where none is common.
+    """
 
     label: str
+    seed: int | None
     indices: list[int]
     rows: list[Row]
 
@@ -44,28 +48,36 @@ def strips_of(group: Group) -> list[Strip]:
 
 
 def _strip(group: Group, series: Series) -> Strip:
-    count = min(len(setting.points[0].images) for setting in series.settings)
+    common = set.intersection(*({p.about["seed"] for p in one.points} for one in series.settings))
+    seed = min(common - {None}, default=None)
+    points = [
+        next((point for point in one.points if point.about["seed"] == seed), one.points[0])
+        for one in series.settings
+    ]
+    count = min(len(point.images) for point in points)
     picked = np.linspace(0, count - 1, min(count, _IMAGES)).astype(int)
-    rows = [Row(one.name, one, _pick(one, picked)) for one in series.settings]
+    rows = [
+        Row(one.name, one, _pick(point, picked))
+        for one, point in zip(series.settings, points, strict=True)
+    ]
     # What they start from goes first, whether it was scored or not.
-    start = series.settings[0].about.get("start_images")
+    start = points[0].about.get("start_images")
     scored = [one for one in group.generators if one.about.get("start_images") == start]
     if scored and scored[0] not in series.settings and count <= len(scored[0].points[0].images):
-        rows.insert(0, Row(scored[0].name, scored[0], _pick(scored[0], picked)))
+        rows.insert(0, Row(scored[0].name, scored[0], _pick(scored[0].points[0], picked)))
     elif not scored and start:
-        images = _start_images(series.settings[0], picked)
+        images = _start_images(points[0], picked)
         rows[:0] = [] if images is None else [Row("generator", None, images)]
-    return Strip(series.label, picked.tolist(), rows)
+    return Strip(series.label, seed, picked.tolist(), rows)
 
 
-def _pick(setting: Setting, indices: np.ndarray) -> np.ndarray:
-    images = setting.points[0].images
-    return np.concatenate([images.read(index, index + 1) for index in indices])
+def _pick(point: Point, indices: np.ndarray) -> np.ndarray:
+    return np.concatenate([point.images.read(index, index + 1) for index in indices])
 
 
-def _start_images(setting: Setting, indices: np.ndarray) -> np.ndarray | None:
+def _start_images(point: Point, indices: np.ndarray) -> np.ndarray | None:
     """The images that a run started from, if they are there and what they were."""
-    then = (setting.points[0].record.get("inputs") or {}).get("start_images")
+    then = (point.record.get("inputs") or {}).get("start_images")
     if not then or not exists(then["path"]) or sha256_of(then["path"]) != then["sha256"]:
         return None
     try:

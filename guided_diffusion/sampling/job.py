@@ -28,6 +28,7 @@ class Job:
     save_numpy_array: bool = False
     save_png_files: bool = False
     print_settings: bool = False
+    compile: bool = False
     remarks: tuple[str, ...] = ()
 
     @property

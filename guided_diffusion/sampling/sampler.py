@@ -9,14 +9,16 @@ import torch
 
 from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import check_fit, fingerprint, read_checkpoint
+from guided_diffusion.compiling import Compiled, compile_for_sampling
 from guided_diffusion.dist_util import cpu_has_bfloat16, find_launch
 from guided_diffusion.pixels import to_uint8
-from guided_diffusion.rng import RandomStreams
+from guided_diffusion.rng import DrawnAhead, RandomStreams
 from guided_diffusion.sampling.job import Job
 from guided_diffusion.sampling.sources import Start
 from guided_diffusion.script_util import create_network
 from guided_diffusion.settings.record import WITHOUT_EFFECT, Network, diffusion_of
 from guided_diffusion.solvers import SOLVERS
+from guided_diffusion.unet import EncoderUNetModel, UNetModel
 
 Report = Callable[[int], None]
 
@@ -38,15 +40,19 @@ class Sampler:
         self.device = choose_device(job.device)
         self.device_name = name_of(self.device)
         self.diffusion = diffusion_of(job.run)
-        networks = networks or LoadedNetworks()
+        precision = job.run.network.precision
+        if self.device.type == "cuda" and precision in ("float32", "tf32"):
+            set_tf32(precision == "tf32")
+        self._networks = networks or LoadedNetworks()
+        rows = min(job.batch_size, job.chunk_size, job.run.num_samples) if job.compile else None
+        load = functools.partial(self._networks.load, device=self.device, rows=rows, log=log)
         guidance = job.run.guidance
-        networks.forget_all_but([job.run.network, *([guidance.classifier] if guidance else [])])
-        self._model = networks.load(job.run.network, self.device, flag="--model_path", log=log)
+        wanted = [job.run.network, *([guidance.classifier] if guidance else [])]
+        self._networks.forget_all_but(wanted)
+        self._model = load(job.run.network, flag="--model_path")
         self._cond_fn = None
         if guidance:
-            classifier = networks.load(
-                guidance.classifier, self.device, flag="--classifier_path", log=log
-            )
+            classifier = load(guidance.classifier, flag="--classifier_path")
             self._cond_fn = _gradient_of(classifier, guidance.scale)
         self.steps = len(job.run.sampler.timesteps)
 
@@ -62,6 +68,8 @@ class Sampler:
         sampler, size = self._run.sampler, self._run.image_size
         begin = self._source.start(start, stop)
         streams = RandomStreams(self._run.seed, start, stop)
+        # A CPU has no time to spare while the network runs.
+        ahead = DrawnAhead(streams, draws=self.steps + 1) if self.device.type == "cuda" else None
         finite = []
         for done, out in enumerate(
             self._loop()(
@@ -72,7 +80,7 @@ class Sampler:
                 cond_fn=self._cond_fn,
                 model_kwargs=self._model_kwargs(begin),
                 device=self.device,
-                randn=streams.randn,
+                randn=(ahead or streams).randn,
             ),
             start=1,
         ):
@@ -95,8 +103,9 @@ class Sampler:
             return functools.partial(ddim, eta=sampler.eta, denoise_steps=sampler.steps)
         return functools.partial(diffusion.p_sample_loop_progressive, denoise_steps=sampler.steps)
 
-    def free_memory(self) -> None:
-        """Give memory that a failed batch has left behind back to the device."""
+    def shrink(self, batch_size: int) -> None:
+        """Give memory that a failed batch has left behind back; from now on batches are smaller."""
+        self._networks.shrink(batch_size)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -107,7 +116,7 @@ class Sampler:
         output = self._model(x, t, **kwargs)
         if self._run.sampler.variance == "posterior":
             # The lower end of the range that a learned variance lies in (improved DDPM, eq. 15).
-            output[:, x.shape[1] :] = -1
+            output = torch.cat([output[:, : x.shape[1]], torch.full_like(x, -1)], dim=1)
         return output
 
     def _model_kwargs(self, begin: Start) -> dict[str, torch.Tensor | None]:
@@ -131,8 +140,8 @@ class Sampler:
             return
         step, row = np.argwhere(~finite)[0]
         left = len(finite) - 1 - step
-        halved = self._run.network.flags["use_fp16"]
-        advice = "try --use_fp16 False, and check" if halved else "check"
+        halved = self._run.network.precision == "float16"
+        advice = "try --precision float32, and check" if halved else "check"
         raise UserError(
             f"sample {start + row} became NaN or infinite at step {step + 1} of {len(finite)} "
             f"(index {left} of the chain, original timestep {self.diffusion.timestep_map[left]}); "
@@ -140,7 +149,7 @@ class Sampler:
         )
 
 
-def _gradient_of(classifier: torch.nn.Module, scale: float) -> Callable:
+def _gradient_of(classifier: Callable, scale: float) -> Callable:
     def gradient(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """scale × the gradient of log p(y | x_t) with respect to x_t (guidance, alg. 1)."""
         with torch.inference_mode(False), torch.enable_grad():
@@ -156,22 +165,46 @@ class LoadedNetworks:
     """The networks that a process has on its device, kept from one run to the next."""
 
     def __init__(self) -> None:
-        self._kept: list[tuple[Network, torch.device, torch.nn.Module]] = []
+        self._kept: list[tuple[Network, torch.device, int | None, Callable]] = []
 
     def forget_all_but(self, wanted: Sequence[Network]) -> None:
         """Let go of the rest before others are loaded: both might not fit into memory."""
         self._kept = [kept for kept in self._kept if any(_same(kept[0], one) for one in wanted)]
 
     def load(
-        self, record: Network, device: torch.device, *, flag: str, log: Callable[[str], None]
-    ) -> torch.nn.Module:
-        """The network of a record on the device, as `load_network`, read once."""
-        for kept, where, network in self._kept:
-            if where == device and _same(kept, record):
+        self,
+        record: Network,
+        device: torch.device,
+        *,
+        flag: str,
+        rows: int | None = None,
+        log: Callable[[str], None],
+    ) -> Callable:
+        """The network of a record on the device, as `load_network`, read once.
+
+        rows: compile it for batches of up to that many, or None.
+        """
+        for kept, where, its_rows, network in self._kept:
+            if (where, its_rows) == (device, rows) and _same(kept, record):
                 return network
         network = load_network(record, device, flag=flag, log=log)
-        self._kept.append((record, device, network))
+        if rows is not None:
+            log(f"compiling the {record.kind} at its first evaluation")
+            network = compile_for_sampling(network, rows, device)
+        self._kept.append((record, device, rows, network))
         return network
+
+    def joined(self, others: "LoadedNetworks") -> "LoadedNetworks":
+        """Those of both."""
+        both = LoadedNetworks()
+        both._kept = [*self._kept, *others._kept]
+        return both
+
+    def shrink(self, rows: int) -> None:
+        """From now on compiled networks get batches of at most so many rows."""
+        for *_, network in self._kept:
+            if isinstance(network, Compiled):
+                network.rows = rows
 
 
 def _same(one: Network, other: Network) -> bool:
@@ -188,9 +221,8 @@ def load_network(
 ) -> torch.nn.Module:
     """Make the network of a record, load its checkpoint, put it on the device.
 
-    With half precision it computes in float16 on CUDA, and on a CPU in bfloat16 where the processor
-    has it and float32 elsewhere. UserError, naming `flag`, if the checkpoint is not the recorded
-    one any more.
+    It computes in its precision if the device has it, see `dtype_on`. UserError, naming `flag`, if
+    the checkpoint is not the recorded one any more.
     """
     network = create_network(record.kind, {**record.flags, **WITHOUT_EFFECT})
     state_dict = read_checkpoint(record.path, flag=flag)
@@ -201,16 +233,44 @@ def load_network(
         )
     check_fit(network, state_dict, record.path, flag=flag)
     network.load_state_dict(state_dict)
-    network = network.eval().requires_grad_(False).to(device)
+    dtype = dtype_on(device, record.precision)
+    name = str(dtype).removeprefix("torch.")
+    if device.type == "cpu" and name != record.precision:
+        log(f"{record.kind}: {record.precision} on a CPU: computing in {name}")
+    return place(network, device, dtype)
+
+
+def place(
+    network: UNetModel | EncoderUNetModel, device: torch.device, dtype: torch.dtype
+) -> torch.nn.Module:
+    """A network made ready for sampling: on the device, frozen, its trunk in `dtype`."""
+    network.eval().requires_grad_(False).to(device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in its stub
-    half_flag = "classifier_use_fp16" if record.kind == "classifier" else "use_fp16"
-    if record.flags[half_flag]:
-        dtype = torch.float16
-        if device.type == "cpu":
-            dtype = torch.bfloat16 if cpu_has_bfloat16() else torch.float32
-            log(f"--{half_flag} True on a CPU: computing in {str(dtype).removeprefix('torch.')}")
+    if dtype != torch.float32:
         network.convert_to(dtype)
     return network
+
+
+def dtype_on(device: torch.device, precision: str) -> torch.dtype:
+    """What a network of a precision (one of PRECISIONS) computes in.
+
+    A CPU has no tf32, float16 only to store, and bfloat16 where the processor says so: half
+    precision is bfloat16 there, or float32. tf32 is float32 to torch; `set_tf32` tells them apart.
+    """
+    if precision in ("float32", "tf32"):
+        return torch.float32
+    if device.type != "cpu":
+        return torch.float16 if precision == "float16" else torch.bfloat16
+    return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+
+
+def set_tf32(allowed: bool) -> None:
+    """Let CUDA round the factors of float32 products to tf32, or not, in this whole process.
+
+    Left to itself torch does so in convolutions and not in matrix products.
+    """
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def name_of(device: torch.device) -> str:

@@ -185,7 +185,7 @@ class Worker:
         reason = str(error).strip().split("\n")[0]
         self._log(f"out of memory with {size} images a step ({reason}): going on with {size // 2}")
         error.__traceback__ = None  # its frames hold the tensors that did not fit
-        self._sampler.free_memory()
+        self._sampler.shrink(self._batch_size)
 
     def _reporter(self, chunk: Range, before: int, size: int) -> Callable[[int], None]:
         """What the sampler calls after each step of a batch of `size`, `before` into the chunk."""

@@ -19,6 +19,7 @@ if typing.TYPE_CHECKING:
 Value = bool | int | float | str
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde")
 VARIANCES = ("learned", "posterior")
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 # Flags of a network that its samples do not depend on, and what they are while it samples.
 WITHOUT_EFFECT: dict[str, Value] = {"use_checkpoint": False, "dropout": 0.0}
 # Flags of the diffusion process that only training or the chain's choice of steps knows.
@@ -37,6 +38,12 @@ class Network:
     flags: dict[str, Value]
     path: str
     sha256: str
+
+    @property
+    def precision(self) -> str:
+        """One of PRECISIONS: `flags` have it where the published flag cannot say it."""
+        name = "classifier_use_fp16" if self.kind == "classifier" else "use_fp16"
+        return str(self.flags.get("precision", "float16" if self.flags[name] else "float32"))
 
 
 @dataclasses.dataclass(frozen=True)

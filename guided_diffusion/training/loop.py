@@ -37,6 +37,7 @@ from esddpm_io.errors import UserError
 from esddpm_io.progress import Progress
 
 from .. import dist_util, logger
+from ..compiling import Compiled
 from ..fp16_util import INITIAL_LOG_LOSS_SCALE
 from ..nn import update_ema
 from ..rng import Draws
@@ -99,6 +100,7 @@ class Trainer(RunState):
         keep_checkpoints: after a save remove all but the newest K sets up to it (0: keep all).
         seed: see `Draws`; None leaves all random numbers to the global generators.
         channels_last: keep images and weights in NHWC memory; faster on GPUs in half precision.
+        compile: torch.compile the model. A shorter last microbatch is filled up, see `Compiled`.
         sidecar: keyword arguments of `checkpoints.write_sidecar` (flags, kind, early_stop_steps)
             for the JSON beside model and EMA files.
         num_timesteps: T (or T') of "t", for the figures by quarter.
@@ -133,6 +135,7 @@ class Trainer(RunState):
         keep_checkpoints: int = 0,
         seed: int | None = None,
         channels_last: bool = False,
+        compile: bool = False,
         sidecar: dict | None = None,
         num_timesteps: int | None = None,
         sample_interval: int = 0,
@@ -164,6 +167,10 @@ class Trainer(RunState):
 
         self.model = model.to(self.device, memory_format=self.memory_format)
         self._start(fp16_scale_growth, initial_lg_loss_scale)
+        self._distributed = self.ddp_model
+        if compile:
+            rows = min(self.microbatch, batch_size)
+            self.ddp_model = Compiled(self._distributed, rows, self.memory_format)
 
     # What a subclass may define.
 
@@ -346,7 +353,9 @@ class Trainer(RunState):
     def _no_sync(self, hold: bool):
         """Synchronise gradients with the other processes in the last microbatch only."""
         return (
-            self.ddp_model.no_sync() if hold and self.world_size > 1 else contextlib.nullcontext()
+            self._distributed.no_sync()
+            if hold and self.world_size > 1
+            else contextlib.nullcontext()
         )
 
     def _seed_global_generators(self) -> None:

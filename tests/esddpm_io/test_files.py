@@ -195,6 +195,7 @@ def test_sha256_of_a_folder_is_that_of_its_names_and_contents(tmp_path):
         (["/a/b.npz", "c.npz"], ["b.npz", "c.npz"]),
         (["/r/t1/s.npz", "/r/t2/s.npz"], ["t1/s.npz", "t2/s.npz"]),
         (["/r/t1/out/s", "/r/t2/out/s", "/r/t2/out/s/"], ["t1/out/s", "t2/out/s", "t2/out/s"]),
+        (["/r/ref.npz", "/r/t1/s", "/r/t2/s"], ["ref.npz", "t1/s", "t2/s"]),
         (["s.npz", "a/s.npz"], ["s.npz", "a/s.npz"]),
         (["/s.npz", "s.npz"], ["/s.npz", "s.npz"]),
         ([], []),

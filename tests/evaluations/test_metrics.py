@@ -244,6 +244,17 @@ def test_precision_and_recall_are_not_swapped():
     assert not covered[200:].any()
 
 
+def test_nearest_points_in_order(monkeypatch):
+    monkeypatch.setattr(neighbours, "_BLOCK", 16)  # so that several blocks have to be joined
+    samples = SAMPLES[:20]
+    rows, distances = nearest(REFERENCE, samples, 3)
+    every = np.linalg.norm(samples[:, None].astype(float) - REFERENCE[None], axis=2)
+    np.testing.assert_array_equal(rows, np.argsort(every, axis=1)[:, :3])
+    np.testing.assert_allclose(distances, np.sort(every, axis=1)[:, :3], rtol=1e-3)
+    with pytest.raises(ValueError, match="2 points: at least 3"):
+        nearest(REFERENCE[:2], samples, 3)
+
+
 def test_too_few_points_for_neighbours():
     with pytest.raises(ValueError, match="3 points: at least 4"):
         neighbour_radii(REFERENCE[:3], 3)
@@ -369,14 +380,3 @@ def test_intervals_of_paired_differences_cover_what_they_say(change, widest):
     width = np.mean([high - low for low, high in paired])
     assert 0.85 < width / (2 * 2.02 * np.std(differences)) < widest
     assert np.mean(unpaired) > 2 * width
-
-
-def test_nearest_points_in_order(monkeypatch):
-    monkeypatch.setattr(neighbours, "_BLOCK", 16)  # so that several blocks have to be joined
-    samples = SAMPLES[:20]
-    rows, distances = nearest(REFERENCE, samples, 3)
-    every = np.linalg.norm(samples[:, None].astype(float) - REFERENCE[None], axis=2)
-    np.testing.assert_array_equal(rows, np.argsort(every, axis=1)[:, :3])
-    np.testing.assert_allclose(distances, np.sort(every, axis=1)[:, :3], rtol=1e-3)
-    with pytest.raises(ValueError, match="2 points: at least 3"):
-        nearest(REFERENCE[:2], samples, 3)

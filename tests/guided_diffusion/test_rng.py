@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from guided_diffusion.rng import RandomStreams, random_labels
+from guided_diffusion.rng import DrawnAhead, RandomStreams, random_labels
 
 
 def draws(seed: int, start: int, stop: int, times: int = 3) -> np.ndarray:
@@ -16,6 +16,16 @@ def test_noise_belongs_to_seed_and_index_alone():
     assert (whole != draws(6, 0, 7)).mean() > 0.99
     # No two samples, and no two steps, share their noise.
     assert len(np.unique(whole.round(6)[..., 0, 0])) == 3 * 7 * 3
+
+
+def test_noise_drawn_ahead_is_the_same():
+    """Also beyond the draws that were said, and after some that nobody took."""
+    like = torch.empty(4, 3, 4, 4, dtype=torch.float64)
+    for said in (1, 3, 9):
+        streams, ahead = RandomStreams(5, 2, 6), DrawnAhead(RandomStreams(5, 2, 6), said)
+        taken = [ahead.randn(like) for _ in range(5)]  # kept: no buffer is used twice
+        assert all(torch.equal(noise, streams.randn(like)) for noise in taken)
+        assert taken[0].dtype == like.dtype
 
 
 def test_noise_is_standard_normal():

@@ -503,6 +503,30 @@ def test_channels_last_changes_memory_not_results():
         assert moments["exp_avg"].stride() == param.stride()
 
 
+def test_compiling_changes_no_results():
+    """One compilation, though the last microbatch is smaller; the loss to a rounding."""
+    plain, compiled = (
+        train_loop(model=Network().eval(), microbatch=3, compile=compile)
+        for compile in (False, True)
+    )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    data = batches()
+    for _ in range(3):
+        batch, cond = next(data)
+        losses = [loop.forward_backward(batch, cond)["loss"] for loop in (plain, compiled)]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+        for loop in (plain, compiled):
+            loop.run_step(batch, cond)
+            loop.step += 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for a, b in zip(plain.master_params, compiled.master_params, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    compiled.save()
+    state = torch.load(f"{logger.get_dir()}/model000003.pt", weights_only=True)
+    assert state.keys() == Network().state_dict().keys()
+
+
 def test_draws_belong_to_positions_of_the_global_batch():
     like = torch.zeros(6, 3, 4, 4)
     whole = Draws(1, 5, 6, 0)

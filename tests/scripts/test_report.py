@@ -16,6 +16,7 @@ from PIL import Image
 from esddpm_io.errors import UserError
 from guided_diffusion.commands import driver, report
 from guided_diffusion.reporting.points import point_of, read_groups
+from guided_diffusion.reporting.strips import strips_of
 from tests.tiny_sampling import IMAGE_SIZE, NUM_IMAGES, TinyFiles
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -79,8 +80,9 @@ def runs(tmp_path, real) -> Runs:
 def page(tmp_path):
     """Write the report of folders; its text."""
 
-    def call(*folders: Path) -> str:
-        report.main([*map(str, folders), "--output_dir", str(tmp_path / "out")])
+    def call(*folders: Path, **flags: object) -> str:
+        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        report.main([*map(str, folders), "--output_dir", str(tmp_path / "out"), *words])
         return (tmp_path / "out" / "report.html").read_text()
 
     return call
@@ -215,7 +217,7 @@ def test_other_features_or_references_stand_apart(runs, page, changes):
     assert "may not be compared" in text
     assert [columns(table, "T'") for table in tables(text)] == [[("200",), ("300",)], [("400",)]]
     # The best of the one part is not measured by the other: both parts have one.
-    assert "Best" in text and text.count("<h2>") == 2
+    assert text.count("Best Frechet") + text.count("Best FID") == text.count("<h2>") == 2
 
 
 def test_a_sweep_stands_for_its_points_and_a_run_counts_once(runs, page):
@@ -228,13 +230,17 @@ def test_a_sweep_stands_for_its_points_and_a_run_counts_once(runs, page):
 
 def test_a_sweeps_differences_are_told_with_their_intervals(runs, page):
     runs.add("t200", 200, 5.0)
+    runs.add("t300", 300, 5.5)
     runs.add("t400", 400, 8.0)
     best = {"to": "t200", "difference": 0.0, "interval": None}
+    near = {"to": "t200", "difference": 0.5, "interval": [-0.25, 1.25]}
     other = {"to": "t200", "difference": 3.0, "interval": [2.5, 3.5]}
-    differences = {"t200": best, "t400": other}
+    differences = {"t200": best, "t300": near, "t400": other}
     (runs.root / "sweep.json").write_text(json.dumps({"differences": differences}))
-    found = columns(tables(page(runs.root))[0], "T'", "Above the best")
-    assert found == [("200", "0.00"), ("400", "3.00|2.50 to 3.50")]
+    text = page(runs.root)
+    found = columns(tables(text)[0], "T'", "Above the best")
+    assert found == [("200", "0.00"), ("300", "0.50|-0.25 to 1.25"), ("400", "3.00|2.50 to 3.50")]
+    assert "do not tell it apart from T' 300, dpmpp_2m_sde, 2 network evaluations." in text
     # A run of a sweep that stands alone is compared with nothing.
     assert "Above the best" not in page(runs.root / "t400")
 
@@ -305,6 +311,9 @@ def test_the_nearest_real_images_of_the_best(runs, page, real):
         assert sample == first != second
         distances = [float(number) for number in re.findall(r"<small>([^<]+)", row)]
         assert distances == sorted(distances) and distances[0] < 0.1 < distances[1]
+    few = page(runs.root, nearest=2)
+    assert len(re.findall(r"<tr><th scope=\"row\">#", few)) == 2
+    assert "They were not looked for" in page(runs.root, nearest=0)
 
 
 def test_without_the_reference_a_sentence_takes_their_place(runs, page):
@@ -318,6 +327,20 @@ def test_without_the_reference_a_sentence_takes_their_place(runs, page):
     text = page(runs.root)
     assert "/nowhere/ref.npz is not there any more" in text
     assert f"{Path(__file__).name} is not what it was" in text
+
+
+def test_rows_show_a_seed_that_all_have(runs, page):
+    runs.add("a0", 200, 5.0, seed=0)
+    runs.add("a1", 200, 5.0, seed=1)
+    runs.add("b1", 400, 5.0, seed=1)
+    black = np.zeros((NUM_IMAGES, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    np.savez(runs.root / "a0" / "samples_all.npz", black)
+    [group] = read_groups([str(runs.root)])
+    [strip] = strips_of(group)
+    row = next(row for row in strip.rows if row.name == "T' 200")
+    assert strip.seed == 1 and row.images.any()
+    runs.add("c2", 600, 5.0, seed=2)
+    assert "no seed in common" in page(runs.root)
 
 
 def test_only_a_generators_images_make_a_page(runs, page):

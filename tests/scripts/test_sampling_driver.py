@@ -530,6 +530,23 @@ def test_precision_and_eta_reach_the_workers(tiny, tmp_path):
     run = ChunkFolder.load(tmp_path / "out").run
     assert run.network.flags["use_fp16"] is False and run.origins["use_fp16"] == "typed"
     assert (run.sampler.name, run.sampler.eta) == ("ddim", 0.3)
+    driver.main([*flags(tiny, tmp_path / "bf16", precision="bfloat16"), "--execute"])
+    run = ChunkFolder.load(tmp_path / "bf16").run
+    assert run.network.precision == run.guidance.classifier.precision == "bfloat16"
+    worker = tiny.guided_flags(tmp_path / "one", precision="bfloat16")
+    alone = by_one_process(tmp_path / "one", worker, guided=True)
+    assert_equal(all_samples(tmp_path / "bf16"), alone)
+
+
+def test_compiling_is_the_processes_affair(tiny, tmp_path, capsys):
+    """Each is told, and the run is the one it was, which may go on in the same folder."""
+    argv = flags(tiny, tmp_path / "out", devices="cpu,cpu")
+    driver.main(argv)
+    plain = ChunkFolder.load(tmp_path / "out").run
+    assert "--compile" not in capsys.readouterr().out
+    driver.main([*argv, "--compile"])
+    assert capsys.readouterr().out.count("--compile True") == 2
+    assert ChunkFolder.load(tmp_path / "out").run.identity == plain.identity
 
 
 def test_evaluations_and_sampler_by_name(tiny, tmp_path, capsys):

@@ -180,7 +180,7 @@ def test_networks_are_loaded_once_for_all_points(tiny, whole, tmp_path, monkeypa
     for name, pixels in zip("abc", expected, strict=True):
         [chunk] = (tmp_path / name / "chunks").glob("*/*.npz")
         np.testing.assert_array_equal(np.load(chunk)["arr_0"], pixels)
-    assert len(re.findall(r"features of \S*images\.npz: 10 images", whole[0].stderr)) == 1
+    assert len(re.findall(r"features of \S*/images\.npz: 10 images", whole[0].stderr)) == 1
 
 
 def test_later_points_are_added_and_finished_ones_left_alone(tiny, tmp_path, capsys):

@@ -17,8 +17,8 @@ from esddpm_io.errors import UserError
 from guided_diffusion import logger
 from guided_diffusion.checkpoints import read_sidecar
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
-from guided_diffusion.train_options import explained_flags
-from scripts import classifier_train, image_train, super_res_train
+from guided_diffusion.train_options import explained_flags, loop_options
+from scripts import classifier_train, image_train, super_res_train, vae_train
 from tests.waiting import PATIENCE_S, wait_until
 
 SCRIPT = str(Path(image_train.__file__))
@@ -440,6 +440,13 @@ def test_errors_name_no_flags_that_there_are_not():
         with pytest.raises(UserError) as caught, explained_flags({"num_heads": 4}):
             raise ValueError(text)
         assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("script", [image_train, super_res_train, classifier_train, vae_train])
+def test_compile_is_a_switch_that_reaches_the_loop(script):
+    parse = script.create_argparser().parse_args
+    for argv, compile in (([], False), (["--compile"], True), (["--compile", "no"], False)):
+        assert loop_options(parse(argv))["compile"] is compile
 
 
 def test_float16_on_a_cpu_says_what_it_does_instead(data, tmp_path):

@@ -4,6 +4,7 @@ The stand-in has the names and the behaviour of blobfile that we use; no store i
 """
 
 import itertools
+import json
 import os
 import shutil
 import sys
@@ -16,7 +17,7 @@ import pytest
 from esddpm_io import files
 from esddpm_io.errors import UserError, run_main
 from esddpm_io.images import open_images
-from guided_diffusion.commands import sample
+from guided_diffusion.commands import report, sample
 from guided_diffusion.sampling import outputs
 from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.status import Monitor
@@ -81,6 +82,24 @@ def test_inputs_checkpoint_and_chunks_in_a_bucket(tiny, tmp_path, bucket):
     assert (bucket / "out" / "grid.png").exists()
     with pytest.raises(UserError, match="denoise_steps is 2 there, 3 now"):
         sample.main(tiny.worker_flags("gs://bucket/out", **paths, denoise_steps=3), guided=False)
+
+
+def test_a_report_of_runs_in_a_bucket(bucket):
+    for name, t_prime in {"generator": 0, "t400": 400}.items():
+        folder = bucket / "runs" / name
+        folder.mkdir(parents=True)
+        point = {"t_prime": t_prime, "seed": 0, "network_evaluations": 2, "sampler": "ddpm"}
+        result = {"metrics": {"fid": 1.0 + t_prime}, "labels": {"fid": "FID"}, "images": 4}
+        record = {"point": point, "evaluation": {"results": [result], "reference": "ref.npz"}}
+        (folder / "metrics.json").write_text(json.dumps(record))
+        np.savez(folder / "samples_all.npz", np.zeros((4, 8, 8, 3), np.uint8))
+    report.write(["gs://bucket/runs"], "gs://bucket/out")
+    assert "gs://bucket/runs/t400" in (bucket / "out" / "report.html").read_text()
+    assert {path.name for path in (bucket / "out").iterdir()} == {
+        "report.html",
+        "strip.png",
+        "sweep.png",
+    }
 
 
 def test_a_missing_blob_is_named(bucket):

@@ -11,7 +11,7 @@ from guided_diffusion.commands import sampler_flags
 from guided_diffusion.commands.sample import build_parser
 from guided_diffusion.sampling.job import Job, rank_from_environment
 from guided_diffusion.script_util import classifier_defaults, model_and_diffusion_defaults
-from guided_diffusion.settings.record import SAMPLERS, Run
+from guided_diffusion.settings.record import PRECISIONS, SAMPLERS, Run
 from guided_diffusion.solvers import SOLVERS, SPACINGS
 from tests.tiny_sampling import CLASSIFIER, IMAGE_SIZE, MODEL, read_job
 
@@ -57,6 +57,31 @@ def test_guidance_scale_0_needs_no_classifier_and_gives_the_settings_of_the_plai
     job = read_job(flags, guided=True)
     assert job.run.guidance is None
     assert job.run == read_job(tiny.worker_flags(tmp_path), guided=False).run
+
+
+def test_precision_is_part_of_the_run_and_untyped_changes_nothing(tiny, tmp_path):
+    """float16 and float32 are what the published flags say; the others have a name of their own."""
+
+    def run(**typed: object) -> Run:
+        return read_job(tiny.guided_flags(tmp_path, **typed), guided=True).run
+
+    both = {"use_fp16": True, "classifier_use_fp16": True}
+    assert "precision" not in run().dependences()
+    assert run(precision="float32").identity == run().identity
+    assert run(precision="float16").identity == run(**both).identity
+    runs = [run(precision=precision) for precision in PRECISIONS]
+    assert len({made.identity for made in runs}) == len(PRECISIONS)
+    for precision, made in zip(PRECISIONS, runs, strict=True):
+        assert made.network.precision == made.guidance.classifier.precision == precision
+        assert made.origins["precision"] == "typed"
+        assert Run.from_json(json.loads(json.dumps(made.to_json())), where="") == made
+    # Not half by one flag and something else by the other, whichever network it is of.
+    for name, value in (("use_fp16", False), ("classifier_use_fp16", False)):
+        message = f"^--precision float16 contradicts --{name} False: give one$"
+        with pytest.raises(UserError, match=message):
+            run(precision="float16", **{name: value})
+    with pytest.raises(UserError, match="^--precision bfloat16 contradicts --use_fp16 True"):
+        run(precision="bfloat16", use_fp16=True)
 
 
 def test_settings_follow_contents_and_not_places(tiny, tmp_path):

@@ -10,13 +10,15 @@ from guided_diffusion.pixels import to_uint8
 from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.rng import RandomStreams
 from guided_diffusion.sampling import sampler as sampler_module
-from guided_diffusion.sampling.sampler import Sampler, choose_device
+from guided_diffusion.sampling.sampler import Sampler, choose_device, dtype_on, set_tf32
 from guided_diffusion.script_util import (
     classifier_defaults,
     create_classifier,
     create_model_and_diffusion,
     model_and_diffusion_defaults,
 )
+from guided_diffusion.settings.record import PRECISIONS
+from tests.golden_values import fill
 from tests.tiny_sampling import CLASSIFIER, IMAGE_SIZE, MODEL, read_job
 
 
@@ -140,21 +142,77 @@ def test_nan_names_index_and_step(tiny, tmp_path):
     message = "sample 5 became NaN or infinite at step 1 of 2 (index 1 of the chain"
     with pytest.raises(UserError, match=re.escape(message)) as error:
         Sampler(read_job(flags, guided=False)).sample(4, 8)
-    assert "use_fp16" not in str(error.value)
-    with pytest.raises(UserError, match="try --use_fp16 False, and check that"):
+    assert "precision" not in str(error.value)
+    with pytest.raises(UserError, match="try --precision float32, and check that"):
         Sampler(read_job([*flags, "--use_fp16", "True"], guided=False)).sample(4, 8)
 
 
 def test_half_precision_on_a_cpu_says_what_it_does(tiny, tmp_path, monkeypatch):
-    job = read_job(tiny.worker_flags(tmp_path, use_fp16=True), guided=False)
+    """Without the processor's bfloat16 it is float32; so is tf32, everywhere on a CPU."""
+    flags = tiny.guided_flags(tmp_path, classifier_scale=50.0)
+    plain = Sampler(read_job(flags, guided=True)).sample(0, 4)[0].astype(int)
     samples = {}
-    for has, name in ((True, "bfloat16"), (False, "float32")):
+    for precision, has, name in (
+        ("float16", True, "bfloat16"),
+        ("float16", False, "float32"),
+        ("bfloat16", False, "float32"),
+        ("tf32", True, "float32"),
+    ):
         monkeypatch.setattr(sampler_module, "cpu_has_bfloat16", lambda has=has: has)
         said = []
+        job = read_job([*flags, "--precision", precision], guided=True)
         samples[name] = Sampler(job, said.append).sample(0, 4)[0].astype(int)
-        assert said == [f"--use_fp16 True on a CPU: computing in {name}"]
-    difference = np.abs(samples["bfloat16"] - samples["float32"])
-    assert 0 < difference.mean() < 4  # of 255: the same pictures, coarser
+        assert said == [
+            f"{kind}: {precision} on a CPU: computing in {name}" for kind in ("model", "classifier")
+        ]
+        if name == "float32":
+            np.testing.assert_array_equal(samples[name], plain)
+    assert 0 < np.abs(samples["bfloat16"] - plain).mean() < 8  # of 255: the same, coarser
+
+
+def test_compiled_samples_are_those_of_the_plain_network(tiny, tmp_path):
+    """To a rounding, with one compilation, though the last batch is a shorter one."""
+    # Every fused kernel costs the C++ compiler seconds, so the network is smaller than the others.
+    small = {**MODEL, "channel_mult": "1", "attention_resolutions": "8"}
+    model, _ = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **small})
+    torch.save(fill(model).state_dict(), tmp_path / "small.pt")
+    flags = tiny.worker_flags(tmp_path, **small, model_path=tmp_path / "small.pt")
+    plain = Sampler(read_job(flags, guided=False))
+    compiled = Sampler(read_job([*flags, "--compile"], guided=False))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for start, stop in ((0, 4), (4, 8), (8, 10)):
+        expected, labels = plain.sample(start, stop)
+        images, own = compiled.sample(start, stop)
+        difference = np.abs(images.astype(int) - expected)
+        assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+        np.testing.assert_array_equal(own, labels)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_published_flag_is_a_precision(tiny, tmp_path):
+    """Also on a device that has it: --use_fp16 True is float16, --precision wins over a sidecar."""
+    gpu = torch.device("cuda")
+    run = read_job(tiny.worker_flags(tmp_path, use_fp16=True), guided=False).run
+    assert run.network.precision == "float16"
+    names = {"tf32": "float32", "float32": "float32"}
+    for precision in PRECISIONS:
+        job = read_job(tiny.worker_flags(tmp_path, precision=precision), guided=False)
+        assert job.run.network.precision == precision
+        dtype = getattr(torch, names.get(precision, precision))
+        assert dtype_on(gpu, precision) == dtype
+
+
+def test_tf32_is_allowed_in_all_products_or_in_none():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        for allowed, products in ((True, "high"), (False, "highest")):
+            set_tf32(allowed)
+            assert torch.get_float32_matmul_precision() == products
+            assert torch.backends.cudnn.allow_tf32 is allowed
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def test_a_checkpoint_that_changed_after_the_settings_were_written_is_refused(tiny, tmp_path):

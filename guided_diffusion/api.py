@@ -1,0 +1,174 @@
+"""Early stop as a Python call: the engine's sampler on images in memory, without folders."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from esddpm_io.errors import UserError
+from guided_diffusion.checkpoints import read_checkpoint, read_sidecar
+from guided_diffusion.commands.request import LARGEST_SEED, Request, network_of, sampler_of
+from guided_diffusion.pixels import to_float
+from guided_diffusion.sampling.job import Job
+from guided_diffusion.sampling.sampler import LoadedNetworks, Sampler, choose_device
+from guided_diffusion.sampling.sources import Source, Start
+from guided_diffusion.script_util import NUM_CLASSES
+from guided_diffusion.settings.layers import require
+from guided_diffusion.settings.record import Guidance, Network, Run, StartSettings
+from guided_diffusion.settings.resolver import Resolved, check_same_noise, resolve_network
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedNetwork:
+    """A checkpoint's network on a device; call `module` as `module(x, timesteps, y=labels)`.
+
+    x: NCHW float in [-1, 1]; timesteps: int64 [N]. A U-Net gives the noise in x (and with
+    learn_sigma its variance in as many channels more), a classifier logits.
+    """
+
+    record: Network
+    resolved: Resolved
+    device: torch.device
+    module: Callable
+    kept: LoadedNetworks
+
+
+def load_network(path: str, device: str = "", **flags: bool | int | float | str) -> LoadedNetwork:
+    """Load a U-Net or a classifier of noisy images; its flags are found as the commands find them.
+
+    device: "cpu", an index or "cuda:INDEX"; empty: a GPU if there is one. flags: of the network and
+    the process (`noise_schedule`, `num_heads`, …), for bare files whose shapes do not tell them;
+    what had to be assumed is in the `remarks` of `resolved`. ValueError for a file that is missing,
+    is no checkpoint, or does not fit its flags.
+    """
+    with _Arguments():
+        sidecar = read_sidecar(path)
+        kind = sidecar["kind"] if sidecar else _kind_of(path)
+        resolved = resolve_network(kind, path, flag="path", typed=flags)
+        record, where = network_of(resolved, "path"), choose_device(device)
+        kept = LoadedNetworks()
+        module = kept.load(record, where, flag="path", log=print)
+        return LoadedNetwork(record, resolved, where, module, kept)
+
+
+def early_stop(
+    network: LoadedNetwork,
+    images: np.ndarray,
+    t_prime: int = 400,
+    steps: int = 8,
+    sampler: str = "dpmpp_2m_sde",
+    seed: int = 0,
+    labels: np.ndarray | None = None,
+    classifier: LoadedNetwork | None = None,
+    guidance_scale: float = 0.0,
+    batch_size: int = 32,
+    *,
+    spacing: str = "uniform",
+    eta: float | None = None,
+    clip_denoised: bool | None = None,
+) -> np.ndarray:
+    """Diffuse images to T' and denoise them in `steps` network evaluations (arXiv 2205.12524).
+
+    images: uint8 [N, H, W, 3]; returns the same. Sample i depends on image i, its label, i and
+    `seed` alone; the sampling commands make the same of the same images, to the bit where batches
+    have the same size. labels: integers [N], for class-conditional networks and for guidance by
+    `classifier` with the factor `guidance_scale`. The other arguments are the flags of that name;
+    None is the sampler's own. ValueError, naming the argument, for all that cannot be.
+    """
+    with _Arguments():
+        source = _Arrays(images, labels)
+        needs_labels = bool(network.record.flags["class_cond"]) or bool(guidance_scale)
+        _check_images(images, int(network.record.flags["image_size"]))
+        require(batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
+        require(0 <= seed <= LARGEST_SEED, f"seed must be in 0 … {LARGEST_SEED}, not {seed}")
+        _check_labels(labels, len(images), needs_labels)
+        guidance, networks = None, [network.resolved]
+        if guidance_scale:
+            require(classifier is not None, "classifier: guidance_scale needs one")
+            assert classifier is not None
+            check_same_noise(network.resolved, classifier.resolved)
+            guidance = Guidance(classifier.record, guidance_scale)
+            networks.append(classifier.resolved)
+        request = Request(
+            kind="model",
+            model_path=network.record.path,
+            typed={},
+            respacing="",
+            steps=steps,
+            sampler=sampler,
+            t_prime=t_prime,
+            spacing=spacing,
+            eta=eta,
+            clip_denoised=clip_denoised,
+        )
+        start = StartSettings("images", num_classes=NUM_CLASSES if needs_labels else None)
+        run = Run(
+            network=network.record,
+            process=network.resolved.process,
+            guidance=guidance,
+            start=start,
+            sampler=sampler_of(request, networks),
+            seed=seed,
+            num_samples=len(images),
+        )
+        device = "cpu" if network.device.type == "cpu" else str(network.device)
+        kept = network.kept if classifier is None else network.kept.joined(classifier.kept)
+        engine = Sampler(Job(run, source, save_dir="", device=device), networks=kept)
+        starts = range(0, len(images), batch_size)
+        return np.concatenate(
+            [engine.sample(i, min(i + batch_size, len(images)))[0] for i in starts]
+        )
+
+
+class _Arrays(Source):
+    """Images uint8 [N, H, W, 3] and labels [N] in memory."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray | None):
+        self._images, self._labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def start(self, start: int, stop: int) -> Start:
+        labels = None if self._labels is None else np.asarray(self._labels[start:stop], np.int64)
+        return Start(to_float(np.ascontiguousarray(self._images[start:stop])), labels)
+
+
+class _Arguments:
+    """Errors that speak of flags become errors that speak of arguments."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, UserError):
+            raise ValueError(re.sub(r"--(\w)", r"\1", str(error))) from None
+
+
+def _kind_of(path: str) -> str:
+    """A classifier is a U-Net's first half."""
+    names = read_checkpoint(path, flag="path")
+    return "model" if any(name.startswith("output_blocks.") for name in names) else "classifier"
+
+
+def _check_images(images: np.ndarray, size: int) -> None:
+    is_uint8 = isinstance(images, np.ndarray) and images.dtype == np.uint8
+    require(is_uint8, "images must be a NumPy array of uint8 [N, H, W, 3]")
+    require(
+        images.ndim == 4 and images.shape[1:] == (size, size, 3) and len(images) > 0,
+        f"images must have shape [N, {size}, {size}, 3] for this network, N at least 1, not "
+        f"{list(images.shape)}",
+    )
+
+
+def _check_labels(labels: np.ndarray | None, count: int, needed: bool) -> None:
+    if labels is None:
+        require(not needed, "labels: the network or the classifier needs one for each image")
+        return
+    found = np.asarray(labels)
+    are_integers = found.shape == (count,) and found.dtype.kind in "iu"
+    require(are_integers, f"labels must be {count} integers, one for each image")
+    known = bool(((found >= 0) & (found < NUM_CLASSES)).all())
+    require(known, f"labels must be in 0 … {NUM_CLASSES - 1}")
