@@ -1,11 +1,12 @@
 """Show where a folder of samples, or a sweep's, stands: done, rate, time left, who does what."""
 
 import argparse
+import os
 import sys
 import time
 
 from esddpm_io.errors import run_main
-from esddpm_io.files import exists, join, list_names
+from esddpm_io.files import exists, is_blob, join, list_names
 from guided_diffusion.sampling.chunks import SETTINGS_FILE, ChunkFolder
 from guided_diffusion.sampling.status import Monitor, Screen
 
@@ -38,11 +39,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def _folders(path: str) -> list[ChunkFolder]:
     """The folder itself, or those of a sweep's points in it."""
+    if exists(join(path, SETTINGS_FILE)) or not (is_blob(path) or os.path.isdir(path)):
+        return [ChunkFolder.load(path)]
     names = sorted(list_names(path))
     points = [join(path, name) for name in names if exists(join(path, name, SETTINGS_FILE))]
-    if points and not exists(join(path, SETTINGS_FILE)):
-        return [ChunkFolder.load(point) for point in points]
-    return [ChunkFolder.load(path)]
+    return [ChunkFolder.load(point) for point in points or [path]]
 
 
 if __name__ == "__main__":
