@@ -112,7 +112,8 @@ set_up() {
     echo "setup_env.sh: $VENV is ready; use it with: source $PWD/$VENV/bin/activate"
 }
 
-# T' = 500 of 1000 steps in 25; the first 1000 images, so that two cores take minutes.
+# From T' = 500 of 1000 in 8 network evaluations; the first 1000 images, so that two cores take
+# a minute.
 demo() {
     local devices=cpu,cpu
     if has_nvidia_gpu; then
@@ -124,7 +125,7 @@ demo() {
     cd "$STARTED_IN"
     exec "$project/$VENV/bin/python" "$project/scripts/generate_processes_diffusion_and_reverse.py" \
         --execute --dataset emoji32 --devices "$devices" \
-        --chain_length 50 --reverse_steps 25 --limit 1000 "$@"
+        --t_prime 500 --steps 8 --sampler dpmpp_2m_sde --limit 1000 "$@"
 }
 
 run_tests() {

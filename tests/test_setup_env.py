@@ -127,7 +127,7 @@ PROJECT = "-m pip install --no-deps --editable ."
 def demo(clone, devices):
     return (
         f"{clone}/scripts/generate_processes_diffusion_and_reverse.py --execute --dataset emoji32 "
-        f"--devices {devices} --chain_length 50 --reverse_steps 25 --limit 1000"
+        f"--devices {devices} --t_prime 500 --steps 8 --sampler dpmpp_2m_sde --limit 1000"
     )
 
 
