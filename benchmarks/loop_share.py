@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from guided_diffusion.commands.sample import read_job
+from guided_diffusion.commands.sample import read_jobs
 from guided_diffusion.sampling.sampler import Sampler
 from guided_diffusion.settings.presets import load_preset
 from guided_diffusion.unet import UNetModel
@@ -51,7 +51,7 @@ def make_sampler(name: str, batch_size: int, steps: int) -> Sampler:
         "sampler": name,
     }
     argv = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-    return Sampler(read_job(argv, guided=False))
+    return Sampler(read_jobs(argv, guided=False)[0])
 
 
 def timed(sampler: Sampler, batch_size: int) -> tuple[float, float]:
