@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "datasets/README.md", "evaluations/README.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "datasets/README.md", "evaluations/README.md")
 PAGES += tuple(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md")))
 CODE = re.compile(r"^```\w*\n(.*?)^```|`([^`]+)`", re.MULTILINE | re.DOTALL)
 

@@ -417,3 +417,21 @@ def test_run_main_reports_a_bad_sweep_in_one_line(tiny, tmp_path, capsys):
         run_main(lambda: sweep.main(flags(tiny, tmp_path, sampler="euler")))
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("error: --sampler: 'euler' is none of")
+
+
+@pytest.mark.parametrize("dataset", ["emoji32", "emoji32_guided"])
+def test_the_shipped_presets_with_every_sampler(tmp_path, dataset):
+    """The second with its classifier, on trained weights: the path of ImageNet's preset."""
+    samplers = ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde")
+    argv = ["--dataset", dataset, "--t_prime", "300", "--steps", "2", "--sampler"]
+    argv += [",".join(samplers), "--limit", "6", "--devices", "cpu", "--eval_bootstrap", "0"]
+    sweep.main([*argv, "--output_dir", str(tmp_path), "--eval_backend", "torch"])
+    found = {name: images(tmp_path / f"{name}_t300_2_steps") for name in samplers}
+    start = np.load(SCRIPTS.parent / "evaluations/precomputed/vae_emoji32.npz")["arr_0"][:6]
+    for name, pixels in found.items():
+        # Neither the start images nor noise: changed, but still the same drawings.
+        difference = np.abs(pixels.astype(int) - start).mean()
+        assert 3 < difference < 60, (name, difference)
+        record = metrics(tmp_path / f"{name}_t300_2_steps")["run"]
+        assert (record["guidance"] is not None) == (dataset == "emoji32_guided")
+    assert len({pixels.tobytes() for pixels in found.values()}) == len(samplers)
