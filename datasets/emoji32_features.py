@@ -208,9 +208,11 @@ def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default=str(ROOT / "datasets" / "emoji32.npz"), help="emoji32")
     parser.add_argument("--out", default=str(precomputed / "emoji32_features.pb"), help="graph")
-    parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--epochs", type=int, default=25, help="passes over the drawings")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak of the one-cycle schedule")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights, order and changes of the drawings"
+    )
     return parser
 
 

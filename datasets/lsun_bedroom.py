@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from esddpm_io.errors import UserError, run_main
+from esddpm_io.help import HelpFormatter
 from esddpm_io.images import decode_image, save_png
 from esddpm_io.progress import Progress
 from guided_diffusion.image_datasets import center_crop_arr
@@ -101,15 +102,21 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("lmdb_path", help="the folder of data.mdb")
     parser.add_argument("out_dir", help="folder for the PNGs")
-    parser.add_argument("--image_size", "--image-size", type=int, default=256)
+    parser.add_argument(
+        "--image_size",
+        "--image-size",
+        type=int,
+        default=256,
+        help="height and width of the images, pixels",
+    )
     parser.add_argument("--prefix", default="bedroom", help="start of the names: the class label")
     parser.add_argument("--limit", type=int, default=0, help="only the first so many (0: all)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="images decoded at once"
+    )
     return parser
 
 

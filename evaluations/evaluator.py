@@ -12,6 +12,7 @@ import warnings
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import run_main, terminate_cleanly
 from esddpm_io.files import check_output_file, short_names
+from esddpm_io.help import HelpFormatter
 from evaluations.evaluation import evaluate
 from evaluations.features import BACKENDS, PRECISIONS
 from evaluations.neighbours import ARITHMETICS
@@ -22,9 +23,7 @@ from evaluations.settings import Settings
 
 def create_argparser() -> argparse.ArgumentParser:
     defaults = Settings()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     images = "an .npz (arr_0 uint8 [N, H, W, 3]), an .npy or a folder of images"
     parser.add_argument("ref_batch", metavar="REF", help=f"reference: {images}")
     parser.add_argument("sample_batch", metavar="SAMPLE", nargs="+", help=f"samples: {images}")
@@ -51,13 +50,18 @@ def create_argparser() -> argparse.ArgumentParser:
         "--devices",
         help="one process on each, as in 0,1 or cpu,cpu; torch only; the figures stay the same",
     )
-    graph.add_argument("--precision", choices=PRECISIONS, default=defaults.precision)
+    graph.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=defaults.precision,
+        help="arithmetic of the graph; figures differ by a percent or more",
+    )
     graph.add_argument(
         "--allow_mixed_precision",
         action="store_true",
         help="use reference statistics made in another precision",
     )
-    graph.add_argument("--batch_size", type=int, default=defaults.batch_size)
+    graph.add_argument("--batch_size", type=int, default=defaults.batch_size, help="images a step")
     graph.add_argument("--cache_dir", help="keep features here by the content of the images")
     what = parser.add_argument_group("metrics")
     what.add_argument(
@@ -74,8 +78,12 @@ def create_argparser() -> argparse.ArgumentParser:
         default=defaults.neighbour_arithmetic,
         help="of precision and recall; float16 is the published rounding",
     )
-    what.add_argument("--kid_subsets", type=int, default=defaults.kid_subsets)
-    what.add_argument("--kid_subset_size", type=int, default=defaults.kid_subset_size)
+    what.add_argument(
+        "--kid_subsets", type=int, default=defaults.kid_subsets, help="random subsets of KID"
+    )
+    what.add_argument(
+        "--kid_subset_size", type=int, default=defaults.kid_subset_size, help="images of each"
+    )
     what.add_argument(
         "--bootstrap",
         type=int,

@@ -14,6 +14,7 @@ import numpy as np
 
 from esddpm_io.errors import UserError, run_main, terminate_cleanly
 from esddpm_io.files import check_output_file
+from esddpm_io.help import HelpFormatter
 from esddpm_io.images import ImageSource
 from esddpm_io.npz import NpzWriter
 from evaluations.features import (
@@ -100,9 +101,7 @@ def _write(
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("images", metavar="IMAGES", help="an .npz, an .npy or a folder of images")
     parser.add_argument("out", metavar="OUT.npz")
     parser.add_argument("--keep", type=int, default=10_000, help="images in arr_0")
@@ -112,10 +111,20 @@ def create_argparser() -> argparse.ArgumentParser:
         metavar="GRAPH",
         help="frozen graph; default: as for evaluator.py",
     )
-    parser.add_argument("--backend", choices=BACKENDS, default="auto")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="what runs the graph; auto: what can use a GPU",
+    )
     parser.add_argument("--device", default="auto", help="torch only: cpu, cuda, cuda:1 …")
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="arithmetic of the graph, which the file tells",
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="images a step")
     parser.add_argument("--compressed", action="store_true", help="deflate the file's arrays")
     return parser
 

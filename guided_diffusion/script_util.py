@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 
 from . import gaussian_diffusion as gd
+from .flag_help import FLAG_HELP
 from .network_flags import check_classifier, check_unet, plan_levels
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import POOLS, EncoderUNetModel, SuperResModel, UNetModel
@@ -358,7 +359,7 @@ def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict) -
     """Add a flag `--key value` for every entry, typed like its default (None means text)."""
     for key, value in default_dict.items():
         kind = str if value is None else str2bool if isinstance(value, bool) else type(value)
-        parser.add_argument(f"--{key}", default=value, type=kind)
+        parser.add_argument(f"--{key}", default=value, type=kind, help=FLAG_HELP.get(key))
 
 
 def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from esddpm_io.errors import UserError, check_at_least
+from esddpm_io.help import HelpFormatter
 
 from . import dist_util, logger
 from .checkpoint_sets import find_set, newest_set
@@ -40,26 +41,6 @@ _LOOP = (
     "compile",
 )
 _DATA = ("data_dir", "batch_size", "random_crop", "random_flip", "label_from", "seed")
-
-_HELP = {
-    "data_dir": "folder of images (any depth) or .npz with arr_0 (and arr_1: labels)",
-    "schedule_sampler": "uniform, or loss-second-moment",
-    "lr_anneal_steps": "lr falls linearly to 0 at this step and training ends (0: constant lr)",
-    "iterations": "steps in all (0: lr_anneal_steps, or no end)",
-    "microbatch": "images that go through the model at once (-1: the batch)",
-    "ema_rate": 'rate of the averaged weights, or a comma list of rates ("": no averages)',
-    "eval_interval": "figures of the validation data every so many steps (0: never)",
-    "resume_checkpoint": "a modelNNNNNN.pt, or auto: the newest complete set in OPENAI_LOGDIR",
-    "early_stop_steps": "train on timesteps below this one only (0: all; default: as the network"
-    " resumed from was trained, else all)",
-    "precision": "float32, bfloat16 or float16 (default: float16 with use_fp16, else float32)",
-    "keep_checkpoints": "remove all but this many checkpoints (0: keep all)",
-    "channels_last": "NHWC memory: faster convolutions in half precision on GPUs",
-    "compile": "torch.compile the network: a minute or more at the start, faster steps after that",
-    "label_from": "name: label is the file name up to _; folder: the folder's name",
-    "num_workers": "processes that decode images (-1: as many as cores, at most 8)",
-    "sample_interval": "draw samples of the averaged weights every so many steps (0: never)",
-}
 
 
 def loop_defaults() -> dict:
@@ -102,16 +83,12 @@ def diffusion_training_defaults() -> dict:
 
 def training_parser(description: str, *defaults: dict) -> argparse.ArgumentParser:
     """A parser with these flags, the shared ones explained."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     merged: dict = {}
     for group in defaults:
         merged.update(group)
     add_dict_to_argparser(parser, merged)
     for action in parser._actions:
-        if action.dest in _HELP:
-            action.help = _HELP[action.dest]
         if action.dest == "compile":
             action.nargs, action.const = "?", True
     if "early_stop_steps" in merged:

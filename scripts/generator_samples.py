@@ -114,9 +114,11 @@ def write_samples(
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("function", metavar="MODULE:FUNCTION", help="f(n, seed) -> images")
-    parser.add_argument("--num_samples", type=int, default=10000)
+    parser.add_argument("--num_samples", type=int, default=10000, help="how many images")
     parser.add_argument("--batch_size", type=int, default=64, help="most images asked for at once")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same seed asks for the same images"
+    )
     parser.add_argument("--out", default="generator_samples.npz", help="npz to write")
     return parser
 

@@ -73,9 +73,11 @@ def frequent_labels(counts: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_path", default="", help="checkpoint vaeNNNNNN.pt of vae_train.py")
-    parser.add_argument("--num_samples", type=int, default=10000)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_samples", type=int, default=10000, help="how many images")
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="images a step; images do not depend on it"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images")
     parser.add_argument("--out", default="vae_samples.npz", help="npz to write")
     parser.add_argument("--compressed", action="store_true", help="deflate the file's arrays")
     return parser

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from esddpm_io.errors import UserError, run_main, terminate_cleanly
+from esddpm_io.help import HelpFormatter
 from evaluations import evaluate
 
 REFERENCE = "VIRTUAL_imagenet64_labeled.npz"
@@ -22,13 +23,13 @@ SELF = {"fid": (0.0, 1e-6), "sfid": (0.0, 1e-6), "precision": (1.0, 1e-9), "reca
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--dir", default=".", help="where the published files are")
     parser.add_argument("--reference", default=REFERENCE, help="another reference batch in it")
     parser.add_argument("--inception_path", help="frozen graph; default: as for evaluator.py")
-    parser.add_argument("--backend", default="auto")
+    parser.add_argument(
+        "--backend", default="auto", help="engine of the evaluator: auto, tensorflow or torch"
+    )
     return parser
 
 

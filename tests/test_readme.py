@@ -64,6 +64,24 @@ def test_every_documented_flag_exists(monkeypatch, capsys):
                 assert re.search(rf"{flag}\b", helps[script]), f"{' '.join(words)}: {flag}"
 
 
+SCRIPTS = sorted(
+    path
+    for folder in ("scripts", "scripts/imagenet_dataloader", "evaluations", "datasets")
+    for path in (REPOSITORY / folder).glob("*.py")
+    if "__main__" in path.read_text()
+)
+
+
+def test_every_flag_is_explained(monkeypatch, capsys):
+    assert len(SCRIPTS) >= 25
+    for script in SCRIPTS:
+        shown = re.split(r"^options:", help_of(script, monkeypatch, capsys), flags=re.MULTILINE)[1]
+        # A flag without help is followed by the next one, or by the end.
+        flags = re.split(r"^  (?=-)", shown, flags=re.MULTILINE)[1:]
+        bare = [flag for flag in flags if not re.search(r"(  |\n {10,})\S", flag)]
+        assert not bare, f"{script}: {bare}"
+
+
 def anchors(text: str) -> set[str]:
     """The names that headings of a page can be linked by."""
     titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)

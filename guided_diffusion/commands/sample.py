@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from esddpm_io.errors import check_at_least, terminate_cleanly
 from esddpm_io.files import read_json
+from esddpm_io.help import HelpFormatter
 from guided_diffusion.commands.sampler_flags import (
     AUTO,
     COMPILE_HELP,
@@ -25,6 +26,7 @@ from guided_diffusion.commands.sampler_flags import (
     by_name,
 )
 from guided_diffusion.compiling import check_compiler
+from guided_diffusion.flag_help import FLAG_HELP
 from guided_diffusion.sampling.chunks import default_chunk_size
 from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE
 from guided_diffusion.sampling.job import Job, describe, rank_from_environment
@@ -44,6 +46,13 @@ from guided_diffusion.settings.record import Run
 if TYPE_CHECKING:
     from guided_diffusion.commands.request import Request
 
+DESCRIPTION = """Carry generator images to T' and back, or sample from noise: one process's share.
+
+    python image_sample_diffusion_and_reverse.py --model_path model.pt --dataset_path gan.npz \\
+        --save_dir samples --t_prime 400 --steps 8 --sampler dpmpp_2m_sde
+
+The driver (generate_processes_diffusion_and_reverse.py) starts these; also under torchrun, mpiexec
+or srun. The same command goes on where it was stopped."""
 # Flags of every sampling command, and their defaults.
 COMMON_DEFAULTS = {
     "clip_denoised": True,
@@ -93,20 +102,22 @@ def sampling_defaults(guided: bool) -> dict:
 
 def build_parser(guided: bool, prog: str | None = None) -> argparse.ArgumentParser:
     """The command line of a sampling script; switches may be given a truth value too."""
-    parser = argparse.ArgumentParser(prog=prog)
+    parser = argparse.ArgumentParser(
+        prog=prog, description=DESCRIPTION, formatter_class=HelpFormatter
+    )
     defaults = sampling_defaults(guided)
     add_dict_to_argparser(parser, {k: v for k, v in defaults.items() if k not in _WITHOUT_TYPE})
-    parser.add_argument("--settings", nargs="+", default=())
+    parser.add_argument("--settings", nargs="+", default=(), help=FLAG_HELP["settings"])
     for name, kind in _TYPES_OF_UNSET.items():
-        parser.add_argument(f"--{name}", type=kind, default=None)
+        parser.add_argument(f"--{name}", type=kind, default=None, help=FLAG_HELP[name])
     add_sampler_flags(parser.add_argument)
     add_precision_flag(parser.add_argument)
     for name in _SWITCHES:
-        add_switch(parser, name, COMPILE_HELP if name == "compile" else None)
+        add_switch(parser, name, COMPILE_HELP if name == "compile" else FLAG_HELP[name])
     return parser
 
 
-def add_switch(parser: argparse.ArgumentParser, name: str, text: str | None) -> None:
+def add_switch(parser: argparse.ArgumentParser, name: str, text: str) -> None:
     """Add `--name`, which may be given a truth value too."""
     parser.add_argument(f"--{name}", nargs="?", const=True, default=False, type=str2bool, help=text)
 
