@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from esddpm_io.errors import UserError, run_main
+from esddpm_io.help import CommandLine
 from esddpm_io.npz import NpzWriter
 
 PACKAGE = "emoji-datasource-google"
@@ -139,7 +140,7 @@ def build(read: ReadMember, source: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandLine(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--package",
         default="",

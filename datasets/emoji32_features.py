@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import run_main
+from esddpm_io.help import CommandLine
 from esddpm_io.images import check_image_array
 from esddpm_io.npz import NpzReader
 from esddpm_io.progress import Progress
@@ -205,7 +206,7 @@ def read_data(path: str) -> tuple[np.ndarray, np.ndarray]:
 
 def create_argparser() -> argparse.ArgumentParser:
     precomputed = ROOT / "evaluations" / "precomputed"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandLine(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default=str(ROOT / "datasets" / "emoji32.npz"), help="emoji32")
     parser.add_argument("--out", default=str(precomputed / "emoji32_features.pb"), help="graph")
     parser.add_argument("--epochs", type=int, default=25, help="passes over the drawings")

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from esddpm_io.errors import UserError, run_main
-from esddpm_io.help import HelpFormatter
+from esddpm_io.help import CommandLine
 from esddpm_io.images import decode_image, save_png
 from esddpm_io.progress import Progress
 from guided_diffusion.image_datasets import center_crop_arr
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("lmdb_path", help="the folder of data.mdb")
     parser.add_argument("out_dir", help="folder for the PNGs")
     parser.add_argument(

@@ -12,7 +12,7 @@ import warnings
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import run_main, terminate_cleanly
 from esddpm_io.files import check_output_file, short_names
-from esddpm_io.help import HelpFormatter
+from esddpm_io.help import CommandLine
 from evaluations.evaluation import evaluate
 from evaluations.features import BACKENDS, PRECISIONS
 from evaluations.neighbours import ARITHMETICS
@@ -23,7 +23,7 @@ from evaluations.settings import Settings
 
 def create_argparser() -> argparse.ArgumentParser:
     defaults = Settings()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandLine(description=__doc__)
     images = "an .npz (arr_0 uint8 [N, H, W, 3]), an .npy or a folder of images"
     parser.add_argument("ref_batch", metavar="REF", help=f"reference: {images}")
     parser.add_argument("sample_batch", metavar="SAMPLE", nargs="+", help=f"samples: {images}")

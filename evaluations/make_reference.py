@@ -14,7 +14,7 @@ import numpy as np
 
 from esddpm_io.errors import UserError, run_main, terminate_cleanly
 from esddpm_io.files import check_output_file
-from esddpm_io.help import HelpFormatter
+from esddpm_io.help import CommandLine
 from esddpm_io.images import ImageSource
 from esddpm_io.npz import NpzWriter
 from evaluations.features import (
@@ -101,7 +101,7 @@ def _write(
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("images", metavar="IMAGES", help="an .npz, an .npy or a folder of images")
     parser.add_argument("out", metavar="OUT.npz")
     parser.add_argument("--keep", type=int, default=10_000, help="images in arr_0")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from esddpm_io.errors import UserError, check_at_least
-from esddpm_io.help import HelpFormatter
+from esddpm_io.help import CommandLine
 
 from . import dist_util, logger
 from .checkpoint_sets import find_set, newest_set
@@ -83,7 +83,7 @@ def diffusion_training_defaults() -> dict:
 
 def training_parser(description: str, *defaults: dict) -> argparse.ArgumentParser:
     """A parser with these flags, the shared ones explained."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser = CommandLine(description=description)
     merged: dict = {}
     for group in defaults:
         merged.update(group)

@@ -10,7 +10,7 @@ import os
 
 from esddpm_io.download import download
 from esddpm_io.errors import UserError, run_main
-from esddpm_io.help import HelpFormatter
+from esddpm_io.help import CommandLine
 from evaluations.features import GRAPH_URL, cached_graph_path
 from guided_diffusion.settings.presets import Download, Preset, load_preset, preset_names
 
@@ -18,7 +18,7 @@ PUBLISHED_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument(
         "dataset", metavar="DATASET", help=f"{', '.join(preset_names())}, or a preset file (.toml)"
     )

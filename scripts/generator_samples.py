@@ -20,6 +20,7 @@ import numpy as np
 
 from esddpm_io.errors import UserError, check_at_least, run_main, terminate_cleanly
 from esddpm_io.files import check_output_file
+from esddpm_io.help import CommandLine
 from esddpm_io.images import check_image_array
 from esddpm_io.npz import NpzWriter
 from esddpm_io.progress import Progress
@@ -112,7 +113,7 @@ def write_samples(
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandLine(description=__doc__.splitlines()[0])
     parser.add_argument("function", metavar="MODULE:FUNCTION", help="f(n, seed) -> images")
     parser.add_argument("--num_samples", type=int, default=10000, help="how many images")
     parser.add_argument("--batch_size", type=int, default=64, help="most images asked for at once")

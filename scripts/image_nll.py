@@ -16,7 +16,7 @@ import torch
 from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError, run_main, terminate_cleanly
 from esddpm_io.files import join
-from esddpm_io.help import HelpFormatter
+from esddpm_io.help import CommandLine
 from esddpm_io.progress import Progress
 from guided_diffusion import dist_util, logger
 from guided_diffusion.commands.request import network_of
@@ -33,7 +33,7 @@ TERMS = ("vb", "mse", "xstart_mse")
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandLine(description=__doc__)
     own = {
         "data_dir": "",
         "clip_denoised": True,

@@ -7,6 +7,7 @@ import time
 
 from esddpm_io.errors import run_main
 from esddpm_io.files import exists, is_blob, join, list_names
+from esddpm_io.help import CommandLine
 from guided_diffusion.sampling.chunks import SETTINGS_FILE, ChunkFolder
 from guided_diffusion.sampling.status import Monitor, Screen
 
@@ -14,7 +15,7 @@ _EVERY_S = 1.0
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("dir", help="the folder that the sampling processes, or a sweep, write to")
     parser.add_argument("--watch", action="store_true", help="keep showing it until it is complete")
     return parser

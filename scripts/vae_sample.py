@@ -14,6 +14,7 @@ import torch
 
 from esddpm_io.errors import UserError, check_at_least, run_main
 from esddpm_io.files import check_output_file
+from esddpm_io.help import CommandLine
 from esddpm_io.npz import NpzWriter
 from esddpm_io.progress import Progress
 from guided_diffusion import dist_util
@@ -71,7 +72,7 @@ def frequent_labels(counts: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandLine(description=__doc__.splitlines()[0])
     parser.add_argument("--model_path", default="", help="checkpoint vaeNNNNNN.pt of vae_train.py")
     parser.add_argument("--num_samples", type=int, default=10000, help="how many images")
     parser.add_argument(

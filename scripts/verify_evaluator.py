@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from esddpm_io.errors import UserError, run_main, terminate_cleanly
-from esddpm_io.help import HelpFormatter
+from esddpm_io.help import CommandLine
 from evaluations import evaluate
 
 REFERENCE = "VIRTUAL_imagenet64_labeled.npz"
@@ -23,7 +23,7 @@ SELF = {"fid": (0.0, 1e-6), "sfid": (0.0, 1e-6), "precision": (1.0, 1e-9), "reca
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("--dir", default=".", help="where the published files are")
     parser.add_argument("--reference", default=REFERENCE, help="another reference batch in it")
     parser.add_argument("--inception_path", help="frozen graph; default: as for evaluator.py")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import EXIT_USER_ERROR, UserError, check_at_least, terminate_cleanly
 from esddpm_io.files import absolute, check_output_folder, is_blob, join, read_json, sha256
-from esddpm_io.help import HelpFormatter
+from esddpm_io.help import CommandLine
 from guided_diffusion.commands import scoring
 from guided_diffusion.commands.sampler_flags import (
     AUTO,
@@ -66,7 +66,7 @@ _BESIDE_AGAIN = {
 
 def create_argparser() -> argparse.ArgumentParser:
     """The driver's command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandLine(description=__doc__)
     add = parser.add_argument
     add("--execute", action="store_true", help="run the commands, not only print them")
     add("--reverse_steps", type=int, default=25, help="K, steps denoised of the respaced chain")

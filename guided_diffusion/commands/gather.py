@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from esddpm_io.errors import UserError, check_at_least, terminate_cleanly
 from esddpm_io.files import check_output_folder, exists, is_blob, join
-from esddpm_io.help import HelpFormatter
+from esddpm_io.help import CommandLine
 from guided_diffusion.commands import scoring
 from guided_diffusion.settings.layers import parse
 from guided_diffusion.settings.presets import Preset, load_preset
@@ -27,7 +27,7 @@ _TELL_EVERY_S = 30.0
 
 def create_argparser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandLine(description=__doc__)
     add = parser.add_argument
     add("--dir", required=True, help="folder with the samples")
     add("--num_file", type=int, default=1, help="number of samples_…_rank_R.npz files to wait for")

@@ -6,7 +6,7 @@ import sys
 
 from esddpm_io.errors import terminate_cleanly
 from esddpm_io.files import absolute
-from esddpm_io.help import HelpFormatter
+from esddpm_io.help import CommandLine
 from guided_diffusion import dist_util, logger
 from guided_diffusion.commands.sample import (
     COMMON_DEFAULTS,
@@ -36,7 +36,7 @@ _OF_A_WORKER = {
 
 def build_parser(description: str, defaults: dict) -> argparse.ArgumentParser:
     """A command line with the common flags and `defaults`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser = CommandLine(description=description)
     add_dict_to_argparser(parser, {**COMMON_DEFAULTS, **defaults})
     eta = "with --use_ddim True: 0 (default) adds no noise, 1 that of DDPM"
     parser.add_argument("--eta", type=float, help=eta)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError, check_at_least, terminate_cleanly
 from esddpm_io.files import check_output_file, read_json
-from esddpm_io.help import HelpFormatter
+from esddpm_io.help import CommandLine
 from guided_diffusion.commands import driver, scoring
 from guided_diffusion.commands.sampler_flags import AUTO, by_name
 from guided_diffusion.settings.layers import parse, require
@@ -85,7 +85,7 @@ class Measured:
 
 def create_argparser() -> argparse.ArgumentParser:
     """The command line: flags of the driver, as far as they apply, and this command's own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandLine(description=__doc__)
     for action in driver.create_argparser()._actions:
         if action.dest in _FLAGS:
             parser._add_action(action)

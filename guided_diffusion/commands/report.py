@@ -8,7 +8,7 @@ import argparse
 
 from esddpm_io.errors import check_at_least, terminate_cleanly
 from esddpm_io.files import absolute, check_output_folder, join
-from esddpm_io.help import HelpFormatter
+from esddpm_io.help import CommandLine
 
 PAGE_FILE, SWEEP_PLOT, STRIP_PLOT = "report.html", "sweep.png", "strip.png"
 NEAREST = 6  # samples: enough to see whether the network copies
@@ -16,7 +16,7 @@ NEAREST = 6  # samples: enough to see whether the network copies
 
 def create_argparser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandLine(description=__doc__)
     add = parser.add_argument
     add("dirs", metavar="DIR", nargs="+", help="folder of a run, of a sweep, or of several runs")
     samples = "samples that the nearest real images are shown of; 0: the features are not computed"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from esddpm_io.errors import check_at_least, terminate_cleanly
 from esddpm_io.files import read_json
-from esddpm_io.help import HelpFormatter
+from esddpm_io.help import CommandLine
 from guided_diffusion.commands.sampler_flags import (
     AUTO,
     COMPILE_HELP,
@@ -102,9 +102,7 @@ def sampling_defaults(guided: bool) -> dict:
 
 def build_parser(guided: bool, prog: str | None = None) -> argparse.ArgumentParser:
     """The command line of a sampling script; switches may be given a truth value too."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=DESCRIPTION, formatter_class=HelpFormatter
-    )
+    parser = CommandLine(prog=prog, description=DESCRIPTION)
     defaults = sampling_defaults(guided)
     add_dict_to_argparser(parser, {k: v for k, v in defaults.items() if k not in _WITHOUT_TYPE})
     parser.add_argument("--settings", nargs="+", default=(), help=FLAG_HELP["settings"])

@@ -22,7 +22,7 @@ from esddpm_io.files import (
     join,
     read_json,
 )
-from esddpm_io.help import HelpFormatter
+from esddpm_io.help import CommandLine
 from guided_diffusion.commands import driver, report, scoring
 from guided_diffusion.commands.sampler_flags import AUTO, SPACINGS
 from guided_diffusion.commands.sweep_points import (
@@ -50,7 +50,7 @@ DEFAULT_GROUPS = 20  # a Fréchet distance each; 40 would make intervals 3 % nar
 
 def create_argparser() -> argparse.ArgumentParser:
     """The command line of a sweep."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandLine(description=__doc__)
     add = parser.add_argument
     add("--output_dir", required=True, help="folder of the sweep, with a folder for each point")
     start = "list of T', in original timesteps; 0: the generator's images themselves, "

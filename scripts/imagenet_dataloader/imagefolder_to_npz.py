@@ -11,7 +11,7 @@ import os
 
 from esddpm_io.errors import UserError, run_main, terminate_cleanly
 from esddpm_io.files import check_output_file
-from esddpm_io.help import HelpFormatter
+from esddpm_io.help import CommandLine
 from esddpm_io.images import ImageSource, open_images
 from esddpm_io.npz import NpzWriter
 from esddpm_io.progress import Progress
@@ -20,7 +20,7 @@ _IMAGES_AT_ONCE = 64
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("--folder", required=True, help="folder of images")
     parser.add_argument("--output", help="the .npz to write; default: FOLDER.npz")
     return parser

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from esddpm_io.errors import UserError, run_main, terminate_cleanly
 from esddpm_io.files import check_output_file
-from esddpm_io.help import HelpFormatter
+from esddpm_io.help import CommandLine
 from esddpm_io.images import decode_image
 from esddpm_io.npz import NpzWriter
 from esddpm_io.progress import Progress
@@ -69,7 +69,7 @@ def read_labels(path: str) -> dict[str, int]:
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument("--folder", required=True, help="folder of the validation images")
     parser.add_argument("--labels", default="imagenet_val_labels.txt", help="default: %(default)s")
     parser.add_argument("--image_size", type=int, default=64, help="default: %(default)s")

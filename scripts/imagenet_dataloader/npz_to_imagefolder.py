@@ -11,14 +11,14 @@ import os
 
 from esddpm_io.errors import UserError, run_main, terminate_cleanly
 from esddpm_io.files import check_output_folder
-from esddpm_io.help import HelpFormatter
+from esddpm_io.help import CommandLine
 from esddpm_io.images import ImageSource, open_images, png_name, save_png
 from esddpm_io.progress import Progress
 from guided_diffusion.settings.presets import load_preset
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandLine(description=__doc__)
     parser.add_argument(
         "--dataset", default="imagenet64", help="a preset, a preset file, or an .npz of images"
     )

@@ -15,14 +15,14 @@ from pathlib import Path
 from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError, run_main, terminate_cleanly
 from esddpm_io.files import check_output_file
-from esddpm_io.help import HelpFormatter
+from esddpm_io.help import CommandLine
 
 NUM_CLASSES = 1000
 _MOVE = re.compile(r"^\s*mv\s+(ILSVRC2012_val_\d{8}\.JPEG)\s+(n\d{8})/?\s*$", re.MULTILINE)
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandLine(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--valprep", help="the script valprep.sh")
     source.add_argument("--ground_truth", help="ILSVRC2012_validation_ground_truth.txt")
