@@ -1,10 +1,12 @@
 """One line for the user instead of a traceback."""
 
+import contextlib
 import errno
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 EXIT_MAY_PASS = 1  # something that another try may mend, as any fault of the program is
 EXIT_USER_ERROR = 2
@@ -19,6 +21,21 @@ _MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY
 
 class UserError(ValueError):
     """Something the user can put right: the message is one line that names the flag or the file."""
+
+
+@contextlib.contextmanager
+def speaking_of_arguments(**names: str) -> Iterator[None]:
+    """For library calls: a UserError of the block speaks of arguments, not of flags.
+
+    names: what the command line calls otherwise, as REF="reference".
+    """
+    try:
+        yield
+    except UserError as error:
+        text = re.sub(r"--(?=\w)", "", str(error))
+        for name, argument in names.items():
+            text = re.sub(rf"\b{name}\b", argument, text)
+        raise UserError(text) from error.__cause__
 
 
 class Terminated(KeyboardInterrupt):

@@ -1,9 +1,23 @@
 """Progress on stderr: a bar on a terminal, a line now and then in a log."""
 
+import contextlib
+import contextvars
 import sys
 import time
+from collections.abc import Iterator
 
 _LOG_EVERY_S = 30.0
+_quiet = contextvars.ContextVar("quiet", default=False)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress is shown within the block: for library calls."""
+    token = _quiet.set(True)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
 
 
 class Progress:
@@ -18,6 +32,9 @@ class Progress:
         self._done = 0
         self._started = self._last_line = time.monotonic()
         self._bar = None
+        self._is_quiet = _quiet.get()
+        if self._is_quiet:
+            return
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -28,6 +45,8 @@ class Progress:
     def update(self, n: int, note: str = "") -> None:
         """Count `n` more; `note` is shown behind the figures."""
         self._done += n
+        if self._is_quiet:
+            return
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(n)

@@ -1,14 +1,15 @@
 """The evaluation as a library call: `from evaluations import evaluate`."""
 
 import dataclasses
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from esddpm_io.errors import UserError
+from esddpm_io.errors import UserError, speaking_of_arguments
 from esddpm_io.files import check_output_folder, short_names
+from esddpm_io.progress import quiet
 from evaluations.devices import extract_on_devices
 from evaluations.features import (
     Engine,
@@ -67,9 +68,16 @@ def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
 
     `reference` and `samples` are paths of .npz, .npy or image folders, or uint8 [N, H, W, 3]
     arrays; the keywords are the fields of `Settings`. All inputs are checked before the first
-    image goes through the graph, and the features of the reference are computed once.
-    `UserError` (a `ValueError`) for anything the caller can put right.
+    image goes through the graph, and the features of the reference are computed once. Nothing is
+    printed: doubts about the figures are the results' `warnings`. `UserError` (a `ValueError`) for
+    anything the caller can put right.
     """
+    with quiet(), speaking_of_arguments(REF="reference", SAMPLE="samples"):
+        return run(reference, *samples, tell=lambda warning: None, **settings)
+
+
+def run(reference: Images, *samples: Images, tell: Callable[[str], None], **settings) -> Evaluation:
+    """`evaluate` with progress on stderr and errors that speak of flags; `tell` gets warnings."""
     chosen = Settings.of(settings)
     if not samples:
         raise UserError("SAMPLE: give at least one sample batch")
@@ -83,7 +91,7 @@ def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
         check_engine("torch", chosen.precision, device)
     backend = "torch" if chosen.devices else chosen.backend
     engine = choose_engine(graph, backend, chosen.precision, chosen.device)
-    told = _Warnings()
+    told = _Warnings(tell)
     about_reference = told(_doubts_about_images(reference_set, reference_set))
     early = [
         [*about_reference, *told(_doubts_about_images(one, reference_set))] for one in sample_sets
@@ -161,15 +169,16 @@ def _checked_graph(chosen: Settings, *image_sets: ImageSet) -> Graph:
 
 
 class _Warnings:
-    """Prints warnings as soon as they are known, for features may take hours; each of them once."""
+    """Tells warnings as soon as they are known, for features may take hours; each of them once."""
 
-    def __init__(self):
+    def __init__(self, tell: Callable[[str], None]):
+        self._tell = tell
         self._told: set[str] = set()
 
     def __call__(self, notes: list[str]) -> list[str]:
         for note in notes:
             if note not in self._told:
-                print(f"warning: {note}", file=sys.stderr, flush=True)
+                self._tell(note)
         self._told.update(notes)
         return notes
 

@@ -7,13 +7,14 @@ Exit code 0 is success, 2 something you can put right, which is named.
 """
 
 import argparse
+import sys
 import warnings
 
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import run_main, terminate_cleanly
 from esddpm_io.files import check_output_file, short_names
 from esddpm_io.help import CommandLine
-from evaluations.evaluation import evaluate
+from evaluations.evaluation import run
 from evaluations.features import BACKENDS, PRECISIONS
 from evaluations.neighbours import ARITHMETICS
 from evaluations.report import Names, as_json, lines, table
@@ -98,6 +99,11 @@ def create_argparser() -> argparse.ArgumentParser:
     return parser
 
 
+def warn(text: str) -> None:
+    """A warning on stderr."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = vars(create_argparser().parse_args(argv))
     reference, samples = args.pop("ref_batch"), args.pop("sample_batch")
@@ -107,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         check_output_file(json_path, flag="--json")
     args["metrics"] = ALL_METRICS if "all" in args["metrics"] else tuple(args["metrics"])
 
-    evaluation = evaluate(reference, *samples, **args)
+    evaluation = run(reference, *samples, tell=warn, **args)
 
     names = Names(evaluation, metric_name)
     if json_path is not None:

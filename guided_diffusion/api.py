@@ -1,13 +1,12 @@
 """Early stop as a Python call: the engine's sampler on images in memory, without folders."""
 
 import dataclasses
-import re
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from esddpm_io.errors import UserError
+from esddpm_io.errors import speaking_of_arguments
 from guided_diffusion.checkpoints import read_checkpoint, read_sidecar
 from guided_diffusion.commands.request import LARGEST_SEED, Request, network_of, sampler_of
 from guided_diffusion.pixels import to_float
@@ -43,7 +42,7 @@ def load_network(path: str, device: str = "", **flags: bool | int | float | str)
     what had to be assumed is in the `remarks` of `resolved`. ValueError for a file that is missing,
     is no checkpoint, or does not fit its flags.
     """
-    with _Arguments():
+    with speaking_of_arguments():
         sidecar = read_sidecar(path)
         kind = sidecar["kind"] if sidecar else _kind_of(path)
         resolved = resolve_network(kind, path, flag="path", typed=flags)
@@ -77,7 +76,7 @@ def early_stop(
     `classifier` with the factor `guidance_scale`. The other arguments are the flags of that name;
     None is the sampler's own. ValueError, naming the argument, for all that cannot be.
     """
-    with _Arguments():
+    with speaking_of_arguments():
         source = _Arrays(images, labels)
         needs_labels = bool(network.record.flags["class_cond"]) or bool(guidance_scale)
         _check_images(images, int(network.record.flags["image_size"]))
@@ -134,17 +133,6 @@ class _Arrays(Source):
     def start(self, start: int, stop: int) -> Start:
         labels = None if self._labels is None else np.asarray(self._labels[start:stop], np.int64)
         return Start(to_float(np.ascontiguousarray(self._images[start:stop])), labels)
-
-
-class _Arguments:
-    """Errors that speak of flags become errors that speak of arguments."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, UserError):
-            raise ValueError(re.sub(r"--(\w)", r"\1", str(error))) from None
 
 
 def _kind_of(path: str) -> str:

@@ -57,5 +57,5 @@ def test_two_processes_give_the_figures_of_one_and_go_on_after_a_kill(tmp_path, 
     for name, value in one.items():
         assert two[name].value == pytest.approx(value.value, rel=1e-9)
     assert len(list(Path("cache").iterdir())) == 2 and not set(kept) & set(Path("cache").iterdir())
-    with pytest.raises(UserError, match="--device cuda:99"):
+    with pytest.raises(UserError, match="^device cuda:99"):
         evaluate(reference, samples, **{**options, "devices": "cpu,99"})
