@@ -121,6 +121,8 @@ def test_metrics_are_called_what_they_are_and_kept_with_all_settings(whole_job):
         "steps": 2,
         "sampler": "ddpm",
         "eta": 1.0,
+        "clip_denoised": True,
+        "variance": "learned",
         "guidance_scale": 1.0,
         "seed": 0,
         "timesteps": [250, 0],
