@@ -68,4 +68,4 @@ def test_vae_images_are_those_of_the_shipped_vae():
 
 def test_shipped_files_stay_small():
     files = [*PRECOMPUTED.glob("*emoji32*"), *MODELS.glob("emoji32*")]
-    assert sum(path.stat().st_size for path in files) < 40e6
+    assert sum(path.stat().st_size for path in files) < 52e6

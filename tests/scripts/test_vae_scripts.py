@@ -211,6 +211,7 @@ def test_flags_and_defaults_are_frozen():
         "latent_dim": 64,
         "prior_components": 64,
         "channels_last": False,
+        "compile": False,
         "use_fp16": False,
     }
     sample_flags = vars(vae_sample.create_argparser().parse_args([]))
