@@ -31,6 +31,7 @@ from guided_diffusion.settings.layers import parse, require, without_effect
 from guided_diffusion.settings.presets import (
     GUIDED_SAMPLER,
     PLAIN_SAMPLER,
+    RESULTS_FOLDER,
     SCRIPTS_FOLDER,
     Preset,
     load_preset,
@@ -160,7 +161,7 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
     named = by_name(args, typed, ("chain_length", "reverse_steps"))
     if not named:
         print(_describe_steps(args, _chain(args, preset)))
-    default = str(_default_output(args, preset, bool(named)))
+    default = absolute(_default_output(args, preset, bool(named)))
     output = absolute(args.output_dir) if args.output_dir else default
     print(f"output folder: {output}")
     evaluation = None
@@ -429,13 +430,13 @@ def _default_output(args: argparse.Namespace, preset: Preset, named: bool) -> Pa
     """The output folder that stands for what is sampled and how."""
     if named:
         suffix = f"_{args.save_dir_suffix}" if args.save_dir_suffix else ""
-        return SCRIPTS_FOLDER / "exps" / preset.name / f"{point_name(args)}_steps{suffix}"
+        return RESULTS_FOLDER / "exps" / preset.name / f"{point_name(args)}_steps{suffix}"
     kind = f"diffusion_and_reverse_{args.reverse_steps}_steps"
     if args.start_from_scratch:
         kind = "generate_from_scratch"
     suffix = f"_{args.save_dir_suffix}" if args.save_dir_suffix else ""
     chain = f"ddpm_{args.chain_length}_steps"
-    return SCRIPTS_FOLDER / "exps" / preset.name / chain / f"{kind}{suffix}"
+    return RESULTS_FOLDER / "exps" / preset.name / chain / f"{kind}{suffix}"
 
 
 def point_name(args: argparse.Namespace) -> str:
@@ -559,6 +560,8 @@ def check_files(args: argparse.Namespace, typed: set[str], preset: Preset, outpu
         what = "; ".join(f"{flag}: there is no file or folder {p}" for flag, p in missing.items())
         fetch = shlex.join(["python", str(SCRIPTS_FOLDER / "download.py"), args.dataset])
         shipped = {file.path for file in preset.download} & set(missing.values())
+        if not (shipped or preset.is_own):
+            what += "; the files of this preset come with the repository: clone it, or name others"
         raise UserError(f"{what}; fetch with: {fetch}" if shipped else what)
 
 
@@ -587,9 +590,9 @@ def choose_devices(args: argparse.Namespace, typed: set[str]) -> list[str]:
 
 
 def log_folder(args: argparse.Namespace, output: str) -> Path:
-    """Beside the samples where the user named their folder, else in scripts/."""
+    """Beside the samples where the user named their folder, else where exps/ is."""
     beside_samples = args.output_dir and not is_blob(output)
-    return Path(output if beside_samples else SCRIPTS_FOLDER) / "logs"
+    return Path(output if beside_samples else RESULTS_FOLDER) / "logs"
 
 
 def worker_commands(

@@ -15,7 +15,10 @@ from esddpm_io.files import is_blob
 
 PRESET_FOLDER = Path(__file__).parent / "preset_data"
 # The published commands are typed in scripts/, so the paths of shipped presets start there.
-SCRIPTS_FOLDER = Path(__file__).parents[2] / "scripts"
+_IN_WHEEL = Path(__file__).parents[1] / "scripts"  # setup.py puts them there
+SCRIPTS_FOLDER = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).parents[2] / "scripts"
+# Where exps/ and logs/ go by default: as published in scripts/, of a wheel where the user stands.
+RESULTS_FOLDER = Path() if _IN_WHEEL.is_dir() else SCRIPTS_FOLDER
 
 GUIDED_SAMPLER = "classifier_sample_diffusion_and_reverse.py"
 PLAIN_SAMPLER = "image_sample_diffusion_and_reverse.py"
