@@ -93,6 +93,7 @@ def create_argparser() -> argparse.ArgumentParser:
     images = "start images to measure with, spread over all of them"
     parser.add_argument("--num_images", type=int, default=NUM_IMAGES, help=images)
     parser.add_argument("--json", help="file for all numbers")
+    parser.add_argument("--plot", help="PNG of the curve")
     return parser
 
 
@@ -100,8 +101,9 @@ def main(argv: list[str] | None = None) -> None:
     terminate_cleanly()
     args, typed = parse(create_argparser(), argv)
     check_at_least(args, {"num_images": 4, "batch_size": 1, "steps": 1})
-    if args.json:
-        check_output_file(args.json, flag="--json")
+    for name in ("json", "plot"):
+        if getattr(args, name):
+            check_output_file(getattr(args, name), flag=f"--{name}")
     preset = load_preset(args.dataset)
     args = argparse.Namespace(**{**vars(driver.create_argparser().parse_args([])), **vars(args)})
     args.t_prime = AUTO
@@ -114,6 +116,11 @@ def main(argv: list[str] | None = None) -> None:
         found = measure(request, evaluation, device, args.batch_size, args.num_images, scratch)
     if args.json:
         write_json(args.json, found.to_json())
+    if args.plot:
+        from guided_diffusion.reporting.figures import save_proposal_png
+
+        title = f"{preset.name}, {args.sampler}, {args.steps} evaluations"
+        save_proposal_png(found.proposal, title, args.plot)
     print(f"to sample with it:\n  {_command(args, typed, found.proposal.t_prime)}")
     print(found)
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from guided_diffusion.proposal import Proposal
+
 # Told apart by all kinds of colour vision (Okabe and Ito), and by their markers. On a page each has
 # a variable of its own in place of the colour, which changes with the theme.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b0578d", "#a87b00", "#3f8fc4", "#6b5bb5")
@@ -108,6 +110,35 @@ def save_sweep_png(groups: list[Group], path: str | os.PathLike) -> None:
         _save(figure, path, _PAPER_DPI)
 
 
+def save_proposal_png(proposal: "Proposal", title: str, path: str | os.PathLike) -> None:
+    """The measured distances against T', bars the interval of the difference to the best point."""
+    points = proposal.points
+    bars = [[p.difference - p.low for p in points], [p.high - p.difference for p in points]]
+    with _style():
+        figure = _figure(_PANEL_INCHES)
+        axes = figure.subplots()
+        axes.axvspan(proposal.low, proposal.high, color=_RULE, alpha=0.6)
+        at, distances = [p.t_prime for p in points], [p.distance for p in points]
+        axes.errorbar(at, distances, yerr=bars, color=COLOURS[0], marker=_MARKERS[0], capsize=2)
+        axes.axvline(proposal.t_prime, color=COLOURS[1], linestyle="--")
+        axes.annotate(
+            f"T' = {proposal.t_prime}",
+            (proposal.t_prime, max(distances)),
+            color=COLOURS[1],
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="top",
+        )
+        _scale(axes, min(distances), max(distances))
+        axes.set_title(title, loc="left")
+        axes.set_ylabel("Fréchet distance")
+        axes.set_xlabel(
+            "T'; bars: 95 % interval of the difference to the best\ngrey: cannot be told "
+            "from the best"
+        )
+        _save(figure, path, _PAPER_DPI)
+
+
 def save_strip_png(strips: list[Strip], path: str | os.PathLike) -> None:
     """Rows of samples at the same indices, each named, pixels repeated so that they are seen."""
     rows = [(strip, row) for strip in strips for row in strip.rows]
@@ -144,15 +175,20 @@ def save_strip_png(strips: list[Strip], path: str | os.PathLike) -> None:
 Label = tuple[float | None, float, str, str]
 
 
-def _draw(axes: "Axes", group: Group, key: str, against: str) -> None:
-    """Settings of a group with error bars, and the generator's own images as a line across."""
-    low, high = min(group.values(key)), max(group.values(key))
-    if key == group.chosen_by and 0 < low * _LOGARITHMIC_FROM < high:
+def _scale(axes: "Axes", low: float, high: float) -> None:
+    """A logarithmic axis where values reach far above the lowest."""
+    if 0 < low * _LOGARITHMIC_FROM < high:
         axes.set_yscale("log")
         steps = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
         ticks = [step for step in steps if low / 1.3 < step < high * 1.3]
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
+
+
+def _draw(axes: "Axes", group: Group, key: str, against: str) -> None:
+    """Settings of a group with error bars, and the generator's own images as a line across."""
+    if key == group.chosen_by:
+        _scale(axes, min(group.values(key)), max(group.values(key)))
     draw = _draw_by_evaluations if against == "evaluations" else _draw_by_t_prime
     labels = draw(axes, group, key)
     for setting in group.generators:

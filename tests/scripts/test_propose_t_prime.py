@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from PIL import Image
 
 from esddpm_io.errors import UserError
 from guided_diffusion.commands import driver, propose
@@ -24,7 +25,11 @@ def flags(tiny, *more: str) -> list[str]:
 
 def test_last_line_json_and_the_command_to_run_next(tiny, tmp_path, capsys):
     file = tmp_path / "t_prime.json"
-    propose.main(flags(tiny, "--json", str(file), "--num_images", "6", "--seed", "3"))
+    plot = tmp_path / "curve.png"
+    own = ["--json", str(file), "--plot", str(plot), "--num_images", "6", "--seed", "3"]
+    propose.main(flags(tiny, *own))
+    with Image.open(plot) as picture:
+        assert picture.width > 600 and len(picture.convert("RGB").getcolors(2**20)) > 3
     lines = capsys.readouterr().out.splitlines()
     found = re.fullmatch(r"T' = (\d+) \((\d+) … (\d+)\)", lines[-1])
     assert found, lines[-1]
