@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 from esddpm_io.errors import UserError
-from evaluations import evaluate, features
+from evaluations import features
+from evaluations.evaluation import run
+from evaluations.evaluator import warn
 from evaluations.features import graph_identity, load_graph, remember_graph
 from evaluations.graph_file import Graph, Node
 from tests.evaluations.graph_writer import GOLDEN, constant, graph, node, small_graph
@@ -23,14 +25,14 @@ def images():
 
 @pytest.fixture
 def score(tmp_path, monkeypatch, capsys):
-    """`evaluate` in an empty folder with a small graph; returns figures and what was printed."""
+    """The evaluation in an empty folder with a small graph; figures and what was printed."""
     monkeypatch.chdir(tmp_path)
     Path("small.pb").write_bytes(small_graph())
 
     def call(*sets, **settings):
         options = {"inception_path": "small.pb", "backend": "torch", "metrics": "fid"}
         capsys.readouterr()
-        evaluation = evaluate(*sets, **{**options, **settings})
+        evaluation = run(*sets, tell=warn, **{**options, **settings})
         return evaluation.results[0].metrics, capsys.readouterr().err
 
     return call
