@@ -217,22 +217,33 @@ def stored_or_measured(
     So a run that goes on, and the other machines of one, take the same. UserError if it is not
     there and this process is not to measure it.
     """
-    stored, folder = read_json(path), os.path.dirname(path)
-    if stored is None:
-        require(
-            may_measure,
-            f"--t_prime auto: T' is not known yet ({path} is not there): machine 0 measures it "
-            "when it starts to sample; or ask propose_t_prime.py and type the number",
-        )
+    if read_json(path) is None and may_measure:
+        folder = os.path.dirname(path)
         found = measure(request, evaluation, device, batch_size, NUM_IMAGES, folder)
         print(found)
         write_json(path, found.to_json())
         return found.proposal.t_prime
+    return kept(request, path, evaluation)
+
+
+def kept(request: "Request", path: str, evaluation: scoring.Evaluation | None = None) -> int:
+    """The T' in a JSON file that was measured for this request; evaluation: by this one, if given.
+
+    UserError if there is none, or it is of something else.
+    """
+    stored = read_json(path)
+    require(
+        stored is not None,
+        f"--t_prime auto: T' is not known yet ({path} is not there): the driver measures it on "
+        f"machine 0 when it starts to sample, propose_t_prime.py --json {path} at once",
+    )
     if not (isinstance(stored, dict) and isinstance(stored.get("proposal"), dict)):
         raise UserError(f"--t_prime auto: {path} is damaged: remove it")
-    question = _question(_with_least_t_prime(request, folder)[0].run, evaluation)
+    run = _with_least_t_prime(request, os.path.dirname(path))[0].run
+    wanted = _question(run, evaluation) if evaluation else {"run": run.identity}
+    known = stored.get("question")
     require(
-        stored.get("question") == question,
+        isinstance(known, dict) and all(known.get(name) == wanted[name] for name in wanted),
         f"--t_prime auto: {path} was measured with other settings, images or networks: choose "
         "another --output_dir, or remove it",
     )

@@ -5,6 +5,7 @@ published flags, of which the same record is made.
 """
 
 import argparse
+import dataclasses
 import os
 import shlex
 import signal
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from esddpm_io.errors import check_at_least, terminate_cleanly
-from esddpm_io.files import read_json
+from esddpm_io.files import join, read_json
 from esddpm_io.help import CommandLine
 from guided_diffusion.commands.sampler_flags import (
     AUTO,
@@ -148,7 +149,13 @@ def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
         require(named, "--save_dir: name the folder for the samples")
         from guided_diffusion.commands.request import settle
 
-        settled = settle(_request(args, typed, kind), args.save_dir)
+        request = _request(args, typed, kind)
+        if args.t_prime == AUTO:
+            from guided_diffusion.commands import propose, scoring
+
+            path = join(args.save_dir, scoring.PROPOSAL_FILE)
+            request = dataclasses.replace(request, t_prime=propose.kept(request, path))
+        settled = settle(request, args.save_dir)
         run, source = settled.run, settled.source
         remarks = [*settled.remarks, *_in_vain(args, typed)]
     rank, world_size, launched = place
@@ -192,10 +199,6 @@ def _request(args: argparse.Namespace, typed: set[str], kind: str) -> "Request":
 
     networks = model_and_diffusion_defaults() | classifier_defaults()
     networks |= sr_model_and_diffusion_defaults()
-    require(
-        args.t_prime != AUTO,
-        "--t_prime auto: T' is measured by the driver, or by propose_t_prime.py: type the number",
-    )
     chain: dict[str, Any] = {"steps": None if args.start_from_scratch else args.denoise_steps}
     return Request(
         kind=kind,

@@ -9,7 +9,7 @@ from PIL import Image
 from esddpm_io.errors import UserError
 from guided_diffusion.commands import driver, propose
 from guided_diffusion.sampling.chunks import ChunkFolder
-from tests.tiny_sampling import NUM_IMAGES, TinyFiles
+from tests.tiny_sampling import NUM_IMAGES, TinyFiles, read_job
 
 STEPS = ("--steps", "2", "--sampler", "dpmpp_2m_sde")
 
@@ -51,7 +51,7 @@ def test_the_driver_measures_once_and_keeps_it(tiny, tmp_path, capsys):
     argv = [*flags(tiny, "--output_dir", str(out)), "--t_prime", "auto"]
     with pytest.raises(UserError, match="--t_prime auto: T' is not known yet"):
         driver.main(argv)
-    with pytest.raises(UserError, match="machine 0 measures it when it starts"):
+    with pytest.raises(UserError, match="measures it on machine 0 when it starts"):
         driver.main([*argv, "--execute", "--num_machines", "2", "--machine_idx", "1"])
     driver.main([*argv, "--execute"])
     proposed = json.loads((out / "t_prime.json").read_text())
@@ -70,3 +70,18 @@ def test_the_driver_measures_once_and_keeps_it(tiny, tmp_path, capsys):
     (out / "t_prime.json").write_text("[]")
     with pytest.raises(UserError, match="t_prime.json is damaged: remove it"):
         driver.main([*argv, "--execute"])
+
+
+def test_a_sampling_script_takes_what_was_measured_for_it(tiny, tmp_path):
+    worker = tiny.worker_flags(tmp_path, t_prime="auto", steps=2, sampler="dpmpp_2m_sde")
+    for flag in ("--timestep_respacing", "--denoise_steps"):
+        del worker[worker.index(flag) : worker.index(flag) + 2]
+    with pytest.raises(UserError, match=r"t_prime\.json is not there.*propose_t_prime.py --json"):
+        read_job(worker, guided=False)
+    file = tmp_path / "t_prime.json"
+    own = ["--classifier_guidance_scale", "0", "--json", str(file), "--num_images", "5"]
+    propose.main(flags(tiny, *own))
+    t_prime = json.loads(file.read_text())["proposal"]["t_prime"]
+    assert read_job(worker, guided=False).run.sampler.timesteps[0] == t_prime - 1
+    with pytest.raises(UserError, match="was measured with other settings"):
+        read_job([*worker, "--seed", "1"], guided=False)
