@@ -368,7 +368,7 @@ def test_a_script_sets_up_its_environment_and_hands_on_its_variables(tmp_path):
 
 def test_a_sweep_that_is_killed_twice_goes_on(tmp_path):
     """By SIGKILL, then by SIGTERM: the samples and figures are those of one that ran through."""
-    small = {"T_PRIMES": "0,200,400", "STEPS": 3, "LIMIT": 12, "DEVICES": "cpu"}
+    small = {"T_PRIMES": "0,200,400", "STEPS": 8, "LIMIT": 48, "DEVICES": "cpu"}
     more = ["--batch_size", "2", "--eval_backend", "torch"]
     copy = tmp_path / "copy.sh"
     copy.write_text((SCRIPTS / "sweeps/emoji32.sh").read_text())
@@ -402,7 +402,7 @@ def test_a_sweep_that_is_killed_twice_goes_on(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " of them done; folder: " in done.stdout
-    names = ("generator", "dpmpp_2m_sde_t200_3_steps", "dpmpp_2m_sde_t400_3_steps")
+    names = ("generator", "dpmpp_2m_sde_t200_8_steps", "dpmpp_2m_sde_t400_8_steps")
     for name in names:
         np.testing.assert_array_equal(images(out / name), images(tmp_path / "whole" / name))
     tables = [
