@@ -86,11 +86,12 @@ class Sweep:
 def main(argv: list[str] | None = None) -> None:
     args, typed = parse(create_argparser(), argv)
     sweep = _plan(args, typed)
-    print("\n".join(_describe(sweep)), flush=True)
     if args.print_points:
+        print("\n".join(_describe(sweep)))
         return
     terminate_cleanly()
     with driver.telling_how_to_continue([str(SWEEP), *(sys.argv[1:] if argv is None else argv)]):
+        print("\n".join(_describe(sweep)), flush=True)
         failed = _execute(sweep)
     for error in failed:
         print(f"error: {error}", file=sys.stderr)
