@@ -85,11 +85,18 @@ class Study:
         self.others = images[even[: args.num_samples]], labels[even[: args.num_samples]]
         self._reference = gaussian_of(pool_features(self._engine, images[even]))
         self._settled: dict[tuple[str, int], Settled] = {}
+        self._distances: dict[tuple[str, int, int], float] = {}
 
     def distance(self, features: np.ndarray) -> float:
         return frechet_distance(self._reference, gaussian_of(features))
 
-    @functools.cache  # noqa: B019 - there is one study
+    def distance_at(self, prior: str, seed: int, t_prime: int) -> float:
+        """Of the samples from T'; each is computed once."""
+        key = (prior, seed, t_prime)
+        if key not in self._distances:
+            self._distances[key] = self.distance(self.features(*key))
+        return self._distances[key]
+
     def features(self, prior: str, seed: int, t_prime: int) -> np.ndarray:
         """Features of the samples from T', float32 [n, D], computed if they are not there."""
         args = self._args
@@ -258,7 +265,7 @@ class Curve:
     @classmethod
     def of(cls, study: Study, prior: str, seeds: list[int], grid: list[int]) -> "Curve":
         times = np.array([0, *grid])
-        table = [[study.distance(study.features(prior, s, t)) for t in times] for s in seeds]
+        table = [[study.distance_at(prior, s, t) for t in times] for s in seeds]
         return cls(times, np.mean(table, axis=0))
 
     def loss(self, t_prime: float) -> float:

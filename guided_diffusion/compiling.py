@@ -23,12 +23,20 @@ class Compiled:
     """
 
     def __init__(
-        self, network: Callable, rows: int, layout: torch.memory_format, **options: object
+        self,
+        network: Callable,
+        rows: int,
+        layout: torch.memory_format,
+        *,
+        backend: str = "inductor",
+        mode: str | None = None,
+        options: dict | None = None,
     ):
         self.rows = rows
         self._layout = layout
-        self._clones = options.get("mode") == "reduce-overhead"
-        self._network = torch.compile(network, dynamic=False, **options)  # type: ignore[call-overload]
+        self._clones = mode == "reduce-overhead"
+        how: dict[str, Any] = {"backend": backend, "mode": mode, "options": options}
+        self._network: Callable = torch.compile(network, dynamic=False, **how)
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         named = {name: self._fill(value) for name, value in kwargs.items()}
@@ -52,10 +60,9 @@ class Compiled:
 
 def compile_for_sampling(network: torch.nn.Module, rows: int, device: torch.device) -> Compiled:
     """A network whose weights stay as they are: as CUDA graphs, or on a CPU built into the code."""
-    options: dict[str, object] = {"mode": "reduce-overhead"}
     if device.type == "cpu":
-        options = {"options": {"freezing": True}}
-    return Compiled(network, rows, torch.channels_last, **options)
+        return Compiled(network, rows, torch.channels_last, options={"freezing": True})
+    return Compiled(network, rows, torch.channels_last, mode="reduce-overhead")
 
 
 def check_compiler(device: str) -> None:

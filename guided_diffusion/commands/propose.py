@@ -177,7 +177,7 @@ def measure(
     )
     return Measured(
         proposal,
-        _question(settled.run, evaluation),
+        _question(request, settled.run, evaluation),
         len(trial),
         steps,
         evaluations,
@@ -195,12 +195,14 @@ def _with_least_t_prime(request: "Request", scratch: str) -> "tuple[Settled, int
     return settle(dataclasses.replace(request, t_prime=steps), scratch), steps
 
 
-def _question(run: "Run", evaluation: scoring.Evaluation) -> dict[str, str | None]:
-    return {
-        "run": run.identity,
-        "reference": evaluation.reference,
-        "graph": evaluation.graph,
-    }
+def _question(
+    request: "Request", run: "Run", evaluation: scoring.Evaluation | None
+) -> dict[str, str | None]:
+    """What a proposal depends on; with T' = K all spacings are the same run."""
+    asked: dict[str, str | None] = {"run": run.identity, "spacing": request.spacing}
+    if evaluation is not None:
+        asked |= {"reference": evaluation.reference, "graph": evaluation.graph}
+    return asked
 
 
 def stored_or_measured(
@@ -240,7 +242,7 @@ def kept(request: "Request", path: str, evaluation: scoring.Evaluation | None = 
     if not (isinstance(stored, dict) and isinstance(stored.get("proposal"), dict)):
         raise UserError(f"--t_prime auto: {path} is damaged: remove it")
     run = _with_least_t_prime(request, os.path.dirname(path))[0].run
-    wanted = _question(run, evaluation) if evaluation else {"run": run.identity}
+    wanted = _question(request, run, evaluation)
     known = stored.get("question")
     require(
         isinstance(known, dict) and all(known.get(name) == wanted[name] for name in wanted),

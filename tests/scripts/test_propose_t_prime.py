@@ -9,18 +9,13 @@ from PIL import Image
 from esddpm_io.errors import UserError
 from guided_diffusion.commands import driver, propose
 from guided_diffusion.sampling.chunks import ChunkFolder
-from tests.tiny_sampling import NUM_IMAGES, TinyFiles, read_job
+from tests.tiny_sampling import NUM_IMAGES, read_job
 
 STEPS = ("--steps", "2", "--sampler", "dpmpp_2m_sde")
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> TinyFiles:
-    return TinyFiles(tmp_path_factory.mktemp("tiny"))
-
-
 def flags(tiny, *more: str) -> list[str]:
-    return ["--dataset", str(tiny.preset()), "--devices", "cpu", *STEPS, *more]
+    return ["--dataset", str(tiny.root / "tiny.toml"), "--devices", "cpu", *STEPS, *more]
 
 
 def test_last_line_json_and_the_command_to_run_next(tiny, tmp_path, capsys):
@@ -67,6 +62,8 @@ def test_the_driver_measures_once_and_keeps_it(tiny, tmp_path, capsys):
     assert "samples are there already" in printed
     with pytest.raises(UserError, match="was measured with other settings, images or networks"):
         driver.main([*argv, "--execute", "--seed", "1"])
+    with pytest.raises(UserError, match="was measured with other settings, images or networks"):
+        driver.main([*argv, "--execute", "--spacing", "karras"])
     (out / "t_prime.json").write_text("[]")
     with pytest.raises(UserError, match="t_prime.json is damaged: remove it"):
         driver.main([*argv, "--execute"])

@@ -42,13 +42,6 @@ DRIVER = "generate_processes_diffusion_and_reverse.py"
 GATHER = "gather_numpyz_and_compute_fid.py"
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> TinyFiles:
-    files = TinyFiles(tmp_path_factory.mktemp("tiny"))
-    files.preset()
-    return files
-
-
 def flags(tiny: TinyFiles, output: Path, **changes: object) -> list[str]:
     """Flags of the driver: the tiny preset, 2 of 5 steps, one process on the CPU."""
     values = {

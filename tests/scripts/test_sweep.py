@@ -19,13 +19,6 @@ from tests.tiny_sampling import NUM_IMAGES, SCRIPTS, TinyFiles, read_job, run_sc
 from tests.waiting import PATIENCE_S, wait_until
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> TinyFiles:
-    files = TinyFiles(tmp_path_factory.mktemp("tiny"))
-    files.preset()
-    return files
-
-
 def flags(tiny: TinyFiles, output: Path, **changes: object) -> list[str]:
     """Flags of a sweep: T' = 0 and 200, two evaluations, guided, one process on the CPU."""
     values = {
