@@ -74,7 +74,8 @@ def early_stop(
     `seed` alone; the sampling commands make the same of the same images, to the bit where batches
     have the same size. labels: integers [N], for class-conditional networks and for guidance by
     `classifier` with the factor `guidance_scale`. The other arguments are the flags of that name;
-    None is the sampler's own. ValueError, naming the argument, for all that cannot be.
+    None is the sampler's own. On CUDA it sets this process's switches for tf32 to what the
+    network's precision is. ValueError, naming the argument, for all that cannot be.
     """
     with speaking_of_arguments():
         source = _Arrays(images, labels)
