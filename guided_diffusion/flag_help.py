@@ -79,6 +79,8 @@ FLAG_HELP = {
     "data_dir": "folder of images (any depth) or .npz with arr_0 (and arr_1: labels)",
     "schedule_sampler": "uniform, or loss-second-moment",
     "lr_anneal_steps": "lr falls linearly to 0 at this step and training ends (0: constant lr)",
+    "lr_warmup": "lr rises linearly over this many first steps (0: at once)",
+    "grad_clip": "largest norm of a step's gradient, longer ones are scaled down to it (0: any)",
     "iterations": "steps in all (0: lr_anneal_steps, or no end)",
     "microbatch": "images that go through the model at once (-1: the batch)",
     "ema_rate": 'rate of the averaged weights, or a comma list of rates ("": no averages)',

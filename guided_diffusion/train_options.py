@@ -30,6 +30,8 @@ _LOOP = (
     "microbatch",
     "lr",
     "weight_decay",
+    "lr_warmup",
+    "grad_clip",
     "log_interval",
     "save_interval",
     "resume_checkpoint",
@@ -46,6 +48,8 @@ _DATA = ("data_dir", "batch_size", "random_crop", "random_flip", "label_from", "
 def loop_defaults() -> dict:
     """Flags of the loop that guided-diffusion does not have, for all training scripts."""
     return {
+        "lr_warmup": 0,
+        "grad_clip": 0.0,
         "precision": "",
         "keep_checkpoints": 0,
         "channels_last": False,
@@ -124,6 +128,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         (
             "iterations",
             "lr_anneal_steps",
+            "lr_warmup",
             "early_stop_steps",
             "keep_checkpoints",
             "sample_interval",
@@ -136,7 +141,7 @@ def check_ranges(args: argparse.Namespace) -> None:
     check_seed(args.seed)
     if not 0 < args.lr < math.inf:
         raise UserError(f"--lr is {args.lr}, it must be above 0")
-    for name in ("weight_decay", "fp16_scale_growth", "kl_weight"):
+    for name in ("weight_decay", "grad_clip", "fp16_scale_growth", "kl_weight"):
         value = getattr(args, name, 0.0)
         if not 0 <= value < math.inf:
             raise UserError(f"--{name} is {value}, it must be a number of at least 0")

@@ -90,6 +90,8 @@ class Trainer(RunState):
             whole batch.
         lr, weight_decay: of AdamW. lr_anneal_steps: lr falls linearly to 0 at this step, where
             training ends (0: constant).
+        lr_warmup: lr rises linearly from 1 / lr_warmup of itself in this many steps (0: at once).
+        grad_clip: a gradient whose norm is larger is scaled down to it (0: never).
         iterations: steps in all, resumed ones included (0: lr_anneal_steps; both 0: no end).
         ema_rate: one rate, or a comma list of rates ("": no averages).
         log_interval, save_interval: in steps.
@@ -123,6 +125,8 @@ class Trainer(RunState):
         lr: float = 1e-4,
         weight_decay: float = 0.0,
         lr_anneal_steps: int = 0,
+        lr_warmup: int = 0,
+        grad_clip: float = 0.0,
         iterations: int = 0,
         ema_rate: float | str = "0.9999",
         log_interval: int = 10,
@@ -149,7 +153,8 @@ class Trainer(RunState):
         self.global_batch = batch_size * self.world_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr, self.weight_decay = lr, weight_decay
-        self.lr_anneal_steps = lr_anneal_steps
+        self.lr_anneal_steps, self.lr_warmup = lr_anneal_steps, lr_warmup
+        self.grad_clip = grad_clip
         self.iterations = iterations or lr_anneal_steps
         self.ema_rate = parse_rates(ema_rate)
         self.log_interval, self.save_interval = log_interval, save_interval
@@ -267,7 +272,9 @@ class Trainer(RunState):
             if self.precision == "float16":
                 self.mp_trainer.apply(self.opt, math.nan)
         else:
-            self._anneal_lr()
+            self._set_lr()
+            if 0 < self.grad_clip < grad_norm:
+                self.mp_trainer.scale_gradients(self.grad_clip / grad_norm)
             taken = self.mp_trainer.apply(self.opt, grad_norm)
         if taken:
             logger.logkv_mean("grad_norm", grad_norm)
@@ -400,12 +407,17 @@ class Trainer(RunState):
             )
         return True
 
-    def _anneal_lr(self) -> None:
+    def _set_lr(self) -> None:
         """Set lr; guided-diffusion lowers it after a step, so that the first two have the same."""
+        if not self.lr_anneal_steps and not self.lr_warmup:
+            return
+        lr = self.lr
         if self.lr_anneal_steps:
-            done = max(self.global_step - 1, 0) / self.lr_anneal_steps
-            for group in self.opt.param_groups:
-                group["lr"] = self.lr * max(0.0, 1 - done)
+            lr *= max(0.0, 1 - max(self.global_step - 1, 0) / self.lr_anneal_steps)
+        if self.global_step < self.lr_warmup:
+            lr *= (self.global_step + 1) / self.lr_warmup
+        for group in self.opt.param_groups:
+            group["lr"] = lr
 
     def _update_ema(self) -> None:
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):

@@ -361,6 +361,8 @@ def test_defaults_of_the_flags_that_guided_diffusion_does_not_have():
         "sample_interval": 0,
         "early_stop_steps": None,
         "keep_checkpoints": 0,
+        "lr_warmup": 0,
+        "grad_clip": 0.0,
         "precision": "",
         "channels_last": False,
         "seed": 0,
@@ -398,6 +400,8 @@ BAD = {
     "batch_size": (0, "--batch_size is 0, it must be at least 1"),
     "lr": (-1, "--lr is -1.0, it must be above 0"),
     "weight_decay": (-1, "--weight_decay is -1.0, it must be a number of at least 0"),
+    "grad_clip": (-1, "--grad_clip is -1.0, it must be a number of at least 0"),
+    "lr_warmup": (-1, "--lr_warmup is -1, it must be at least 0"),
     "fp16_scale_growth": ("nan", "--fp16_scale_growth is nan, it must be a number"),
     "seed": (2**64, r"--seed is 18446744073709551616, it must be in 0 …"),
     "sample_interval": (-1, "--sample_interval is -1, it must be at least 0"),
@@ -440,6 +444,14 @@ def test_errors_name_no_flags_that_there_are_not():
         with pytest.raises(UserError) as caught, explained_flags({"num_heads": 4}):
             raise ValueError(text)
         assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("script", [image_train, super_res_train, classifier_train, vae_train])
+def test_clipping_and_warm_up_are_off_and_reach_the_loop(script):
+    parse = script.create_argparser().parse_args
+    for argv, want in (([], (0.0, 0)), (["--grad_clip", "0.5", "--lr_warmup", "9"], (0.5, 9))):
+        options = loop_options(parse(argv))
+        assert (options["grad_clip"], options["lr_warmup"]) == want
 
 
 @pytest.mark.parametrize("script", [image_train, super_res_train, classifier_train, vae_train])
