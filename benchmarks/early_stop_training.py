@@ -45,7 +45,7 @@ FLAGS = {
     "noise_schedule": "cosine",
     "use_scale_shift_norm": True,
 }
-BATCH_SIZE, LEARNING_RATE = 16, 2e-3
+BATCH_SIZE, LEARNING_RATE = 8, 2e-3
 # Averages of a tenth of the steps so far (EDM2, arXiv 2312.02696, eq. 123: sigma_rel = 0.10), so
 # that a network of few steps is judged as fairly as one of many.
 POWER = 6.94
@@ -282,8 +282,8 @@ class PowerAveraged(TrainLoop):
 
 
 def log_spaced(last: int, count: int) -> list[int]:
-    """`count` steps up to `last`, the first an eighth of it."""
-    return [round(last * 8 ** (i / (count - 1) - 1)) for i in range(count)]
+    """`count` steps up to `last`, the first a quarter of it."""
+    return [round(last * 4 ** (i / (count - 1) - 1)) for i in range(count)]
 
 
 def variant_arm(text: str) -> Arm:
@@ -395,8 +395,8 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--variants", nargs="+", default=[], help="T':NAME, as 200:min-snr")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[5])
     parser.add_argument("--iterations", type=int, default=800, help="optimiser steps of each")
-    parser.add_argument("--snapshots", type=int, default=6, help="networks scored of each run")
-    parser.add_argument("--num_samples", type=int, default=500)
+    parser.add_argument("--snapshots", type=int, default=5, help="networks scored of each run")
+    parser.add_argument("--num_samples", type=int, default=300)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/early_stop"))
     return parser
 

@@ -86,6 +86,7 @@ FLAG_HELP = {
     "ema_rate": 'rate of the averaged weights, or a comma list of rates ("": no averages)',
     "eval_interval": "figures of the validation data every so many steps (0: never)",
     "resume_checkpoint": "a modelNNNNNN.pt, or auto: the newest complete set in OPENAI_LOGDIR",
+    "start_anew": "move the run that is in OPENAI_LOGDIR to a folder earlier-N in it first",
     "early_stop_steps": "train on timesteps below this one only (0: all; default: as the network"
     " resumed from was trained, else all)",
     "precision": "float32, bfloat16 or float16 (default: float16 with use_fp16, else float32)",

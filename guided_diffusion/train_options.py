@@ -5,6 +5,7 @@ import contextlib
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from esddpm_io.errors import UserError, check_at_least
 from esddpm_io.help import CommandLine
 
 from . import dist_util, logger
-from .checkpoint_sets import find_set, newest_set
+from .checkpoint_sets import find_set, newest_set, set_aside
 from .checkpoints import read_sidecar
 from .compiling import check_compiler
 from .script_util import add_dict_to_argparser
@@ -48,6 +49,7 @@ _DATA = ("data_dir", "batch_size", "random_crop", "random_flip", "label_from", "
 def loop_defaults() -> dict:
     """Flags of the loop that guided-diffusion does not have, for all training scripts."""
     return {
+        "start_anew": False,
         "lr_warmup": 0,
         "grad_clip": 0.0,
         "precision": "",
@@ -93,7 +95,7 @@ def training_parser(description: str, *defaults: dict) -> argparse.ArgumentParse
         merged.update(group)
     add_dict_to_argparser(parser, merged)
     for action in parser._actions:
-        if action.dest == "compile":
+        if action.dest in ("compile", "start_anew"):
             action.nargs, action.const = "?", True
     if "early_stop_steps" in merged:
         parser.set_defaults(early_stop_steps=None)  # told from 0, see `settle_early_stop`
@@ -104,6 +106,8 @@ def start_run(args: argparse.Namespace, fp16_flag: str) -> None:
     """Check the shared flags, join the other processes, open the log, settle precision, seed."""
     check_ranges(args)
     dist_util.setup_dist()
+    if args.start_anew:
+        dist_util.on_rank_zero(lambda: _clear_folder(args.resume_checkpoint))
     logger.configure(comm=dist_util.AllRanks())
     dist_util.on_rank_zero(lambda: _check_folder(args.resume_checkpoint))
     settle_device_options(args, fp16_flag)
@@ -117,8 +121,21 @@ def _check_folder(resume_checkpoint: str) -> None:
     if there and resume_checkpoint != "auto" and not find_set(resume_checkpoint, folder):
         raise UserError(
             f"OPENAI_LOGDIR: {folder} holds the checkpoints of a run up to step {there.step}: go on"
-            " with --resume_checkpoint auto, or give this run another folder"
+            " with --resume_checkpoint auto, put them aside with --start_anew, or give this run"
+            " another folder"
         )
+
+
+def _clear_folder(resume_checkpoint: str) -> None:
+    """Put what another run left in OPENAI_LOGDIR out of the way of a new one."""
+    folder = os.path.expanduser(os.environ.get("OPENAI_LOGDIR", ""))
+    if resume_checkpoint == "auto" or find_set(resume_checkpoint, folder):
+        raise UserError(
+            "--start_anew starts at step 0, but --resume_checkpoint goes on: leave one of them out"
+        )
+    moved = set_aside(Path(folder)) if folder else None
+    if moved:
+        print(f"--start_anew: the run that was in {folder} is in {moved} now", file=sys.stderr)
 
 
 def check_ranges(args: argparse.Namespace) -> None:

@@ -337,6 +337,19 @@ def test_weights_alone_start_a_new_run(log_folder, tmp_path):
     assert equal(list(state.values()), loop.ema_params[0])
 
 
+def test_networks_of_a_wrapped_model_resume(log_folder):
+    """DistributedDataParallel puts `module.` before all names."""
+    train_loop(iterations=3).run_loop()
+    want = everything(train_loop(resume_checkpoint="auto"))
+    for path in (*log_folder.glob("model*.pt"), *log_folder.glob("ema*.pt")):
+        state = torch.load(path, weights_only=True)
+        torch.save({f"module.{name}": value for name, value in state.items()}, path)
+    assert equal(everything(train_loop(resume_checkpoint="auto")), want)
+    torch.save({"layers.0.weight": torch.zeros(3)}, log_folder / "ema_0.9_000003.pt")
+    with pytest.raises(UserError, match=r"--resume_checkpoint: .*ema_0\.9_000003\.pt does not fit"):
+        train_loop(resume_checkpoint="auto")
+
+
 def test_checkpoints_that_do_not_fit_are_explained(log_folder, tmp_path):
     with pytest.raises(UserError, match=r"--resume_checkpoint: there is no file .*model000009\.pt"):
         train_loop(resume_checkpoint=f"{log_folder}/model000009.pt")

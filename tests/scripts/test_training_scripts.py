@@ -289,6 +289,25 @@ def test_a_new_run_does_not_mix_its_checkpoints_with_anothers(start, data, tmp_p
         image_train.main(flags(**options, **resume, iterations=3))
 
 
+def test_a_new_run_puts_anothers_files_aside_if_it_is_asked_to(data, tmp_path):
+    options = {"data_dir": data, "batch_size": 2, **TINY, **SHARED, "log_interval": 1}
+    image_train.main(flags(**options, iterations=2, sample_interval=2))
+    (tmp_path / "run/notes.txt").write_text("mine")
+    before = {path.name for path in (tmp_path / "run").iterdir()} - {"notes.txt"}
+    assert {"model000002.pt", "model000002.json", "samples000002.png", "log.txt"} < before
+    for number in (1, 2):
+        image_train.main([*flags(**options, iterations=1), "--start_anew"])
+        assert [row["step"] for row in figures(tmp_path / "run")] == ["1"]
+        kept = {path.name for path in (tmp_path / f"run/earlier-{number}").iterdir()}
+        assert kept == before if number == 1 else "model000001.pt" in kept
+        assert (tmp_path / "run/model000001.pt").exists() and (tmp_path / "run/notes.txt").exists()
+        assert not (tmp_path / "run/model000002.pt").exists()
+    for start in ("auto", tmp_path / "run/model000001.pt"):
+        with pytest.raises(UserError, match="^--start_anew starts at step 0, but --resume"):
+            image_train.main(flags(**options, start_anew=True, resume_checkpoint=start))
+    assert not (tmp_path / "run/earlier-3").exists()
+
+
 def test_without_averages_samples_are_of_the_weights_themselves(data, tmp_path):
     options = {"data_dir": data, "iterations": 1, "sample_interval": 1, **TINY, **SHARED}
     image_train.main(flags(**{**options, "ema_rate": ""}))
@@ -361,6 +380,7 @@ def test_defaults_of_the_flags_that_guided_diffusion_does_not_have():
         "sample_interval": 0,
         "early_stop_steps": None,
         "keep_checkpoints": 0,
+        "start_anew": False,
         "lr_warmup": 0,
         "grad_clip": 0.0,
         "precision": "",
