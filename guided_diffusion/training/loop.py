@@ -17,7 +17,8 @@
 Two keys of the loss's dict are special: "t" (timesteps [N], figures are then also logged by quarter
 of `num_timesteps`) and "weight" (importance weights [N] of the losses). `model` is moved to
 `dist_util.dev()`. Files go to `logger.get_dir()`: modelNNNNNN.pt, ema_RATE_NNNNNN.pt,
-optNNNNNN.pt and stateNNNNNN.pt, where NNNNNN is the number of steps done.
+optNNNNNN.pt and stateNNNNNN.pt, where NNNNNN is the number of steps done, and the curves of
+progress.csv to progress.png at each save.
 
 `diffusion.TrainLoop` is this loop with the diffusion loss, under guided-diffusion's keyword names.
 """
@@ -41,6 +42,7 @@ from ..compiling import Compiled
 from ..fp16_util import INITIAL_LOG_LOSS_SCALE
 from ..nn import update_ema
 from ..rng import Draws
+from .progress_plot import draw_progress
 from .state import RunState
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -236,7 +238,7 @@ class Trainer(RunState):
                     self.save_samples()
                 (stopping,) = dist_util.any_rank(bool(stop.name))
                 if stopping or self.global_step % self.save_interval == 0:
-                    self.save()
+                    self._save_and_draw()
                     saved_at = self.global_step
                     if os.environ.get("DIFFUSION_TRAINING_TEST"):
                         return
@@ -247,7 +249,17 @@ class Trainer(RunState):
                     )
                     return
             if saved_at != self.global_step:
-                self.save()
+                self._save_and_draw()
+
+    def _save_and_draw(self) -> None:
+        """A checkpoint set, and progress.png where there is a progress.csv."""
+        self.save()
+        if self.rank == 0:
+            folder = Path(self._folder())
+            try:
+                draw_progress(folder / "progress.csv", folder / "progress.png")
+            except ImportError as error:
+                logger.warn(f"progress.png is not drawn: {error}")
 
     def _say_what_is_left(self) -> None:
         """Tell of steps that are none: those done before, those at a learning rate of 0."""
