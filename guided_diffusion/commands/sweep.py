@@ -203,6 +203,8 @@ def _open_all(sweep: Sweep) -> "dict[str, ChunkFolder]":
         folders[point.folder] = driver.open_folder(point.folder, point.what, machine)
         if note is not None:
             write_json(join(point.folder, IMAGES_FILE), note)
+        if point.proposal is not None:
+            write_json(join(point.folder, scoring.PROPOSAL_FILE), read_json(point.proposal))
     return folders
 
 
