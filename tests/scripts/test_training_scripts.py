@@ -16,12 +16,12 @@ from PIL import Image
 from esddpm_io.errors import UserError
 from guided_diffusion import logger
 from guided_diffusion.checkpoints import read_sidecar
+from guided_diffusion.commands import classifier_train, image_train, super_res_train, vae_train
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.train_options import explained_flags, loop_options
-from scripts import classifier_train, image_train, super_res_train, vae_train
 from tests.waiting import PATIENCE_S, wait_until
 
-SCRIPT = str(Path(image_train.__file__))
+SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "image_train.py")
 TINY = {
     "image_size": 8,
     "num_channels": 32,
