@@ -9,7 +9,7 @@ found as image_sample.py finds them. Also with torchrun, mpiexec, srun.
 import argparse
 
 from guided_diffusion.commands import log_folder
-from guided_diffusion.script_util import classifier_defaults, model_and_diffusion_defaults
+from guided_diffusion.flags import classifier_defaults, model_and_diffusion_defaults
 
 
 def create_argparser() -> argparse.ArgumentParser:

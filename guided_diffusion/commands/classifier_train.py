@@ -7,27 +7,25 @@ Started, stopped, resumed and logged like image_train.py, with the same loop.
 
 import argparse
 
-from guided_diffusion.image_datasets import load_data
-from guided_diffusion.resample import create_named_schedule_sampler
-from guided_diffusion.script_util import (
-    args_to_dict,
-    classifier_and_diffusion_defaults,
-    create_classifier_and_diffusion,
-)
+from guided_diffusion.flags import args_to_dict, classifier_and_diffusion_defaults
 from guided_diffusion.train_options import (
     data_options,
     explained_flags,
     loop_defaults,
     loop_options,
-    settle_early_stop,
-    start_run,
     training_parser,
 )
-from guided_diffusion.training.classifier import ClassifierTrainer
 
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
+
+    from guided_diffusion.image_datasets import load_data
+    from guided_diffusion.resample import create_named_schedule_sampler
+    from guided_diffusion.script_util import create_classifier_and_diffusion
+    from guided_diffusion.training.classifier import ClassifierTrainer
+    from guided_diffusion.training.start import settle_early_stop, start_run
+
     start_run(args, "classifier_use_fp16")
     flags = args_to_dict(args, classifier_and_diffusion_defaults())
     with explained_flags(vars(args)):

@@ -8,28 +8,12 @@ not given are found as image_sample.py finds them. Also with torchrun, mpiexec, 
 """
 
 import argparse
-from collections.abc import Iterator
 
-import numpy as np
-import torch
-
-from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError, terminate_cleanly
-from esddpm_io.files import join
 from esddpm_io.help import CommandLine
-from esddpm_io.progress import Progress
-from guided_diffusion import dist_util, logger
-from guided_diffusion.commands.request import network_of
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.image_datasets import load_data
-from guided_diffusion.sampling.sampler import load_network
-from guided_diffusion.script_util import add_dict_to_argparser, model_and_diffusion_defaults
+from guided_diffusion.flags import add_dict_to_argparser, model_and_diffusion_defaults
 from guided_diffusion.settings.layers import parse
-from guided_diffusion.settings.record import diffusion_from
-from guided_diffusion.settings.resolver import OVERRIDE_FLAG, resolve_network
 from guided_diffusion.train_options import check_seed, explained_flags
-
-TERMS = ("vb", "mse", "xstart_mse")
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -41,7 +25,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "batch_size": 1,
         "model_path": "",
         "seed": 0,
-        OVERRIDE_FLAG: False,
+        "override_checkpoint_flags": False,
     }
     add_dict_to_argparser(parser, {**own, **model_and_diffusion_defaults()})
     return parser
@@ -53,6 +37,17 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
     check_seed(args.seed)
+
+    import torch
+
+    from guided_diffusion import dist_util, logger
+    from guided_diffusion.commands.request import network_of
+    from guided_diffusion.image_datasets import load_data
+    from guided_diffusion.likelihood import evaluate
+    from guided_diffusion.sampling.sampler import load_network
+    from guided_diffusion.settings.record import diffusion_from
+    from guided_diffusion.settings.resolver import resolve_network
+
     network = resolve_network(
         "model",
         args.model_path,
@@ -86,52 +81,3 @@ def main(argv: list[str] | None = None) -> None:
     model = load_network(record, dist_util.dev(), flag="--model_path", log=logger.log)
     torch.manual_seed(args.seed + dist_util.rank())
     evaluate(model, diffusion, data, args.num_samples, args.clip_denoised)
-
-
-def evaluate(
-    model: torch.nn.Module,
-    diffusion: GaussianDiffusion,
-    data: Iterator,
-    num_samples: int,
-    clip_denoised: bool,
-) -> float:
-    """Mean bits per dimension of `num_samples` images, in equal shares of all processes."""
-    share = -(-num_samples // dist_util.world_size())
-    bits: list[float] = []
-    terms: dict[str, list[np.ndarray]] = {name: [] for name in TERMS}
-    with Progress(share, "images", "bits per dimension") as progress:
-        while len(bits) < share:
-            batch, cond = next(data)
-            left = share - len(bits)
-            metrics = measure(model, diffusion, batch[:left], cond, clip_denoised)
-            bits += metrics["total_bpd"].tolist()
-            for name in TERMS:
-                terms[name] += list(metrics[name].cpu().numpy())
-            progress.update(min(len(batch), left), f"{np.mean(bits):.4f} bits per dimension")
-    gathered = dist_util.gather_objects((bits, terms))
-    bits = [value for part, _ in gathered for value in part]
-    logger.log(f"done {len(bits)} samples: bpd={np.mean(bits):.6f}")
-    if dist_util.rank() == 0:
-        save_terms({name: [row for _, part in gathered for row in part[name]] for name in TERMS})
-    return float(np.mean(bits))
-
-
-@torch.inference_mode()
-def measure(model, diffusion, batch, cond, clip_denoised) -> dict[str, torch.Tensor]:
-    """All terms of the bound for one batch, on the model's device."""
-    device = dist_util.dev()
-    return diffusion.calc_bpd_loop(
-        model,
-        batch.to(device).contiguous(),  # noise is drawn in the order of the memory
-        clip_denoised=clip_denoised,
-        model_kwargs={name: value[: len(batch)].to(device) for name, value in cond.items()},
-    )
-
-
-def save_terms(terms: dict[str, list[np.ndarray]]) -> None:
-    """Write the mean of each term by step, `arr_0` float32 [T], step T-1 first."""
-    for name, rows in terms.items():
-        path = join(logger.get_dir(), f"{name}_terms.npz")
-        with atomic_path(path) as temporary:
-            np.savez(temporary, np.mean(np.stack(rows), axis=0))
-        logger.log(f"wrote {path}")

@@ -9,7 +9,7 @@ names none at all, from the names and shapes of its tensors. Also with torchrun,
 import argparse
 
 from guided_diffusion.commands import log_folder
-from guided_diffusion.script_util import model_and_diffusion_defaults
+from guided_diffusion.flags import model_and_diffusion_defaults
 
 
 def create_argparser() -> argparse.ArgumentParser:

@@ -10,14 +10,17 @@ only t < T', all that sampling from a generator's images diffused to T' needs.
 import argparse
 import functools
 
-from guided_diffusion.image_datasets import load_data
-from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
-from guided_diffusion.train_diffusion import train_diffusion
+from guided_diffusion.flags import model_and_diffusion_defaults
 from guided_diffusion.train_options import diffusion_training_defaults, training_parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
+
+    from guided_diffusion.image_datasets import load_data
+    from guided_diffusion.script_util import create_model_and_diffusion
+    from guided_diffusion.train_diffusion import train_diffusion
+
     train_diffusion(
         args,
         kind="model",

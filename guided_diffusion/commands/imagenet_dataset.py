@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 
 from esddpm_io.errors import UserError, terminate_cleanly
 from esddpm_io.files import check_output_file
@@ -20,10 +19,9 @@ from esddpm_io.help import CommandLine
 from esddpm_io.images import decode_image
 from esddpm_io.npz import NpzWriter
 from esddpm_io.progress import Progress
-from guided_diffusion.image_datasets import center_crop_arr
 
 
-class ImageNetValidation(Dataset):
+class ImageNetValidation:
     """Item i is (uint8 [image_size, image_size, 3], class), in the order of the file names.
 
     Raises UserError if the table cannot be read, or names none of the folder's files, or a file
@@ -45,6 +43,8 @@ class ImageNetValidation(Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        from guided_diffusion.image_datasets import center_crop_arr
+
         path, label = self.items[index]
         try:
             image = Image.fromarray(decode_image(path))

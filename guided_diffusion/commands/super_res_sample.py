@@ -10,7 +10,7 @@ are found as image_sample.py finds them. Also with torchrun, mpiexec, srun.
 import argparse
 
 from guided_diffusion.commands import log_folder
-from guided_diffusion.script_util import sr_model_and_diffusion_defaults
+from guided_diffusion.flags import sr_model_and_diffusion_defaults
 
 
 def create_argparser() -> argparse.ArgumentParser:

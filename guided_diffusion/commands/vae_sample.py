@@ -7,72 +7,15 @@ Image number i depends on --seed and i alone, whatever the batch size.
 """
 
 import argparse
-import sys
 
-import numpy as np
-import torch
-
-from esddpm_io.errors import UserError, check_at_least
+from esddpm_io.errors import check_at_least
 from esddpm_io.files import check_output_file
 from esddpm_io.help import CommandLine
-from esddpm_io.npz import NpzWriter
-from esddpm_io.progress import Progress
-from guided_diffusion import dist_util
-from guided_diffusion.checkpoints import load_weights, read_sidecar
-from guided_diffusion.pixels import to_uint8
-from guided_diffusion.rng import RandomStreams
 from guided_diffusion.train_options import check_seed
-from guided_diffusion.vae import VAE, create_vae
-
-
-def load_vae(path: str) -> VAE:
-    """The VAE of a checkpoint written by vae_train.py, in evaluation mode on the CPU.
-
-    Raises:
-        UserError: no path, no such file, no sidecar, or another kind of network.
-    """
-    if not path:
-        raise UserError("--model_path: name the checkpoint that vae_train.py wrote")
-    sidecar = read_sidecar(path)
-    if sidecar is None or sidecar["kind"] != "vae":
-        raise UserError(
-            f"--model_path: {path} is not a VAE's checkpoint: vae_train.py writes one, "
-            "vaeNNNNNN.pt, with a .json of its flags beside it"
-        )
-    vae = create_vae(**sidecar["flags"])
-    load_weights(vae, path, flag="--model_path")
-    if not vae.prior.fitted:
-        print(
-            f"note: {path} is from the middle of a training; its prior is plain N(0, I). The "
-            "vaeNNNNNN.pt that vae_train.py writes at its end has the fitted one",
-            file=sys.stderr,
-        )
-    return vae.eval()
-
-
-def sample_range(vae: VAE, seed: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Samples start … stop-1 of a seed: uint8 [n, H, W, 3] and labels int64 [n]."""
-    device = vae.label_counts.device
-    streams = RandomStreams(seed, start, stop, purpose="codes")
-    normal = streams.randn(torch.empty(stop - start, 2 + vae.latent_dim))
-    # The normal distribution function makes uniform numbers of the first two: one picks the label,
-    # one the component of its prior.
-    uniform = torch.special.ndtr(normal[:, :2].double())
-    labels = frequent_labels(vae.label_counts, uniform[:, 0].to(device))
-    images = vae.sample(
-        labels if vae.num_classes else None, uniform[:, 1].to(device), normal[:, 2:].to(device)
-    )
-    return to_uint8(images), labels.cpu().numpy()
-
-
-def frequent_labels(counts: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Labels int64 [N] with the frequencies of `counts`, from uniform numbers [N] in [0, 1)."""
-    cumulative = counts.double().cumsum(dim=0)
-    return torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = CommandLine(description=__doc__.splitlines()[0])
+    parser = CommandLine(description=__doc__)
     parser.add_argument("--model_path", default="", help="checkpoint vaeNNNNNN.pt of vae_train.py")
     parser.add_argument("--num_samples", type=int, default=10000, help="how many images")
     parser.add_argument(
@@ -89,6 +32,18 @@ def main(argv: list[str] | None = None) -> None:
     check_at_least(args, {"num_samples": 1, "batch_size": 1})
     check_output_file(args.out, flag="--out")
     check_seed(args.seed)
+    write_samples(args)
+
+
+def write_samples(args: argparse.Namespace) -> None:
+    """Sample the checkpoint of checked flags into its npz."""
+    import numpy as np
+
+    from esddpm_io.npz import NpzWriter
+    from esddpm_io.progress import Progress
+    from guided_diffusion import dist_util
+    from guided_diffusion.vae_sampling import load_vae, sample_range
+
     vae = load_vae(args.model_path).to(dist_util.dev())
     shape = (args.num_samples, vae.image_size, vae.image_size, 3)
     arrays = {"arr_0": (shape, np.uint8)}

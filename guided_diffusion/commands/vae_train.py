@@ -10,24 +10,20 @@ as image_train.py does.
 """
 
 import argparse
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
 from esddpm_io.errors import UserError
-from guided_diffusion.image_datasets import BatchStream, load_data
-from guided_diffusion.script_util import args_to_dict
+from guided_diffusion.flags import args_to_dict, vae_defaults
 from guided_diffusion.train_options import (
     data_options,
     explained_flags,
     loop_defaults,
     loop_options,
-    start_run,
     training_parser,
 )
-from guided_diffusion.training.loop import Trainer
-from guided_diffusion.training.vae import finish, reconstructions
-from guided_diffusion.vae import create_vae, vae_defaults, vae_loss
+
+if TYPE_CHECKING:
+    from guided_diffusion.image_datasets import BatchStream
 
 _MOST_CLASSES = 2**31  # labels are numbered by the data here, not by a published model
 
@@ -35,6 +31,15 @@ _MOST_CLASSES = 2**31  # labels are numbered by the data here, not by a publishe
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     check_vae_ranges(args)
+
+    import numpy as np
+    import torch
+
+    from guided_diffusion.training.loop import Trainer
+    from guided_diffusion.training.start import start_run
+    from guided_diffusion.training.vae import finish, reconstructions
+    from guided_diffusion.vae import create_vae, vae_loss
+
     start_run(args, "use_fp16")
     data = training_data(args)
     classes = data.images.classes
@@ -68,8 +73,10 @@ def model_flags() -> dict:
     return {name: value for name, value in vae_defaults().items() if name != "num_classes"}
 
 
-def training_data(args: argparse.Namespace) -> BatchStream:
+def training_data(args: argparse.Namespace) -> "BatchStream":
     """The data from its start, labels included with --class_cond."""
+    from guided_diffusion.image_datasets import load_data
+
     return load_data(
         image_size=args.image_size,
         class_cond=args.class_cond,
