@@ -12,6 +12,8 @@ import guided_diffusion
 ROOT = Path(__file__).parents[1]
 # evaluations/backend_tensorflow.py is the one file that TensorFlow lives in.
 NEEDS_TENSORFLOW = {"evaluations.backend_tensorflow"}
+# Written as one file, layers and command line.
+IS_A_NETWORK = {"emoji32_features"}
 OPTIONAL = ("mpi4py", "tensorflow", "matplotlib", "blobfile", "requests", "tensorboard", "lmdb")
 
 
@@ -56,15 +58,32 @@ def test_the_packages_do_not_lean_on_each_other():
     assert loaded_after_importing(modules_of(guided_diffusion), ["evaluations"]) == []
 
 
-def test_gathering_status_and_help_need_no_torch():
-    names = (
-        "sampling.gathering",
-        "sampling.status",
-        "commands.driver",
-        "commands.gather",
-        "commands.sweep",
+def test_gathering_and_status_need_no_torch():
+    names = [f"guided_diffusion.sampling.{name}" for name in ("gathering", "status")]
+    assert loaded_after_importing(names, ["torch"]) == []
+
+
+def test_help_needs_no_torch():
+    """One process shows the help of every script, and has not loaded torch in the end."""
+    scripts = [
+        path
+        for folder in ("scripts", "scripts/imagenet_dataloader", "evaluations", "datasets")
+        for path in sorted((ROOT / folder).glob("*.py"))
+        if "__main__" in path.read_text() and path.stem not in IS_A_NETWORK
+    ]
+    assert len(scripts) > 25
+    code = (
+        "import runpy, sys\n"
+        "for script in sys.argv[1:]:\n"
+        "    sys.argv = [script, '--help']\n"
+        "    try: runpy.run_path(script, run_name='__main__')\n"
+        "    except SystemExit as end: assert not end.code, script\n"
+        "    assert 'torch' not in sys.modules, script\n"
     )
-    assert loaded_after_importing([f"guided_diffusion.{name}" for name in names], ["torch"]) == []
+    command = [sys.executable, "-c", code, *map(str, scripts)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert done.stdout.count("--help") >= len(scripts)
 
 
 def test_the_mathematics_imports_no_input_output():

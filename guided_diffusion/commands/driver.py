@@ -27,6 +27,7 @@ from guided_diffusion.commands.sampler_flags import (
     add_sampler_flags,
     by_name,
 )
+from guided_diffusion.flags import str2bool
 from guided_diffusion.settings.layers import parse, require, without_effect
 from guided_diffusion.settings.presets import (
     GUIDED_SAMPLER,
@@ -104,13 +105,13 @@ def add_shared_flags(add: Callable[..., object]) -> None:
     devices = "GPU indices, none (as CUDA says), cpu, cpu,cpu"
     add("--devices", default=DEFAULT_DEVICES, help=devices)
     clip = "clamp predicted images to [-1, 1]; untyped, solvers that start from T' do not"
-    add("--clip_denoised", type=_truth_value, default=True, help=clip)
-    add("--use_fp16", type=_truth_value, help="True or False instead of what the preset says")
+    add("--clip_denoised", type=str2bool, default=True, help=clip)
+    add("--use_fp16", type=str2bool, help="True or False instead of what the preset says")
     add_precision_flag(add)
     add("--compile", action="store_true", help=COMPILE_HELP)
     add("--classifier_path", help="classifier instead of the preset's")
     override = "a preset's flags win over those of the checkpoint's sidecar"
-    truth = {"nargs": "?", "const": True, "default": False, "type": _truth_value}
+    truth = {"nargs": "?", "const": True, "default": False, "type": str2bool}
     add("--override_checkpoint_flags", help=override, **truth)
     scoring.add_flags(add)
 
@@ -123,13 +124,6 @@ def check_place(args: argparse.Namespace) -> None:
         f"--machine_idx must be in 0 … {args.num_machines - 1} (--num_machines "
         f"{args.num_machines}), not {args.machine_idx}",
     )
-
-
-def _truth_value(text: str) -> bool:
-    # Brings torch with it, which --help can do without.
-    from guided_diffusion.script_util import str2bool
-
-    return str2bool(text)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from esddpm_io.errors import UserError
 from esddpm_io.files import exists
 from guided_diffusion.checkpoints import check_fit, read_checkpoint, read_sidecar
-from guided_diffusion.script_util import diffusion_defaults, flag_defaults
+from guided_diffusion.flags import diffusion_defaults, flag_defaults
 from guided_diffusion.settings.layers import Layer, require, resolve
 from guided_diffusion.settings.presets import Preset
 from guided_diffusion.settings.recognition import (

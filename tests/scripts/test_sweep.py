@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from esddpm_io.errors import UserError, run_main
-from guided_diffusion.commands import driver, sample, sweep
+from guided_diffusion.commands import driver, sample, status, sweep
 from guided_diffusion.sampling import sampler
-from scripts import status
 from tests.tiny_sampling import NUM_IMAGES, SCRIPTS, TinyFiles, read_job, run_script
 from tests.waiting import PATIENCE_S, wait_until
 
