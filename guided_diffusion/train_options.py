@@ -23,6 +23,8 @@ _LOOP = (
     "microbatch",
     "lr",
     "weight_decay",
+    "lr_warmup",
+    "grad_clip",
     "log_interval",
     "save_interval",
     "resume_checkpoint",
@@ -39,6 +41,9 @@ _DATA = ("data_dir", "batch_size", "random_crop", "random_flip", "label_from", "
 def loop_defaults() -> dict:
     """Flags of the loop that guided-diffusion does not have, for all training scripts."""
     return {
+        "start_anew": False,
+        "lr_warmup": 0,
+        "grad_clip": 0.0,
         "precision": "",
         "keep_checkpoints": 0,
         "channels_last": False,
@@ -82,7 +87,7 @@ def training_parser(description: str, *defaults: dict) -> argparse.ArgumentParse
         merged.update(group)
     add_dict_to_argparser(parser, merged)
     for action in parser._actions:
-        if action.dest == "compile":
+        if action.dest in ("compile", "start_anew"):
             action.nargs, action.const = "?", True
     if "early_stop_steps" in merged:
         parser.set_defaults(early_stop_steps=None)  # told from 0, see `settle_early_stop`
@@ -96,6 +101,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         (
             "iterations",
             "lr_anneal_steps",
+            "lr_warmup",
             "early_stop_steps",
             "keep_checkpoints",
             "sample_interval",
@@ -108,7 +114,7 @@ def check_ranges(args: argparse.Namespace) -> None:
     check_seed(args.seed)
     if not 0 < args.lr < math.inf:
         raise UserError(f"--lr is {args.lr}, it must be above 0")
-    for name in ("weight_decay", "fp16_scale_growth", "kl_weight"):
+    for name in ("weight_decay", "grad_clip", "fp16_scale_growth", "kl_weight"):
         value = getattr(args, name, 0.0)
         if not 0 <= value < math.inf:
             raise UserError(f"--{name} is {value}, it must be a number of at least 0")

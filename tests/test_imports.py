@@ -15,6 +15,7 @@ NEEDS_TENSORFLOW = {"evaluations.backend_tensorflow"}
 # Written as one file, layers and command line.
 IS_A_NETWORK = {"emoji32_features"}
 OPTIONAL = ("mpi4py", "tensorflow", "matplotlib", "blobfile", "requests", "tensorboard", "lmdb")
+OPTIONAL += ("wandb",)
 
 
 def modules_of(*packages):

@@ -1,13 +1,15 @@
 """How a training run starts: the other processes, the log, the precision, T'."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 import torch
 
 from esddpm_io.errors import UserError
 from guided_diffusion import dist_util, logger
-from guided_diffusion.checkpoint_sets import find_set, newest_set
+from guided_diffusion.checkpoint_sets import find_set, newest_set, set_aside
 from guided_diffusion.checkpoints import read_sidecar
 from guided_diffusion.compiling import check_compiler
 from guided_diffusion.train_options import check_ranges
@@ -17,6 +19,8 @@ def start_run(args: argparse.Namespace, fp16_flag: str) -> None:
     """Check the shared flags, join the other processes, open the log, settle precision, seed."""
     check_ranges(args)
     dist_util.setup_dist()
+    if args.start_anew:
+        dist_util.on_rank_zero(lambda: _clear_folder(args.resume_checkpoint))
     logger.configure(comm=dist_util.AllRanks())
     dist_util.on_rank_zero(lambda: _check_folder(args.resume_checkpoint))
     settle_device_options(args, fp16_flag)
@@ -30,8 +34,21 @@ def _check_folder(resume_checkpoint: str) -> None:
     if there and resume_checkpoint != "auto" and not find_set(resume_checkpoint, folder):
         raise UserError(
             f"OPENAI_LOGDIR: {folder} holds the checkpoints of a run up to step {there.step}: go on"
-            " with --resume_checkpoint auto, or give this run another folder"
+            " with --resume_checkpoint auto, put them aside with --start_anew, or give this run"
+            " another folder"
         )
+
+
+def _clear_folder(resume_checkpoint: str) -> None:
+    """Put what another run left in OPENAI_LOGDIR out of the way of a new one."""
+    folder = os.path.expanduser(os.environ.get("OPENAI_LOGDIR", ""))
+    if resume_checkpoint == "auto" or find_set(resume_checkpoint, folder):
+        raise UserError(
+            "--start_anew starts at step 0, but --resume_checkpoint goes on: leave one of them out"
+        )
+    moved = set_aside(Path(folder)) if folder else None
+    if moved:
+        print(f"--start_anew: the run that was in {folder} is in {moved} now", file=sys.stderr)
 
 
 def settle_device_options(args: argparse.Namespace, fp16_flag: str) -> None:
