@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 
 from . import gaussian_diffusion as gd
+from .diffusers_models import DiffusersNetwork, create_diffusers
 from .flag_help import FLAG_HELP
 from .network_flags import check_classifier, check_unet, plan_levels
 from .respace import SpacedDiffusion, space_timesteps
@@ -282,21 +283,43 @@ def sr_create_model(
     )
 
 
+def diffusers_defaults() -> dict:
+    """Flags of a network of diffusers with its process, and their defaults.
+
+    unet: its config as JSON; num_classes: 0 for none; v_prediction: what `predict_xstart` is then
+    made of; sigma_small: DDPM's steps have the posterior's variance.
+    """
+    return {
+        "image_size": 64,
+        "class_cond": False,
+        "use_fp16": False,
+        "unet": "",
+        "num_classes": 0,
+        "v_prediction": False,
+        "sigma_small": False,
+        **diffusion_defaults(),
+    }
+
+
 def flag_defaults(kind: str) -> dict:
     """All flags of a kind of network, its diffusion process included, and their defaults."""
     return {
+        "diffusers": diffusers_defaults,
         "model": model_and_diffusion_defaults,
         "classifier": classifier_and_diffusion_defaults,
         "sr": sr_model_and_diffusion_defaults,
     }[kind]()
 
 
-def create_network(kind: str, flags: Mapping[str, object]) -> UNetModel | EncoderUNetModel:
+def create_network(
+    kind: str, flags: Mapping[str, object]
+) -> UNetModel | EncoderUNetModel | DiffusersNetwork:
     """A new network of a `kind`; of the `flags` those that its constructor takes are used.
 
     ValueError, beginning with the flag's name, for values that no network can have.
     """
-    constructors: dict[str, Callable[..., UNetModel | EncoderUNetModel]] = {
+    constructors: dict[str, Callable[..., UNetModel | EncoderUNetModel | DiffusersNetwork]] = {
+        "diffusers": create_diffusers,
         "model": create_model,
         "classifier": create_classifier,
         "sr": sr_create_model,
