@@ -137,7 +137,6 @@ def ours(network, sampler: str, clean, noises, y=None) -> list[torch.Tensor]:
 
 
 def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    assert len(found) == len(expected) == STEPS
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
@@ -151,8 +150,13 @@ def test_ddpm_takes_the_steps_of_diffusers(tmp_path, process):
         path, subfolder="scheduler", timestep_spacing="trailing"
     )
     clean, x, noises = start(network)
-    expected = of_diffusers(scheduler, unet, x, noises[1:])
-    assert_same(ours(network, "ddpm", clean, noises), expected)
+    found, expected = ours(network, "ddpm", clean, noises), of_diffusers(
+        scheduler, unet, x, noises[1:]
+    )
+    if network.record.flags["learn_sigma"]:
+        # diffusers adds noise to the clean image unless the last step is of timestep 0.
+        found, expected = found[:-1], expected[:-1]
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
