@@ -16,6 +16,7 @@ from guided_diffusion.commands.request import (
     network_of,
     sampler_of,
 )
+from guided_diffusion.denoiser import Denoiser
 from guided_diffusion.diffusers_models import KIND as DIFFUSERS
 from guided_diffusion.pixels import to_float
 from guided_diffusion.sampling.job import Job
@@ -23,7 +24,7 @@ from guided_diffusion.sampling.sampler import LoadedNetworks, Sampler, choose_de
 from guided_diffusion.sampling.sources import Source, Start
 from guided_diffusion.script_util import NUM_CLASSES
 from guided_diffusion.settings.layers import require
-from guided_diffusion.settings.record import Guidance, Network, Run, StartSettings
+from guided_diffusion.settings.record import Guidance, Network, Run, StartSettings, diffusion_from
 from guided_diffusion.settings.resolver import Resolved, check_same_noise, resolve_network
 
 
@@ -41,14 +42,20 @@ class LoadedNetwork:
     module: Callable
     kept: LoadedNetworks
 
+    def denoiser(self) -> Denoiser:
+        """D(x, σ) for samplers in the convention of k-diffusion and EDM, of a U-Net."""
+        require(self.record.kind != "classifier", "denoiser: a classifier has none")
+        return Denoiser(self.module, diffusion_from(self.resolved.process, ""))
+
 
 def load_network(path: str, device: str = "", **flags: bool | int | float | str) -> LoadedNetwork:
     """Load a U-Net or a classifier of noisy images; its flags are found as the commands find them.
 
-    device: "cpu", an index or "cuda:INDEX"; empty: a GPU if there is one. flags: of the network and
-    the process (`noise_schedule`, `num_heads`, …), for bare files whose shapes do not tell them;
-    what had to be assumed is in the `remarks` of `resolved`. ValueError for a file that is missing,
-    is no checkpoint, or does not fit its flags.
+    path: of a checkpoint, or a folder or hf://owner/name[@revision] of diffusers. device: "cpu", an
+    index or "cuda:INDEX"; empty: a GPU if there is one. flags: of the network and the process
+    (`noise_schedule`, `num_heads`, …), for bare files whose shapes do not tell them; what had to be
+    assumed is in the `remarks` of `resolved`. ValueError for a file that is missing, is no
+    checkpoint, or does not fit its flags.
     """
     with speaking_of_arguments():
         path = fetched(path, flag="path")

@@ -1,59 +1,20 @@
 """Folders that diffusers itself has saved: the same trajectories, and all commands of ours."""
 
 import contextlib
-import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from esddpm_io.errors import UserError
-from esddpm_io.hub import fetched
-from guided_diffusion import early_stop, load_network
-from guided_diffusion.commands import sample
+from guided_diffusion import load_network
 from guided_diffusion.settings.record import diffusion_from
-from guided_diffusion.settings.resolver import resolve_network
 from guided_diffusion.solvers import evaluation_timesteps
-from tests.tiny_sampling import SCRIPTS
+from tests.small_pipelines import PROCESSES, SCALED, SIZE, save
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-SIZE, T_PRIME, STEPS = 8, 500, 5
-SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
-TRAINED = {"trained_betas": np.linspace(1e-4, 0.03, 1000).tolist()}
-PROCESSES = {
-    "epsilon, linear": {},
-    "epsilon, other linear": {"beta_start": 0.00085, "beta_end": 0.012},
-    "v, cosine": {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"},
-    "sample, scaled": {"prediction_type": "sample", **SCALED},
-    "epsilon, trained": TRAINED,
-    "learned variance": {"variance_type": "learned_range"},
-}
-
-
-def save(folder: Path, size: int = SIZE, classes: int | None = None, **process) -> str:
-    """A DDPMPipeline of a small U-Net with random weights; one with classes has no pipeline."""
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=size,
-        out_channels=6 if process.get("variance_type") == "learned_range" else 3,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        num_class_embeds=classes,
-    )
-    scheduler = diffusers.DDPMScheduler(clip_sample=False, **process)
-    if classes is None:
-        diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder)
-    else:
-        unet.save_pretrained(folder / "unet")
-        scheduler.save_pretrained(folder / "scheduler")
-    return str(folder)
+T_PRIME, STEPS = 500, 5
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +54,7 @@ def of_diffusers(scheduler, unet, x: torch.Tensor, noises, y=None) -> list[torch
 
 @contextlib.contextmanager
 def noise_is(noise: torch.Tensor):
-    """diffusers draws by `randn_tensor` of the scheduler's module: here it is given what we drew."""
+    """diffusers draws by `randn_tensor` of the scheduler's module: it gets what we drew."""
     from diffusers.schedulers import scheduling_ddpm
 
     with pytest.MonkeyPatch.context() as patch:
@@ -150,8 +111,9 @@ def test_ddpm_takes_the_steps_of_diffusers(tmp_path, process):
         path, subfolder="scheduler", timestep_spacing="trailing"
     )
     clean, x, noises = start(network)
-    found, expected = ours(network, "ddpm", clean, noises), of_diffusers(
-        scheduler, unet, x, noises[1:]
+    found, expected = (
+        ours(network, "ddpm", clean, noises),
+        of_diffusers(scheduler, unet, x, noises[1:]),
     )
     if network.record.flags["learn_sigma"]:
         # diffusers adds noise to the clean image unless the last step is of timestep 0.
