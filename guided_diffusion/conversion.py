@@ -145,7 +145,7 @@ def flags_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with diffusers' defaults, in the words of `unet_config` where others mean the same."""
+    """A config with diffusers' defaults, in the words of `unet_config` where some mean the same."""
     from diffusers import UNet2DModel
 
     with torch.device("meta"):

@@ -49,7 +49,7 @@ _FILES = (".pt", ".pth", ".bin", SAFETENSORS)
 _LARGEST_CHECK = 64  # pixels; the networks are convolutional
 _WITHOUT = {
     "classifier": "classifier of noisy images: diffusers has none",
-    "sr": "super-resolution network, which sees a small image, too: a DDPMPipeline has no such input",
+    "sr": "super-resolution network: a DDPMPipeline has no input for the small image",
     "vae": "VAE of this package: diffusers has other ones",
 }
 _VARIANCE = {
@@ -116,9 +116,7 @@ def _save(tensors: conversion.Tensors, sidecar: Mapping[str, Any] | None, target
 def _to_file(source: str, target: str) -> None:
     """A folder of diffusers as a checkpoint with its flags."""
     found = resolve_network("model", source, flag="A", typed={})
-    require(
-        not found.flags["v_prediction"], f"A: {source} predicts v, guided-diffusion noise or x_0"
-    )
+    require(not found.flags["v_prediction"], f"A: {source} predicts v: ours give noise or x_0")
     theirs = _load_folder(source, found)
     with _naming(source):
         flags = conversion.flags_of(theirs.unet.config)
