@@ -82,9 +82,28 @@ def vae_defaults() -> dict:
     }
 
 
+def diffusers_defaults() -> dict:
+    """Flags of a network of diffusers with its process, and their defaults.
+
+    unet: its config as JSON; num_classes: 0 for none; v_prediction: what `predict_xstart` is then
+    made of; sigma_small: DDPM's steps have the posterior's variance.
+    """
+    return {
+        "image_size": 64,
+        "class_cond": False,
+        "use_fp16": False,
+        "unet": "",
+        "num_classes": 0,
+        "v_prediction": False,
+        "sigma_small": False,
+        **diffusion_defaults(),
+    }
+
+
 def flag_defaults(kind: str) -> dict:
     """All flags of a kind of network, its diffusion process included, and their defaults."""
     return {
+        "diffusers": diffusers_defaults,
         "model": model_and_diffusion_defaults,
         "classifier": classifier_and_diffusion_defaults,
         "sr": sr_model_and_diffusion_defaults,

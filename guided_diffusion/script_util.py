@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 
 from . import gaussian_diffusion as gd
+from .diffusers_models import DiffusersNetwork, create_diffusers
 from .flags import (  # noqa: F401 -- their published names are here
     add_dict_to_argparser,
     args_to_dict,
@@ -229,12 +230,15 @@ def sr_create_model(
     )
 
 
-def create_network(kind: str, flags: Mapping[str, object]) -> UNetModel | EncoderUNetModel:
+def create_network(
+    kind: str, flags: Mapping[str, object]
+) -> UNetModel | EncoderUNetModel | DiffusersNetwork:
     """A new network of a `kind`; of the `flags` those that its constructor takes are used.
 
     ValueError, beginning with the flag's name, for values that no network can have.
     """
-    constructors: dict[str, Callable[..., UNetModel | EncoderUNetModel]] = {
+    constructors: dict[str, Callable[..., UNetModel | EncoderUNetModel | DiffusersNetwork]] = {
+        "diffusers": create_diffusers,
         "model": create_model,
         "classifier": create_classifier,
         "sr": sr_create_model,

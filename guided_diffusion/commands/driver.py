@@ -18,6 +18,7 @@ from esddpm_io.atomic import write_json
 from esddpm_io.errors import EXIT_USER_ERROR, UserError, check_at_least, terminate_cleanly
 from esddpm_io.files import absolute, check_output_folder, is_blob, join, read_json, sha256
 from esddpm_io.help import CommandLine
+from esddpm_io.hub import fetched
 from guided_diffusion.commands import scoring
 from guided_diffusion.commands.sampler_flags import (
     AUTO,
@@ -498,7 +499,7 @@ def files_of(args: argparse.Namespace, typed: set[str], preset: Preset) -> dict[
         "ref_batch": args.ref_batch or preset.reference_batch,
         "inception_path": args.inception_path or preset.feature_graph,
     }
-    return {flag: absolute(path) if path else "" for flag, path in found.items()}
+    return {flag: absolute(fetched(path)) if path else "" for flag, path in found.items()}
 
 
 def request_of(
