@@ -28,6 +28,7 @@ from guided_diffusion.commands.sampler_flags import (
     add_sampler_flags,
     by_name,
 )
+from guided_diffusion.flag_help import GENERATOR_HELP
 from guided_diffusion.flags import str2bool
 from guided_diffusion.settings.layers import parse, require, without_effect
 from guided_diffusion.settings.presets import (
@@ -75,7 +76,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--reverse_steps", type=int, default=25, help="K, steps denoised of the respaced chain")
     add("--chain_length", default="250", help="steps of the chain; ddim25 and the like: DDIM")
     add("--start_from_scratch", action="store_true", help="plain DDPM: all steps from pure noise")
-    add("--num_samples", type=int, default=50000, help="with --start_from_scratch")
+    add("--num_samples", type=int, default=50000, help="with --start_from_scratch or --generator")
     add("--dataset_path", default=DEFAULT_DATASET_PATH, help="generator images: npz or folder")
     add("--save_dir_suffix", default="", help="appended to the output folder with _")
     add(
@@ -103,6 +104,7 @@ def add_shared_flags(add: Callable[..., object]) -> None:
     add("--batch_size", type=int, default=32, help="images a step")
     add("--dataset", default="imagenet64", help="name of a preset, or path of a preset file")
     add("--limit", type=int, default=0, help="only the first N generator images (0: all)")
+    add("--generator", default="", help=GENERATOR_HELP)
     devices = "GPU indices, none (as CUDA says), cpu, cpu,cpu"
     add("--devices", default=DEFAULT_DEVICES, help=devices)
     clip = "clamp predicted images to [-1, 1]; untyped, solvers that start from T' do not"
@@ -370,6 +372,8 @@ def _compare_inputs(run: "Run", record: Mapping[str, Any]) -> "Run":
         path = then["path"]
         if name in ("checkpoint", "classifier"):
             now = fingerprint(read_checkpoint(path, flag="--again"))
+        elif name == "start_images" and run.start.kind == "generator":
+            now = contents_of(run.start) or ""
         else:
             now = sha256(path, flag="--again")
         if now != then["sha256"]:
@@ -455,7 +459,11 @@ def _ignored_flags(args: argparse.Namespace, typed: set[str], preset: Preset) ->
     return without_effect(
         typed,
         {
-            "num_samples": (not scratch, "without --start_from_scratch"),
+            "num_samples": (
+                not (scratch or args.generator),
+                "without --start_from_scratch or --generator",
+            ),
+            "generator": (scratch, "with --start_from_scratch"),
             "reverse_steps": (scratch, "with --start_from_scratch"),
             "dataset_path": (scratch, "with --start_from_scratch"),
             "limit": (scratch, "with --start_from_scratch"),
@@ -520,7 +528,9 @@ def request_of(
         clip_denoised=args.clip_denoised if "clip_denoised" in typed else None,
         variance=args.variance,
         seed=args.seed,
-        images=files["dataset_path"],
+        images=files["dataset_path"] if "dataset_path" in typed or not args.generator else "",
+        generator=args.generator,
+        device=args.devices.split(",")[0] if "devices" in typed and args.devices != "none" else "",
         num_samples=args.num_samples,
         limit=args.limit,
         classifier_path=files["classifier_path"],
@@ -540,7 +550,7 @@ def check_files(args: argparse.Namespace, typed: set[str], preset: Preset, outpu
     check_output_folder(output, flag="--output_dir")
     files = files_of(args, typed, preset)
     unneeded = {"inception_path"} if not files["inception_path"] else set()
-    if args.start_from_scratch:
+    if args.start_from_scratch or args.generator:
         unneeded.add("dataset_path")
     guided = preset.is_guided or bool(args.classifier_path)
     if not (guided and args.classifier_guidance_scale):

@@ -9,12 +9,7 @@ from the folder you stand in, or the path of a .py file.
 """
 
 import argparse
-import importlib
-import importlib.util
-import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -24,33 +19,7 @@ from esddpm_io.help import CommandLine
 from esddpm_io.images import check_image_array
 from esddpm_io.npz import NpzWriter
 from esddpm_io.progress import Progress
-
-
-def load_function(target: str) -> Callable:
-    """The function that `MODULE:FUNCTION` or `FILE.py:FUNCTION` names.
-
-    Raises:
-        UserError: no such module, file or function. An error inside the module passes through.
-    """
-    module_name, _, function_name = target.rpartition(":")
-    if not module_name or not function_name:
-        raise UserError(f"{target!r} is not MODULE:FUNCTION, such as my_gan:sample")
-    sys.path.insert(0, os.getcwd())
-    if module_name.endswith(".py"):
-        if not Path(module_name).is_file():
-            raise UserError(f"MODULE:FUNCTION: there is no file {module_name}")
-        spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            raise UserError(f"MODULE:FUNCTION: cannot import {module_name}: {error}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"MODULE:FUNCTION: {module_name} has no function {function_name}")
-    return function
+from guided_diffusion.sampling.generators import load_function
 
 
 def batch_seed(seed: int, batch: int) -> int:
@@ -129,6 +98,6 @@ def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     check_at_least(args, {"num_samples": 1, "batch_size": 1, "seed": 0})
     check_output_file(args.out, flag="--out")
-    function = load_function(args.function)
+    function = load_function(args.function, "MODULE:FUNCTION")
     write_samples(function, args.function, args.out, args.num_samples, args.batch_size, args.seed)
     print(f"{args.out}: {args.num_samples} images of {args.function}")

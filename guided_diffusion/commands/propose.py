@@ -35,16 +35,10 @@ NUM_IMAGES = 300  # of the measurements that docs/t_prime.md tells of
 _STEPS, _SAMPLER = 5, "dpmpp_2m_sde"
 # Flags of the driver that say what is sampled, and on what; the others are for whole runs.
 _FLAGS = {
-    *("dataset", "dataset_path", "limit", "model_path", "classifier_path", "seed", "use_fp16"),
-    *("classifier_guidance_scale", "steps", "sampler", "spacing", "eta", "variance"),
-    *(
-        "clip_denoised",
-        "precision",
-        "override_checkpoint_flags",
-        "devices",
-        "batch_size",
-        *scoring.FLAGS,
-    ),
+    *("dataset", "dataset_path", "generator", "limit", "model_path", "classifier_path", "seed"),
+    *("use_fp16", "classifier_guidance_scale", "steps", "sampler", "spacing", "eta", "variance"),
+    *("clip_denoised", "precision", "override_checkpoint_flags", "devices", "batch_size"),
+    *scoring.FLAGS,
 }
 
 

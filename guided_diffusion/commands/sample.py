@@ -15,6 +15,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from esddpm_io.errors import check_at_least, terminate_cleanly
 from esddpm_io.files import join, read_json
 from esddpm_io.help import CommandLine
@@ -90,6 +92,7 @@ def sampling_defaults(guided: bool) -> dict:
         **COMMON_DEFAULTS,
         **_PLACE_DEFAULTS,
         "dataset_path": "",
+        "generator": "",
         "limit": 0,
         "denoise_steps": 25,
         **model_and_diffusion_defaults(),
@@ -144,7 +147,7 @@ def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
     if args.compile:
         check_compiler(device.type)
     if args.settings:
-        run, source, remarks = _recorded(args, typed)
+        run, source, remarks = _recorded(args, typed, device)
     else:
         named = bool(args.save_dir) or args.print_settings
         require(named, "--save_dir: name the folder for the samples")
@@ -178,7 +181,9 @@ def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
     )
 
 
-def _recorded(args: argparse.Namespace, typed: set[str]) -> tuple[Run, "Source", list[str]]:
+def _recorded(
+    args: argparse.Namespace, typed: set[str], device: torch.device
+) -> tuple[Run, "Source", list[str]]:
     """The run that --settings FILE says, its start images found unchanged."""
     from guided_diffusion.sampling.sources import check_source, open_source
 
@@ -192,7 +197,7 @@ def _recorded(args: argparse.Namespace, typed: set[str]) -> tuple[Run, "Source",
     require(content is not None, f"--settings: there is no file {path}")
     run = Run.from_json(content, where=path)
     args.save_dir = args.save_dir or os.path.dirname(path)
-    source = open_source(run.start, run.num_samples, run.seed)
+    source = open_source(run.start, run.num_samples, run.seed, device)
     check_source(source, run.start, args.save_dir)
     return run, source, []
 
@@ -215,6 +220,8 @@ def _request(args: argparse.Namespace, typed: set[str], kind: str) -> "Request":
         variance=args.variance,
         seed=args.seed,
         images=args.base_samples if kind == "sr" else args.dataset_path,
+        generator=getattr(args, "generator", ""),
+        device=args.device,
         num_samples=args.num_samples,
         limit=0 if kind == "sr" else args.limit,
         classifier_path=getattr(args, "classifier_path", ""),
@@ -229,7 +236,11 @@ def _in_vain(args: argparse.Namespace, typed: set[str]) -> list[str]:
     return without_effect(
         typed,
         {
-            "num_samples": (not scratch, "without --start_from_scratch"),
+            "num_samples": (
+                not (scratch or args.generator),
+                "without --start_from_scratch or --generator",
+            ),
+            "generator": (scratch, "with --start_from_scratch"),
             "denoise_steps": (scratch, "with --start_from_scratch"),
             "dataset_path": (scratch, "with --start_from_scratch"),
             "limit": (scratch, "with --start_from_scratch"),

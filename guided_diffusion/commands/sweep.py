@@ -213,7 +213,7 @@ def _score(sweep: Sweep, points: list[Point]) -> None:
     assert sweep.evaluation is not None
     for point in points:
         if isinstance(point.what, GeneratorPoint):
-            point.what.write(point.folder)
+            point.what.write(point.folder, sweep.devices[0])
     if points:
         folders = [point.folder for point in points]
         scoring.evaluate(folders, sweep.evaluation, sweep.preset.name)

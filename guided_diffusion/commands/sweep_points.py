@@ -151,7 +151,7 @@ def settle_all(
             problems[str(error).replace("--start_from_scratch", f"--t_prime {SCRATCH}")] = None
             continue
         remarks |= dict.fromkeys(said)
-        identity = _identity(what)
+        identity = what.identity
         if identity in found:
             point = found[identity]
             found[identity] = dataclasses.replace(point, proposal=own.proposal or point.proposal)
@@ -208,6 +208,8 @@ def _measured_t_prime(
 
 def _count_images(args: argparse.Namespace, typed: set[str], preset: Preset) -> int:
     """As many images from noise as of the generator, where it has any: points are compared."""
+    if args.generator:
+        return args.limit or args.num_samples
     if args.limit and not exists(driver.files_of(args, typed, preset)["dataset_path"]):
         return args.limit
     count = len(_open_generator(args, typed, preset))
@@ -221,6 +223,12 @@ def _open_generator(args: argparse.Namespace, typed: set[str], preset: Preset) -
 
 
 def _generator(args: argparse.Namespace, typed: set[str], preset: Preset) -> GeneratorPoint:
+    if args.generator:
+        from guided_diffusion.commands.request import open_start
+
+        request = driver.request_of(args, typed, preset, {})
+        start = open_start(request)
+        return GeneratorPoint(start.path, start.fingerprint(), len(start), request.seed)
     images = _open_generator(args, typed, preset)
     images.check()
     path = driver.files_of(args, typed, preset)["dataset_path"]
@@ -237,10 +245,6 @@ def _run(
     return settled.run, settled.remarks
 
 
-def _identity(what: "Run | GeneratorPoint") -> str:
-    return f"images {what.contents}" if isinstance(what, GeneratorPoint) else what.identity
-
-
 def _folders_by_identity(output: str) -> dict[str, str]:
     """The points that are there already, whatever command made them."""
     from guided_diffusion.sampling.chunks import SETTINGS_FILE
@@ -254,7 +258,7 @@ def _folders_by_identity(output: str) -> dict[str, str]:
         if content is not None:
             found[Run.from_json(content, where=path).identity] = name
         elif generator is not None:
-            found[_identity(generator)] = name
+            found[generator.identity] = name
     return found
 
 
@@ -271,7 +275,8 @@ def _name(
     """
     if isinstance(what, GeneratorPoint):
         images = stems.get("dataset_path")
-        return f"{GENERATOR_FOLDER}_{images}_{what.contents[:6]}" if images else GENERATOR_FOLDER
+        name = f"{GENERATOR_FOLDER}_{images}_{what.contents[:6]}" if images else GENERATOR_FOLDER
+        return f"{name}_seed{what.seed}" if what.seed else name
     parts = [f"{driver.point_name(args)}_steps"]
     if what.sampler.eta != OWN_ETA[what.sampler.name]:
         parts.append(f"eta{what.sampler.eta:g}")
