@@ -14,7 +14,6 @@ from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError, first_line
 from evaluations.backend_torch import check_device
 from evaluations.network_file import (
-    SUFFIXES,
     Description,
     NetworkFile,
     description_path,
@@ -73,8 +72,7 @@ def export_network(module: torch.nn.Module, path: str | os.PathLike, about: Desc
     `UserError` if the file that comes out does not give the module's own features.
     """
     path = Path(path)
-    if not is_network_file(path):
-        raise UserError(f"OUT: {path} must end in {' or '.join(SUFFIXES)}")
+    assert is_network_file(path), path
     module = module.eval().cpu()
     generator = torch.Generator().manual_seed(0)
     batch = torch.randn(_TRIED, 3, *about.size, generator=generator)

@@ -1,6 +1,9 @@
 """Networks of .pt and .pt2 files in place of a frozen graph, and resizing before the network."""
 
 import json
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import torch
 from PIL import Image
 
 from esddpm_io.errors import UserError
-from evaluations import evaluate, evaluator, make_reference
+from evaluations import evaluate, evaluator, export_features, make_reference
 from evaluations.backend_network import export_network
 from evaluations.backend_torch import TorchEngine
 from evaluations.evaluation import check_inputs, nearest_in_reference
@@ -188,8 +191,6 @@ def test_an_export_is_tried_before_it_is_there(tmp_path):
 
     with pytest.raises(UserError, match="gives other features once it is exported"):
         export_network(ByBatch(), tmp_path / "b.pt", ABOUT)
-    with pytest.raises(UserError, match=r"OUT: .*c\.onnx must end in \.pt or \.pt2"):
-        export_network(tiny_network(), tmp_path / "c.onnx", ABOUT)
     assert not list(tmp_path.iterdir())
     assert Description.of(tomllib.loads(ABOUT.as_toml())) == ABOUT
 
@@ -300,3 +301,50 @@ def test_statistics_made_with_another_resize_are_refused():
             UserError, match=rf"^resize {asked}: .*{made}\.npz .* {made} resize: ma"
         ):
             evaluate(f"{made}.npz", "samples.npz", resize=asked, **options)
+
+
+HUBCONF = """
+import torch
+
+def dinov2_vits14(pretrained=True):
+    torch.manual_seed(5)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 384, 14, stride=14), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    )
+"""
+
+
+def test_dinov2_is_exported_with_its_description(tmp_path, capsys):
+    """From a folder that stands for the clone of its repository: same entry, width and size."""
+    (tmp_path / "hubconf.py").write_text(HUBCONF)
+    out = str(tmp_path / "out" / "dino.pt2")
+    export_features.main(["dinov2", out, "--variant", "vits14", "--repo", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[-1] == f"dinov2_vits14: {out}"
+    about = load_graph(out).description
+    assert (about.features, about.size, about.resize) == (384, (224, 224), "bicubic")
+    settings = {"inception_path": out, "metrics": "precision", "batch_size": 4}
+    samples = images_of("samples.npz")[:6]
+    assert evaluate(samples, samples, **settings).results[0]["precision"] == 1.0
+    with pytest.raises(UserError, match=r"^--repo .*: no dinov2_vitb14 in it: "):
+        export_features.main(["dinov2", out, "--variant", "vitb14", "--repo", str(tmp_path)])
+    with pytest.raises(UserError, match="^--repo: there is no folder nowhere"):
+        export_features.main(["dinov2", out, "--repo", "nowhere"])
+    with pytest.raises(UserError, match=r"^OUT: net\.onnx must end in \.pt or \.pt2"):
+        export_features.main(["dinov2", "net.onnx"])
+
+
+def test_a_network_that_cannot_be_fetched_is_one_line(tmp_path):
+    """Every way out leads to a port that nothing listens at."""
+    closed = {f"{name}_proxy": "http://127.0.0.1:9" for name in ("http", "https", "all")}
+    closed |= {"TORCH_HOME": str(tmp_path), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    script = Path(__file__).parents[2] / "scripts" / "export_features.py"
+    result = subprocess.run(
+        [sys.executable, str(script), "dinov2", str(tmp_path / "a.pt2")],
+        env={**os.environ, **closed, "no_proxy": "", "PYTHONPATH": str(script.parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert "error: dinov2: torch hub cannot be used (" in last and "--repo takes a clone" in last
+    assert "Traceback" not in result.stderr and not list(tmp_path.glob("*.pt2"))
