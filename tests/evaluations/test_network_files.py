@@ -21,6 +21,7 @@ from evaluations.features import choose_engine, load_graph, pool_features
 from evaluations.metrics import frechet_distance, gaussian_of, kernel_distance
 from evaluations.network_file import Description
 from evaluations.resizing import resized
+from guided_diffusion.commands import scoring
 from tests.evaluations.graph_writer import GOLDEN, small_graph
 
 ABOUT = Description(
@@ -348,3 +349,14 @@ def test_a_network_that_cannot_be_fetched_is_one_line(tmp_path):
     last = result.stderr.splitlines()[-1]
     assert "error: dinov2: torch hub cannot be used (" in last and "--repo takes a clone" in last
     assert "Traceback" not in result.stderr and not list(tmp_path.glob("*.pt2"))
+
+
+def test_the_driver_evaluates_with_such_a_file(capfd):
+    evaluation = scoring.Evaluation("ref.npz", "tiny.pt2", None, {})
+    evaluation.check(50)
+    found = evaluation.score("samples.npz")
+    assert found["features"] == "tiny_net"
+    assert capfd.readouterr().out.startswith("FD (tiny_net): ")
+    refused = scoring.Evaluation("ref.npz", "tiny.pt2", None, {"backend": "tensorflow"})
+    with pytest.raises(UserError, match="^--eval_backend tensorflow: .*tiny.pt2 is a network"):
+        refused.check(50)
