@@ -1,5 +1,7 @@
 """Importing the library costs no optional package: what needs one imports it where it is used."""
 
+import ast
+import graphlib
 import pkgutil
 import subprocess
 import sys
@@ -49,6 +51,26 @@ def test_importing_everything_loads_no_optional_package():
     assert {"guided_diffusion.sampling.worker", "guided_diffusion.commands.driver"} <= set(names)
     assert "evaluations.evaluator" in names
     assert loaded_after_importing(names, OPTIONAL) == []
+
+
+def imported_on_loading(name):
+    """Names of modules, and of what may be one, that the module's own lines import."""
+    path = ROOT / f"{name.replace('.', '/')}.py"
+    found = set()
+    for node in ast.parse(path.read_text()).body if path.exists() else []:
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_no_module_imports_itself_through_others():
+    modules = set(modules_of(esddpm_io, evaluations, guided_diffusion))
+    assert imported_on_loading("evaluations.settings") & modules >= {"evaluations.scoring"}
+    graph = {name: imported_on_loading(name) & modules for name in modules}
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # a CycleError names a circle
+    assert len(order) == len(modules)
 
 
 def test_the_packages_do_not_lean_on_each_other():
