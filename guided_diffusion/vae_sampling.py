@@ -40,7 +40,7 @@ def load_vae(path: str) -> VAE:
 def sample_range(vae: VAE, seed: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """Samples start … stop-1 of a seed: uint8 [n, H, W, 3] and labels int64 [n]."""
     device = vae.label_counts.device
-    streams = RandomStreams(seed, start, stop, purpose="codes")
+    streams = RandomStreams(seed, start, stop, purpose="latents")
     normal = streams.randn(torch.empty(stop - start, 2 + vae.latent_dim))
     # The normal distribution function makes uniform numbers of the first two: one picks the label,
     # one the component of its prior.
