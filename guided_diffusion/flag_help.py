@@ -1,5 +1,6 @@
 """One line of help for each flag that several command lines share."""
 
+GENERATOR_HELP = "MODULE:FACTORY, FILE.py:FACTORY, .pt or .pt2 that makes the start images"
 FLAG_HELP = {
     # networks
     "image_size": "height and width of the images, pixels",
@@ -58,6 +59,7 @@ FLAG_HELP = {
     "save_png_files": "also one PNG a sample",
     "print_settings": "show the run with the origin of its settings, and do nothing",
     "dataset_path": "start images: .npz, .npy or a folder",
+    "generator": GENERATOR_HELP,
     "limit": "only the first N start images; 0: all",
     "denoise_steps": "K, steps denoised of the respaced chain",
     "base_samples": ".npz of the images to enlarge",

@@ -19,23 +19,26 @@ from esddpm_io.images import save_png
 from evaluations import evaluator
 from guided_diffusion import logger
 from guided_diffusion.checkpoints import write_sidecar
-from guided_diffusion.commands import driver, gather, sample, sweep
-from guided_diffusion.script_util import (
-    sr_create_model,
-    sr_model_and_diffusion_defaults,
-)
-from scripts import (
+from guided_diffusion.commands import (
     classifier_sample,
     classifier_train,
     download,
+    driver,
+    gather,
     image_nll,
     image_sample,
     image_train,
     report,
+    sample,
     super_res_sample,
     super_res_train,
+    sweep,
     vae_sample,
     vae_train,
+)
+from guided_diffusion.script_util import (
+    sr_create_model,
+    sr_model_and_diffusion_defaults,
 )
 from tests.tiny_sampling import CLASSIFIER, FEATURE_GRAPH, MODEL, TinyFiles
 

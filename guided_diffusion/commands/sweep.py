@@ -203,6 +203,8 @@ def _open_all(sweep: Sweep) -> "dict[str, ChunkFolder]":
         folders[point.folder] = driver.open_folder(point.folder, point.what, machine)
         if note is not None:
             write_json(join(point.folder, IMAGES_FILE), note)
+        if point.proposal is not None:
+            write_json(join(point.folder, scoring.PROPOSAL_FILE), read_json(point.proposal))
     return folders
 
 
@@ -211,7 +213,7 @@ def _score(sweep: Sweep, points: list[Point]) -> None:
     assert sweep.evaluation is not None
     for point in points:
         if isinstance(point.what, GeneratorPoint):
-            point.what.write(point.folder)
+            point.what.write(point.folder, sweep.devices[0])
     if points:
         folders = [point.folder for point in points]
         scoring.evaluate(folders, sweep.evaluation, sweep.preset.name)

@@ -12,6 +12,11 @@ from pathlib import Path
 
 from esddpm_io.errors import UserError
 from esddpm_io.files import is_blob
+from guided_diffusion.flags import (
+    classifier_defaults,
+    diffusion_defaults,
+    model_and_diffusion_defaults,
+)
 
 PRESET_FOLDER = Path(__file__).parent / "preset_data"
 # The published commands are typed in scripts/, so the paths of shipped presets start there.
@@ -50,7 +55,7 @@ class Preset:
     """All that the driver, the samplers and the downloader need to know of a data set.
 
     Paths are absolute (blob paths stay as they are) and need not exist. The flags are those that
-    the preset sets, under the names and with the types of `script_util`'s defaults.
+    the preset sets, under the names and with the types of `flags`' defaults.
     """
 
     name: str
@@ -173,15 +178,11 @@ def _check_flags(path: Path, table: str, flags: object) -> None:
 
 def _flag_groups() -> dict[str, dict]:
     """The flags of each table, with their defaults."""
-    # script_util brings torch with it, which `presets.preset_names` can do without.
-    from guided_diffusion import script_util
-
-    diffusion = script_util.diffusion_defaults()
-    model = script_util.model_and_diffusion_defaults()
+    diffusion, model = diffusion_defaults(), model_and_diffusion_defaults()
     return {
         "model_flags": {key: value for key, value in model.items() if key not in diffusion},
         "diffusion_flags": diffusion,
-        "classifier_flags": script_util.classifier_defaults(),
+        "classifier_flags": classifier_defaults(),
     }
 
 

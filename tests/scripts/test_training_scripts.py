@@ -16,12 +16,13 @@ from PIL import Image
 from esddpm_io.errors import UserError
 from guided_diffusion import logger
 from guided_diffusion.checkpoints import read_sidecar
+from guided_diffusion.commands import classifier_train, image_train, super_res_train, vae_train
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.train_options import explained_flags, loop_options
-from scripts import classifier_train, image_train, super_res_train, vae_train
+from guided_diffusion.training.super_res import load_superres_data
 from tests.waiting import PATIENCE_S, wait_until
 
-SCRIPT = str(Path(image_train.__file__))
+SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "image_train.py")
 TINY = {
     "image_size": 8,
     "num_channels": 32,
@@ -410,7 +411,7 @@ def test_super_resolution(data, tmp_path):
     folder = tmp_path / "run"
     assert read_sidecar(str(folder / "model000002.pt"))["flags"]["large_size"] == 8
     assert (folder / "samples000002.png").exists()
-    stream = super_res_train.load_superres_data(data, 3, large_size=8, small_size=4, seed=0)
+    stream = load_superres_data(data, 3, large_size=8, small_size=4, seed=0)
     batch, cond = next(stream)
     want = batch.view(3, 3, 4, 2, 4, 2).mean((3, 5))
     torch.testing.assert_close(cond["low_res"], want)
