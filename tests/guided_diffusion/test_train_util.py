@@ -628,6 +628,8 @@ def test_sample_grids_use_the_average_and_disturb_nothing(log_folder):
         ),
         ({"ema_rate": "1.5"}, "ema_rate must be"),
         ({"precision": "int8"}, "precision must be one of float32, bfloat16, float16"),
+        ({"shard": True, "compile": True}, "shard goes with float32 and bfloat16, and without"),
+        ({"shard": True, "precision": "float16"}, "shard goes with float32 and bfloat16"),
     ],
 )
 def test_impossible_arguments_are_named(options, message):
