@@ -1,5 +1,8 @@
 """Carry a generator's images to T' and back on all devices, gather the samples, evaluate them.
 
+    python scripts/generate_processes_diffusion_and_reverse.py --dataset emoji32 --devices cpu \\
+        --t_prime 500 --steps 5 --sampler dpmpp_2m_sde --execute
+
 Prints the command of each sampling process; with --execute runs them. Run on several machines
 with one shared folder by giving each --num_machines and its --machine_idx.
 """
@@ -91,7 +94,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--model_path", help="checkpoint instead of the preset's")
     add("--output_dir", help="folder for samples, logs and metrics instead of exps/…")
     add("--save_png_files", action="store_true", help="also one PNG a sample")
-    add("--print_settings", action="store_true", help="show the run with origins, do nothing")
+    add("--print_settings", action="store_true", help="show the run and each setting's origin")
     add("--again", metavar="METRICS", help="repeat the run of a metrics.json in --output_dir")
     add_shared_flags(add)
     return parser
@@ -589,7 +592,9 @@ def choose_devices(args: argparse.Namespace, typed: set[str]) -> list[str]:
     if absent and (args.execute or "" in absent):
         raise UserError(
             f"--devices {text}: there is no device {absent[0] or '(empty)'}; valid on this "
-            f"machine: {', '.join([*there, 'cpu', 'none'])}"
+            f"machine: {', '.join([*there, 'cpu', 'none'])}",
+            got=absent,
+            valid=[*there, "cpu", "none"],
         )
     return devices
 

@@ -82,7 +82,7 @@ def write_samples(
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = CommandLine(description=__doc__.splitlines()[0])
+    parser = CommandLine(description=__doc__)
     parser.add_argument("function", metavar="MODULE:FUNCTION", help="f(n, seed) -> images")
     parser.add_argument("--num_samples", type=int, default=10000, help="how many images")
     parser.add_argument("--batch_size", type=int, default=64, help="most images asked for at once")
