@@ -7,8 +7,17 @@ import numpy as np
 import torch
 
 from esddpm_io.errors import speaking_of_arguments
+from esddpm_io.hub import fetched
 from guided_diffusion.checkpoints import read_checkpoint, read_sidecar
-from guided_diffusion.commands.request import LARGEST_SEED, Request, network_of, sampler_of
+from guided_diffusion.commands.request import (
+    LARGEST_SEED,
+    Request,
+    classes_of,
+    network_of,
+    sampler_of,
+)
+from guided_diffusion.denoiser import Denoiser
+from guided_diffusion.diffusers_models import KIND as DIFFUSERS
 from guided_diffusion.pixels import to_float
 from guided_diffusion.sampling.generators import GeneratedImages, generator_of
 from guided_diffusion.sampling.job import Job
@@ -16,7 +25,7 @@ from guided_diffusion.sampling.sampler import LoadedNetworks, Sampler, choose_de
 from guided_diffusion.sampling.sources import GeneratorImages, Source, Start
 from guided_diffusion.script_util import NUM_CLASSES
 from guided_diffusion.settings.layers import require
-from guided_diffusion.settings.record import Guidance, Network, Run, StartSettings
+from guided_diffusion.settings.record import Guidance, Network, Run, StartSettings, diffusion_from
 from guided_diffusion.settings.resolver import Resolved, check_same_noise, resolve_network
 
 
@@ -34,18 +43,24 @@ class LoadedNetwork:
     module: Callable
     kept: LoadedNetworks
 
+    def denoiser(self) -> Denoiser:
+        """D(x, σ) for samplers in the convention of k-diffusion and EDM, of a U-Net."""
+        require(self.record.kind != "classifier", "denoiser: a classifier has none")
+        return Denoiser(self.module, diffusion_from(self.resolved.process, ""))
+
 
 def load_network(path: str, device: str = "", **flags: bool | int | float | str) -> LoadedNetwork:
     """Load a U-Net or a classifier of noisy images; its flags are found as the commands find them.
 
-    device: "cpu", an index or "cuda:INDEX"; empty: a GPU if there is one. flags: of the network and
-    the process (`noise_schedule`, `num_heads`, …), for bare files whose shapes do not tell them;
-    what had to be assumed is in the `remarks` of `resolved`. ValueError for a file that is missing,
-    is no checkpoint, or does not fit its flags.
+    path: of a checkpoint, or a folder or hf://owner/name[@revision] of diffusers. device: "cpu", an
+    index or "cuda:INDEX"; empty: a GPU if there is one. flags: of the network and the process
+    (`noise_schedule`, `num_heads`, …), for bare files whose shapes do not tell them; what had to be
+    assumed is in the `remarks` of `resolved`. ValueError for a file that is missing, is no
+    checkpoint, or does not fit its flags.
     """
     with speaking_of_arguments():
-        sidecar = read_sidecar(path)
-        kind = sidecar["kind"] if sidecar else _kind_of(path)
+        path = fetched(path, flag="path")
+        kind = _kind_of(path)
         resolved = resolve_network(kind, path, flag="path", typed=flags)
         record, where = network_of(resolved, "path"), choose_device(device)
         kept = LoadedNetworks()
@@ -82,13 +97,12 @@ def early_stop(
     network's precision is. ValueError, naming the argument, for all that cannot be.
     """
     with speaking_of_arguments():
-        needs_labels = bool(network.record.flags["class_cond"]) or bool(guidance_scale)
-        classes = NUM_CLASSES if needs_labels else None
+        classes = classes_of(network.resolved, bool(guidance_scale))
         require(batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
         require(0 <= seed <= LARGEST_SEED, f"seed must be in 0 … {LARGEST_SEED}, not {seed}")
         if isinstance(images, np.ndarray) or not callable(images):
             require(not num_samples, "num_samples: leave it out with an array of images")
-            source: Source = _arrays(images, labels, network, needs_labels)
+            source: Source = _arrays(images, labels, network, classes)
         else:
             require(labels is None, "labels: leave them out with a generator, which has its own")
             source = _generated(images, num_samples, seed, network, classes)
@@ -145,10 +159,10 @@ class _Arrays(Source):
 
 
 def _arrays(
-    images: np.ndarray, labels: np.ndarray | None, network: LoadedNetwork, needs_labels: bool
+    images: np.ndarray, labels: np.ndarray | None, network: LoadedNetwork, classes: int | None
 ) -> _Arrays:
     _check_images(images, int(network.record.flags["image_size"]))
-    _check_labels(labels, len(images), needs_labels)
+    _check_labels(labels, len(images), classes)
     return _Arrays(images, labels)
 
 
@@ -163,7 +177,10 @@ def _generated(
 
 
 def _kind_of(path: str) -> str:
-    """A classifier is a U-Net's first half."""
+    """What the sidecar says; without one, a classifier is a U-Net's first half."""
+    sidecar = read_sidecar(path)
+    if sidecar is not None:
+        return "model" if sidecar["kind"] == DIFFUSERS else sidecar["kind"]
     names = read_checkpoint(path, flag="path")
     return "model" if any(name.startswith("output_blocks.") for name in names) else "classifier"
 
@@ -178,12 +195,13 @@ def _check_images(images: np.ndarray, size: int) -> None:
     )
 
 
-def _check_labels(labels: np.ndarray | None, count: int, needed: bool) -> None:
+def _check_labels(labels: np.ndarray | None, count: int, classes: int | None) -> None:
     if labels is None:
-        require(not needed, "labels: the network or the classifier needs one for each image")
+        require(classes is None, "labels: the network or the classifier needs one for each image")
         return
     found = np.asarray(labels)
     are_integers = found.shape == (count,) and found.dtype.kind in "iu"
     require(are_integers, f"labels must be {count} integers, one for each image")
-    known = bool(((found >= 0) & (found < NUM_CLASSES)).all())
-    require(known, f"labels must be in 0 … {NUM_CLASSES - 1}")
+    classes = NUM_CLASSES if classes is None else classes
+    known = bool(((found >= 0) & (found < classes)).all())
+    require(known, f"labels must be in 0 … {classes - 1}")

@@ -17,6 +17,9 @@ from .fp16_util import get_param_groups_and_shapes, unflatten_master_params
 
 _MODEL_NAME = re.compile(r"model(\d{6,})\.pt$")
 _SET_MEMBER = re.compile(r"(?:model|opt|state|ema_[\d.e+-]+_)(\d{6,})\.(?:pt|json)$")
+_OF_A_RUN = re.compile(
+    rf"{_SET_MEMBER.pattern}|(?:progress|log)[\w-]*\.(?:csv|json|png|txt)|samples\d+\.png"
+)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -187,6 +190,22 @@ def prune_sets(folder: Path, keep: int, written: int) -> None:
         match = _SET_MEMBER.fullmatch(path.name)
         if match and int(match[1]) < oldest_kept:
             path.unlink()
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move sets, pictures and logs of the run in `folder` to a new folder earlier-N in it.
+
+    Returns that folder, None if there was no such run.
+    """
+    found = [path for path in sorted(folder.glob("*.*")) if _OF_A_RUN.fullmatch(path.name)]
+    if not found:
+        return None
+    there = [int(path.name[8:]) for path in folder.glob("earlier-*") if path.name[8:].isdigit()]
+    target = folder / f"earlier-{max(there, default=0) + 1}"
+    target.mkdir()
+    for path in found:
+        path.rename(target / path.name)
+    return target
 
 
 def _sets(folder: Path) -> list[CheckpointSet]:

@@ -1,5 +1,8 @@
 """Carry a generator's images to T' and back on all devices, gather the samples, evaluate them.
 
+    python scripts/generate_processes_diffusion_and_reverse.py --dataset emoji32 --devices cpu \\
+        --t_prime 500 --steps 5 --sampler dpmpp_2m_sde --execute
+
 Prints the command of each sampling process; with --execute runs them. Run on several machines
 with one shared folder by giving each --num_machines and its --machine_idx.
 """
@@ -18,6 +21,7 @@ from esddpm_io.atomic import write_json
 from esddpm_io.errors import EXIT_USER_ERROR, UserError, check_at_least, terminate_cleanly
 from esddpm_io.files import absolute, check_output_folder, is_blob, join, read_json, sha256
 from esddpm_io.help import CommandLine
+from esddpm_io.hub import fetched
 from guided_diffusion.commands import scoring
 from guided_diffusion.commands.sampler_flags import (
     AUTO,
@@ -28,6 +32,7 @@ from guided_diffusion.commands.sampler_flags import (
     by_name,
 )
 from guided_diffusion.flag_help import GENERATOR_HELP
+from guided_diffusion.flags import str2bool
 from guided_diffusion.settings.layers import parse, require, without_effect
 from guided_diffusion.settings.presets import (
     GUIDED_SAMPLER,
@@ -89,7 +94,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--model_path", help="checkpoint instead of the preset's")
     add("--output_dir", help="folder for samples, logs and metrics instead of exps/…")
     add("--save_png_files", action="store_true", help="also one PNG a sample")
-    add("--print_settings", action="store_true", help="show the run with origins, do nothing")
+    add("--print_settings", action="store_true", help="show the run and each setting's origin")
     add("--again", metavar="METRICS", help="repeat the run of a metrics.json in --output_dir")
     add_shared_flags(add)
     return parser
@@ -106,13 +111,13 @@ def add_shared_flags(add: Callable[..., object]) -> None:
     devices = "GPU indices, none (as CUDA says), cpu, cpu,cpu"
     add("--devices", default=DEFAULT_DEVICES, help=devices)
     clip = "clamp predicted images to [-1, 1]; untyped, solvers that start from T' do not"
-    add("--clip_denoised", type=_truth_value, default=True, help=clip)
-    add("--use_fp16", type=_truth_value, help="True or False instead of what the preset says")
+    add("--clip_denoised", type=str2bool, default=True, help=clip)
+    add("--use_fp16", type=str2bool, help="True or False instead of what the preset says")
     add_precision_flag(add)
     add("--compile", action="store_true", help=COMPILE_HELP)
     add("--classifier_path", help="classifier instead of the preset's")
     override = "a preset's flags win over those of the checkpoint's sidecar"
-    truth = {"nargs": "?", "const": True, "default": False, "type": _truth_value}
+    truth = {"nargs": "?", "const": True, "default": False, "type": str2bool}
     add("--override_checkpoint_flags", help=override, **truth)
     scoring.add_flags(add)
 
@@ -125,13 +130,6 @@ def check_place(args: argparse.Namespace) -> None:
         f"--machine_idx must be in 0 … {args.num_machines - 1} (--num_machines "
         f"{args.num_machines}), not {args.machine_idx}",
     )
-
-
-def _truth_value(text: str) -> bool:
-    # Brings torch with it, which --help can do without.
-    from guided_diffusion.script_util import str2bool
-
-    return str2bool(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -512,7 +510,7 @@ def files_of(args: argparse.Namespace, typed: set[str], preset: Preset) -> dict[
         "ref_batch": args.ref_batch or preset.reference_batch,
         "inception_path": args.inception_path or preset.feature_graph,
     }
-    return {flag: absolute(path) if path else "" for flag, path in found.items()}
+    return {flag: absolute(fetched(path)) if path else "" for flag, path in found.items()}
 
 
 def request_of(
@@ -594,7 +592,9 @@ def choose_devices(args: argparse.Namespace, typed: set[str]) -> list[str]:
     if absent and (args.execute or "" in absent):
         raise UserError(
             f"--devices {text}: there is no device {absent[0] or '(empty)'}; valid on this "
-            f"machine: {', '.join([*there, 'cpu', 'none'])}"
+            f"machine: {', '.join([*there, 'cpu', 'none'])}",
+            got=absent,
+            valid=[*there, "cpu", "none"],
         )
     return devices
 

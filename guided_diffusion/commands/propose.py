@@ -150,8 +150,9 @@ def measure(
     settled, steps = _with_least_t_prime(request, scratch)
     evaluation.check(min(count, len(settled.source)))
     choice = {name: evaluation.engine.get(name, "auto") for name in ("backend", "device")}
-    engine = choose_engine(load_graph(evaluation.graph), **choice)
-    reference = reference_gaussian(evaluation.reference, engine)
+    graph = load_graph(evaluation.graph)
+    engine = choose_engine(graph, **choice)
+    reference = reference_gaussian(evaluation.reference, graph, engine)
     trial = Trial(settled.run, settled.source, count, device=device, batch_size=batch_size)
     evaluations = 0
 

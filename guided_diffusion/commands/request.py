@@ -160,8 +160,7 @@ def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None
     classifier = _resolve_classifier(request, model, read) if request.classifier_scale else None
     resolved = [network for network in (model, classifier) if network]
     sampler = sampler_of(request, resolved)
-    needs_labels = bool(model.flags["class_cond"]) or classifier is not None
-    start, source = _start(request, model, NUM_CLASSES if needs_labels else None, save_dir)
+    start, source = _start(request, model, classes_of(model, classifier is not None), save_dir)
     run = Run(
         network=read.record(model, request.flag("model_path"), request.precision),
         process=model.process,
@@ -219,6 +218,17 @@ def _resolve_classifier(request: Request, model: Resolved, read: ReadNetworks) -
     )
     check_same_noise(model, classifier)
     return classifier
+
+
+def classes_of(model: Resolved, guided: bool) -> int | None:
+    """How many labels the network and, if it is guided, the classifier know; None without labels.
+
+    The classifier knows NUM_CLASSES, as all networks but those of diffusers.
+    """
+    if not model.flags["class_cond"]:
+        return NUM_CLASSES if guided else None
+    own = int(model.flags.get("num_classes", NUM_CLASSES))
+    return min(own, NUM_CLASSES) if guided else own
 
 
 def network_of(network: Resolved, flag: str) -> Network:

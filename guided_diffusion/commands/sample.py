@@ -28,26 +28,24 @@ from guided_diffusion.commands.sampler_flags import (
     add_sampler_flags,
     by_name,
 )
-from guided_diffusion.compiling import check_compiler
 from guided_diffusion.flag_help import FLAG_HELP
-from guided_diffusion.sampling.chunks import default_chunk_size
-from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE
-from guided_diffusion.sampling.job import Job, describe, rank_from_environment
-from guided_diffusion.sampling.sampler import LoadedNetworks, choose_device
-from guided_diffusion.sampling.sources import Source, check_source, open_source
-from guided_diffusion.sampling.worker import run, telling_how_to_continue
-from guided_diffusion.script_util import (
+from guided_diffusion.flags import (
     add_dict_to_argparser,
     classifier_defaults,
     model_and_diffusion_defaults,
     sr_model_and_diffusion_defaults,
     str2bool,
 )
+from guided_diffusion.sampling.chunks import default_chunk_size
+from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE
+from guided_diffusion.sampling.job import Job, describe, rank_from_environment
+from guided_diffusion.sampling.worker import run, telling_how_to_continue
 from guided_diffusion.settings.layers import parse, require, without_effect
 from guided_diffusion.settings.record import Run
 
 if TYPE_CHECKING:
     from guided_diffusion.commands.request import Request
+    from guided_diffusion.sampling.sources import Source
 
 DESCRIPTION = """Carry generator images to T' and back, or sample from noise: one process's share.
 
@@ -140,6 +138,9 @@ def read_jobs(argv: Sequence[str] | None, *, guided: bool) -> list[Job]:
 
 def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
     """The job of parsed flags of a network of a `kind`; `typed` names those that were typed."""
+    from guided_diffusion.compiling import check_compiler
+    from guided_diffusion.sampling.sampler import choose_device
+
     check_at_least(args, {"num_samples": 1, "batch_size": 1, "chunk_size": 0})
     place = _place(args, os.environ)
     device = choose_device(args.device)
@@ -182,8 +183,10 @@ def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
 
 def _recorded(
     args: argparse.Namespace, typed: set[str], device: torch.device
-) -> tuple[Run, Source, list[str]]:
+) -> tuple[Run, "Source", list[str]]:
     """The run that --settings FILE says, its start images found unchanged."""
+    from guided_diffusion.sampling.sources import check_source, open_source
+
     [path] = args.settings
     surplus = sorted(typed - _OF_THE_PROCESS)
     require(
@@ -270,6 +273,9 @@ def main(argv: list[str] | None = None, *, guided: bool) -> None:
     terminate_cleanly()
     _stop_with_launcher()
     jobs = read_jobs(argv, guided=guided)
+
+    from guided_diffusion.sampling.sampler import LoadedNetworks
+
     networks = LoadedNetworks()
     with telling_how_to_continue(jobs[0], shlex.join([sys.executable, *sys.argv])):
         for job in jobs:

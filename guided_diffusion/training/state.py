@@ -12,7 +12,7 @@ from esddpm_io.files import exists
 
 from .. import dist_util, logger
 from ..checkpoint_sets import CheckpointSet, find_set, fit_optimizer_state, prune_sets
-from ..checkpoints import load_weights
+from ..checkpoints import check_fit, load_weights, network_state
 from ..fp16_util import MixedPrecisionTrainer
 from ..rng import random_state, restore_random_state
 
@@ -169,7 +169,9 @@ class RunState:
         """This rate's average from the set, or a copy of the parameters."""
         params = [p.detach().clone() for p in self.master_params]
         if self._resume_set and self._is_there(path := self._resume_set.ema(rate)):
-            values = self.mp_trainer.state_dict_to_master_params(self._read(path))
+            state = network_state(self._read(path), path, flag="--resume_checkpoint")
+            check_fit(self.model, state, path, flag="--resume_checkpoint")
+            values = self.mp_trainer.state_dict_to_master_params(state)
             for target, value in zip(params, values, strict=True):
                 target.copy_(value)
         elif self._resume_set:
