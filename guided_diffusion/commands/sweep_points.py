@@ -193,7 +193,7 @@ def _measured_t_prime(
         driver.choose_devices(args, typed)[0],
         args.batch_size,
         join(output, "t_prime", f"{asked}.json"),
-        may_measure=args.execute and args.machine_idx == 0,
+        may_measure=driver.may_measure(args),
     )
 
 
