@@ -1,18 +1,21 @@
 """Sampling by a real Slurm: the samples are those of a local run, however often jobs are killed."""
 
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from esddpm_io.files import read_json
 from tests.slurm.cluster import Cluster
 from tests.tiny_sampling import SCRIPTS, TinyFiles, chunks, run_script
 from tests.waiting import wait_until
 
 DRIVER = "generate_processes_diffusion_and_reverse.py"
-SLOW = {"t_prime": 900, "steps": 40, "batch_size": 1}  # some seconds, in ten chunks
+SLOW = {"t_prime": 900, "steps": 100, "batch_size": 1}  # some seconds, in ten chunks
 
 
 def flags(tiny: TinyFiles, output: Path, **changes: object) -> list[str]:
@@ -91,15 +94,19 @@ def test_srun_alone(cluster, tiny, local, tmp_path):
 
 def test_killed_and_requeued_elements_end_in_the_same_samples(cluster, tiny, tmp_path):
     out = tmp_path / "out"
-    array, gather = submit(cluster, DRIVER, flags(tiny, out, **SLOW), 2)
-    # Both have chunks, so that what they go on with is of another start.
-    workers = wait_until(lambda: len(list(out.glob("chunks/*/[0-9]*.npz"))) >= 2)
-    assert workers
-    before = {path: path.stat().st_mtime_ns for path in out.glob("chunks/*/[0-9]*.npz")}
-    cluster.output("scancel", "--signal=KILL", f"{array}_0")  # the worker dies, the script lives
-    cluster.output("scontrol", "requeue", f"{array}_1")  # as preemption does
-    assert cluster.wait_for(array, gather) == ["COMPLETED"] * 3
-    for element in (0, 1):
+    array, gather = submit(cluster, DRIVER, flags(tiny, out, **SLOW), 3)
+
+    def all_at_work() -> list[dict] | None:
+        records = [read_json(str(path)) for path in sorted(out.glob("workers/0*.json"))]
+        return records if len(records) == 3 and list(out.glob("chunks/*/0*.npz")) else None
+
+    pids = {record["rank"]: record["pid"] for record in wait_until(all_at_work)}
+    before = {path: path.stat().st_mtime_ns for path in out.glob("chunks/*/0*.npz")}
+    os.kill(pids[0], signal.SIGKILL)  # as when memory runs out
+    cluster.output("scancel", "--signal=TERM", f"{array}_1")  # as before the time limit
+    cluster.output("scontrol", "requeue", f"{array}_2")  # as preemption does
+    assert cluster.wait_for(array, gather) == ["COMPLETED"] * 4
+    for element in range(3):
         assert "Restarts=1 " in cluster.output(
             "scontrol", "show", "-o", "job", f"{array}_{element}"
         )
@@ -139,5 +146,5 @@ def test_a_sweep(cluster, tiny, local, tmp_path):
     argv = flags(tiny, out, t_prime="0,200,400", eval_bootstrap=0)
     jobs = submit(cluster, "sweep.py", argv, 2)
     assert cluster.wait_for(*jobs) == ["COMPLETED"] * 3
-    np.testing.assert_array_equal(samples(out / "dpmpp_2m_sde_t400_3_steps"), local)
+    np.testing.assert_array_equal(samples(out / "dpmpp_2m_sde_t400_3_steps_guidance0"), local)
     assert len((out / "sweep.csv").read_text().splitlines()) == 4
