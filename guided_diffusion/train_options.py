@@ -163,4 +163,7 @@ def explained_flags(names: Iterable[str]) -> Iterator[None]:
         raise
     except ValueError as error:
         first = re.match(r"\w*", str(error))[0]
-        raise UserError(f"--{error}" if first in names else str(error)) from error
+        text = f"--{error}" if first in names else str(error)
+        choices = re.search(r'must be one of (.+), not "(.*)"$', text)
+        valid, got = (choices[1].split(", "), choices[2]) if choices else ((), ())
+        raise UserError(text, got=got, valid=valid) from error
