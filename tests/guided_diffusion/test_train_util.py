@@ -415,6 +415,25 @@ def test_a_loss_that_is_not_finite_is_reported_and_skipped(tmp_path, capsys):
     assert all(torch.isfinite(p).all() for p in (*loop.master_params, *loop.ema_params[0]))
 
 
+def test_evaluation_has_noise_of_its_own_and_changes_nothing():
+    seen = []
+
+    def loss(model, batch, cond, draw):
+        seen.append((model.training, draw.noise(batch)))
+        return {"loss": model(batch).flatten(1).square().mean(1)}
+
+    options = {"data": iter([]), "batch_size": 2, "ema_rate": "", "seed": 0}
+    trainer = Trainer(model=nn.Linear(4, 4), loss=loss, **options)
+    batch = torch.ones(2, 4)
+    trainer.run_step(batch, {})
+    weights = everything(trainer)
+    trainer.evaluate(batch, {}, "val_")
+    assert equal(everything(trainer), weights) and "val_loss" in logger.getkvs()
+    (training, noise), (evaluating, other) = seen
+    assert training and not evaluating and trainer.model.training
+    assert not torch.equal(noise, other), "else the validation would see what was trained on"
+
+
 def test_three_in_a_row_stop_the_run(log_folder):
     with pytest.raises(
         UserError, match=r"not finite in 3 steps in a row, up to step 4: lower --lr"
