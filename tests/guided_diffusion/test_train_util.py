@@ -434,6 +434,32 @@ def test_evaluation_has_noise_of_its_own_and_changes_nothing():
     assert not torch.equal(noise, other), "else the validation would see what was trained on"
 
 
+def test_a_loss_that_is_not_finite_halves_the_loss_scale():
+    def loss(model, batch, cond, draw):
+        return {"loss": model(batch.half())[:, 0].float() * cond["factor"]}
+
+    options = {"data": iter([]), "batch_size": 1, "ema_rate": "", "precision": "float16"}
+    trainer = Trainer(model=Half(4, 1), loss=loss, initial_lg_loss_scale=8.0, **options)
+    for factor, scale in ((1.0, 8.001), (math.inf, 7.001)):
+        trainer.run_step(torch.ones(1, 4), {"factor": torch.tensor([factor])})
+        assert trainer.mp_trainer.lg_loss_scale == pytest.approx(scale)
+
+
+def test_dropout_repeats_in_a_step_and_differs_from_process_to_process():
+    drawn = []
+
+    def loss(model, batch, cond, draw):
+        drawn.append(torch.rand(3).tolist())
+        return {"loss": model(batch)[:, 0]}
+
+    options = {"data": iter([]), "batch_size": 1, "ema_rate": "", "seed": 0}
+    trainer = Trainer(model=nn.Linear(4, 1), loss=loss, **options)
+    for rank, step in ((0, 0), (0, 0), (1, 0), (0, 1)):
+        trainer.rank, trainer.step = rank, step
+        trainer.forward_backward(torch.ones(1, 4), {})
+    assert drawn[0] == drawn[1] and drawn[0] != drawn[2] and drawn[0] != drawn[3]
+
+
 def test_three_in_a_row_stop_the_run(log_folder):
     with pytest.raises(
         UserError, match=r"not finite in 3 steps in a row, up to step 4: lower --lr"
@@ -473,14 +499,15 @@ def test_lr_rises_from_the_start_and_falls_to_the_end():
     assert rates == pytest.approx([0.25, 0.5, 0.75 * 0.9, 0.8, 0.7, 0.6])
 
 
+class Half(nn.Linear):
+    def convert_to_fp16(self):
+        self.half()
+
+
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize(("limit", "factor"), [(0.0, 1), (0.5, 0.5), (3.0, 1)])
 def test_gradients_are_scaled_down_to_the_longest_that_is_wanted(precision, limit, factor):
     """The length of all gradients together, in units of the loss."""
-
-    class Half(nn.Linear):
-        def convert_to_fp16(self):
-            self.half()
 
     def loss(model, batch, cond, draw):
         return {"loss": model(batch.to(model.weight.dtype))[:, 0].float()}
