@@ -368,6 +368,8 @@ def draw_curves(study: Study, path: Path) -> None:
             axis.fill_between(study.snapshots, low, high, color=line.get_color(), alpha=0.15)
         axis.axhline(study.generator_distance(), color="gray", ls=":", label="the VAE's images")
         axis.set(xscale="log", xlabel="steps", title=f"T' = {t_prime}, {evaluations} evaluations")
+        axis.set_xticks(study.snapshots, map(str, study.snapshots))
+        axis.minorticks_off()
         axis.legend(fontsize=7)
     axes[0][0].set_ylabel("Fréchet distance (emoji32 features)")
     figure.tight_layout()
