@@ -22,7 +22,8 @@ def test_what_is_copied_is_there_and_enough_to_install():
 
 
 def test_the_image_gets_the_pinned_packages_without_tensorflow_and_mpi():
-    pins = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    pins = [line for line in lines if "==" in line]
     left_out = re.search(r"grep -vE '(.*?)'", DOCKERFILE)[1]
     kept = [pin for pin in pins if not re.search(left_out, pin)]
     assert {"numpy", "scipy", "pillow", "matplotlib"} <= {pin.split("==")[0] for pin in kept}

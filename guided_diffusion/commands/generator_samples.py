@@ -97,7 +97,6 @@ def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     check_at_least(args, {"num_samples": 1, "batch_size": 1, "seed": 0})
     check_output_file(args.out, flag="--out")
-
     from guided_diffusion.sampling.generators import load_function
 
     function = load_function(args.function, "MODULE:FUNCTION")
