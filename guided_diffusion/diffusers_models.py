@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from esddpm_io.errors import UserError, first_line
+from esddpm_io.errors import UserError
 from esddpm_io.hub import import_extra
 
 from .gaussian_diffusion import get_named_beta_schedule
@@ -152,17 +152,23 @@ def _schedule(scheduler: Mapping[str, Any], path: Path) -> tuple[str, int]:
 def read_tensors(path: str, *, flag: str) -> dict[str, torch.Tensor]:
     """The state dict of the folder's `DiffusersNetwork`; UserError if tensors are missing."""
     diffusers = import_extra("diffusers", f"{flag}: {path}")
+    read_folder(path)  # says in our words what else the reader would say in its own
     folder = _unet_folder(path)
     try:
         unet, info = diffusers.UNet2DModel.from_pretrained(
             folder, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{flag}: cannot read {folder}: {first_line(error)}") from error
+        raise UserError(f"{flag}: cannot read {folder}: {_one_line(error)}") from error
     for what in ("missing", "unexpected", "mismatched"):
         if names := [str(name) for name in info[f"{what}_keys"]]:
             raise UserError(f"{flag}: {folder}: tensors {what}: {', '.join(names[:3])}, …")
     return {f"unet.{name}": tensor for name, tensor in unet.state_dict().items()}
+
+
+def _one_line(error: Exception, most: int = 200) -> str:
+    """Of an error that names tensors in the lines that follow."""
+    return " ".join(str(error).split())[:most]
 
 
 class DiffusersNetwork(torch.nn.Module):

@@ -54,9 +54,9 @@ def _betas_from(name: str, numbers: list[str], text: str, steps: int) -> np.ndar
     if name == "betas" and len(values) == steps:
         return values
     if name == "linear" and len(values) == 2:
-        return np.linspace(*values, steps)
+        return np.linspace(values[0], values[1], steps)
     if name == "scaled_linear" and len(values) == 2:
-        return np.linspace(*np.sqrt(values), steps) ** 2
+        return np.linspace(values[0] ** 0.5, values[1] ** 0.5, steps) ** 2
     raise ValueError(
         f'noise_schedule must be "linear FIRST LAST", "scaled_linear FIRST LAST", or "betas" and '
         f'{steps} numbers, not "{text[:80]}"'

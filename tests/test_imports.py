@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 # evaluations/backend_tensorflow.py is the one file that TensorFlow lives in.
 NEEDS_TENSORFLOW = {"evaluations.backend_tensorflow"}
 OPTIONAL = ("mpi4py", "tensorflow", "matplotlib", "blobfile", "requests", "tensorboard", "lmdb")
+OPTIONAL += ("diffusers", "huggingface_hub", "safetensors")
 
 
 def modules_of(*packages):

@@ -1,16 +1,26 @@
 """Folders that diffusers itself has saved: the same trajectories, and all commands of ours."""
 
 import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from guided_diffusion import load_network
+from esddpm_io.errors import UserError
+from guided_diffusion import early_stop, load_network
+from guided_diffusion.respace import SpacedDiffusion
+from guided_diffusion.sampling.sampler import Sampler
 from guided_diffusion.settings.record import diffusion_from
+from guided_diffusion.settings.resolver import resolve_network
 from guided_diffusion.solvers import evaluation_timesteps
 from tests.small_pipelines import PROCESSES, SCALED, SIZE, save
+from tests.tiny_sampling import read_job
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
@@ -28,13 +38,20 @@ def conditional(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory) -> tuple[Path, np.ndarray, np.ndarray]:
+def images(tmp_path_factory) -> Path:
+    """Six images with labels 0 ... 9."""
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (6, SIZE, SIZE, 3), dtype=np.uint8)
-    labels = rng.integers(0, 10, len(pixels))
     path = tmp_path_factory.mktemp("images") / "images.npz"
-    np.savez(path, pixels, labels)
-    return path, pixels, labels
+    pixels = rng.integers(0, 256, (6, SIZE, SIZE, 3), dtype=np.uint8)
+    np.savez(path, pixels, rng.integers(0, 10, len(pixels)))
+    return path
+
+
+def flags_for(folder: str, images: Path, save_dir: Path, *more: str) -> list[str]:
+    """Flags of a sampling script: 3 steps of DPM-Solver++ from T'."""
+    flags = {"model_path": folder, "dataset_path": images, "save_dir": save_dir, "device": "cpu"}
+    flags |= {"t_prime": T_PRIME, "steps": 3, "sampler": "dpmpp_2m_sde", "seed": 3}
+    return [*(part for k, v in flags.items() for part in (f"--{k}", str(v))), *more]
 
 
 @torch.inference_mode()
@@ -78,8 +95,6 @@ def ours(network, sampler: str, clean, noises, y=None) -> list[torch.Tensor]:
     how = {"noise": clean, "clip_denoised": False, "randn": lambda x: next(drawn)}
     how["model_kwargs"] = {} if y is None else {"y": y}
     if loop is None:
-        from guided_diffusion.respace import SpacedDiffusion
-
         chain = SpacedDiffusion(
             evaluation_timesteps(whole.alphas_cumprod, T_PRIME, STEPS),
             betas=whole.original_betas,
@@ -152,3 +167,166 @@ def test_classes_reach_the_network(conditional):
     y = torch.tensor([0, 9, 4])
     expected = of_diffusers(scheduler, unet, x, noises[1:], y)
     assert_same(ours(network, "ddpm", clean, noises, y), expected)
+
+
+@pytest.mark.parametrize("with_classes", [False, True])
+def test_the_scripts_and_the_python_call_sample_the_same(
+    plain, conditional, images, tmp_path, with_classes
+):
+    folder = conditional if with_classes else plain
+    engine = Sampler(read_job(flags_for(folder, images, tmp_path), guided=False))
+    expected, _ = engine.sample(0, 6)
+    with np.load(images) as npz:
+        given = npz["arr_0"], npz["arr_1"] if with_classes else None
+    found = early_stop(
+        load_network(folder, "cpu"), given[0], T_PRIME, 3, "dpmpp_2m_sde", 3, labels=given[1]
+    )
+    np.testing.assert_array_equal(found, expected)
+    # Batches of another size round otherwise.
+    parts = np.concatenate([engine.sample(i, i + 2)[0] for i in (0, 2, 4)])
+    assert np.abs(parts.astype(int) - expected).max() <= 1
+
+
+def test_from_noise_labels_are_of_the_network(conditional, images, tmp_path):
+    flags = flags_for(conditional, images, tmp_path, "--start_from_scratch")
+    for name in ("--dataset_path", "--t_prime"):
+        del flags[flags.index(name) : flags.index(name) + 2]
+    engine = Sampler(read_job([*flags, "--num_samples", "40"], guided=False))
+    labels = engine.sample(0, 40)[1]
+    assert labels.max() < 10 and len(set(labels.tolist())) > 3
+
+
+def test_half_precision_computes_in_it(plain, images, tmp_path):
+    job = read_job(flags_for(plain, images, tmp_path, "--precision", "bfloat16"), guided=False)
+    assert job.run.network.precision == "bfloat16"
+    from guided_diffusion.sampling.sampler import place
+
+    network = load_network(plain, "cpu").module
+    x, t = torch.randn(2, 3, SIZE, SIZE), torch.tensor([3, 700])
+    exact = network(x, t)
+    place(network, torch.device("cpu"), torch.bfloat16)
+    rounded = network(x, t)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def identity(folder: str, images: Path, save_dir: Path) -> str:
+    return read_job(flags_for(folder, images, save_dir), guided=False).run.identity
+
+
+def test_samples_are_told_apart_by_tensors_and_process(plain, images, tmp_path):
+    one = identity(plain, images, tmp_path)
+    shutil.copytree(plain, tmp_path / "copy")
+    assert identity(str(tmp_path / "copy"), images, tmp_path) == one
+    others = {
+        identity(save(tmp_path / name.replace(" ", "_"), **process), images, tmp_path)
+        for name, process in PROCESSES.items()
+        if name != "epsilon, linear"
+    }
+    assert one not in others and len(others) == len(PROCESSES) - 1
+
+
+def test_the_process_is_found_whatever_the_scheduler(plain, tmp_path):
+    shutil.copytree(plain, tmp_path / "ddim")
+    kept = {"beta_end": 0.012, "prediction_type": "v_prediction", "num_train_timesteps": 500}
+    diffusers.DDIMScheduler(**kept).save_pretrained(tmp_path / "ddim" / "scheduler")
+    process = load_network(str(tmp_path / "ddim"), "cpu").resolved.process
+    assert process["noise_schedule"] == "linear 0.0001 0.012"
+    assert process["predict_xstart"] and process["diffusion_steps"] == 500
+
+
+def test_a_u_net_alone_tells_what_is_assumed(plain, tmp_path):
+    shutil.copytree(Path(plain) / "unet", tmp_path / "unet")
+    path = str(tmp_path / "unet")
+    found = resolve_network("model", path, flag="A", typed={"noise_schedule": "cosine"})
+    assert found.flags["noise_schedule"] == "cosine"
+    assert any("assumed by default: diffusion_steps 1000" in remark for remark in found.remarks)
+
+
+def unet_with(**changes):
+    def change(folder: Path) -> None:
+        path = folder / "unet" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def scheduler_with(**changes):
+    def change(folder: Path) -> None:
+        path = folder / "scheduler" / "scheduler_config.json"
+        kept = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({k: v for k, v in kept.items() if v is not KeyError}))
+
+    return change
+
+
+def index_with(**changes):
+    return lambda folder: (folder / "model_index.json").write_text(json.dumps(changes))
+
+
+def _cut_weights(folder: Path) -> None:
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (index_with(_class_name="LDMPipeline", vqvae=["x", "y"]), "LDMPipeline with vqvae"),
+        (unet_with(_class_name="UNet2DConditionModel"), "UNet2DConditionModel"),
+        (unet_with(in_channels=4), "3 channels"),
+        (unet_with(sample_size=[8, 16]), "not square"),
+        (unet_with(class_embed_type="timestep"), "classes in another form"),
+        (unet_with(layers_per_block=2), "size mismatch"),
+        (unet_with(num_class_embeds=3), "tensors missing: class_embedding.weight"),
+        (scheduler_with(variance_type="learned_range"), "variance_type"),
+        (scheduler_with(prediction_type="flow"), "prediction_type must be"),
+        (scheduler_with(beta_schedule="sigmoid"), "beta_schedule must be"),
+        (scheduler_with(beta_schedule=KeyError, trained_betas=None), "no betas"),
+        (scheduler_with(rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
+        (_cut_weights, "cannot read"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_the_reason(plain, tmp_path, change, reason):
+    folder = Path(shutil.copytree(plain, tmp_path / "folder"))
+    change(folder)
+    with pytest.raises(UserError, match=reason) as error:
+        resolve_network("model", str(folder), flag="--model_path", typed={})
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_flags_that_contradict_the_folder_are_refused(plain):
+    for typed, reason in (
+        ({"num_channels": 64}, "--num_channels: the folder"),
+        ({"noise_schedule": "cosine"}, "--noise_schedule is cosine .typed. but linear .config of"),
+        ({"image_size": 64}, "--image_size is 64"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            resolve_network("model", plain, flag="--model_path", typed=typed)
+    with pytest.raises(UserError, match="not a classifier"):
+        resolve_network("classifier", plain, flag="--classifier_path", typed={})
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_the_hub_s_models_are_its_folders(plain, tmp_path):
+    """As the Hub's client keeps them; it is told to fetch nothing."""
+    repository = tmp_path / "hub" / "models--me--small"
+    shutil.copytree(plain, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    for name in ("main", "v1"):
+        (repository / "refs" / name).write_text(COMMIT)
+    code = (
+        "import sys\n"
+        "from guided_diffusion import load_network\n"
+        "for path in sys.argv[1:]: print(load_network(path, 'cpu').record.path)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, "hf://me/small", "hf://me/small@v1", "hf://me/other"],
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.split() == [str(repository / "snapshots" / COMMIT)] * 2
+    assert "path: cannot fetch hf://me/other: " in found.stderr.splitlines()[-1]
