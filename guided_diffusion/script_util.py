@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 
 from . import gaussian_diffusion as gd
-from .diffusers_models import DiffusersNetwork, create_diffusers
+from .diffusers_network import DiffusersNetwork, create_diffusers
 from .flag_help import FLAG_HELP
 from .network_flags import check_classifier, check_unet, plan_levels
 from .respace import SpacedDiffusion, space_timesteps

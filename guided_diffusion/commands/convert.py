@@ -33,7 +33,8 @@ from guided_diffusion.checkpoints import (
     save_checkpoint,
     write_sidecar,
 )
-from guided_diffusion.diffusers_models import DiffusersNetwork, is_diffusers
+from guided_diffusion.diffusers_folder import is_diffusers
+from guided_diffusion.diffusers_network import DiffusersNetwork
 from guided_diffusion.script_util import (
     NUM_CLASSES,
     add_dict_to_argparser,
