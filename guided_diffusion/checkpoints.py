@@ -109,7 +109,11 @@ def read_checkpoint(path: str, *, flag: str) -> dict[str, torch.Tensor]:
     """
     if is_diffusers(path):
         return read_tensors(path, flag=flag)
-    content = load_object(path, flag=flag)
+    return network_state(load_object(path, flag=flag), path, flag=flag)
+
+
+def network_state(content: object, path: str, *, flag: str) -> dict[str, torch.Tensor]:
+    """`read_checkpoint` of what is in the file already."""
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if isinstance(content, dict) and content.keys() == {"state", "param_groups"}:

@@ -12,9 +12,10 @@ import torch
 
 from esddpm_io.errors import UserError
 
+from .flags import flag_defaults
 from .gaussian_diffusion import MODEL_TIME_SPAN, get_named_beta_schedule
 from .nn import NORM_GROUPS
-from .script_util import NUM_CLASSES, flag_defaults
+from .script_util import NUM_CLASSES
 from .settings.recognition import outline_of
 from .unet import AttentionBlock, UNetModel
 

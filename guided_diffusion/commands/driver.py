@@ -1,5 +1,8 @@
 """Carry a generator's images to T' and back on all devices, gather the samples, evaluate them.
 
+    python scripts/generate_processes_diffusion_and_reverse.py --dataset emoji32 --devices cpu \\
+        --t_prime 500 --steps 5 --sampler dpmpp_2m_sde --execute
+
 Prints the command of each sampling process; with --execute runs them. Run on several machines
 with one shared folder by giving each --num_machines and its --machine_idx.
 """
@@ -19,7 +22,7 @@ from esddpm_io.errors import EXIT_USER_ERROR, UserError, check_at_least, termina
 from esddpm_io.files import absolute, check_output_folder, is_blob, join, read_json, sha256
 from esddpm_io.help import CommandLine
 from esddpm_io.hub import fetched
-from guided_diffusion.commands import scoring
+from guided_diffusion.commands import scoring, slurm
 from guided_diffusion.commands.sampler_flags import (
     AUTO,
     COMPILE_HELP,
@@ -28,6 +31,8 @@ from guided_diffusion.commands.sampler_flags import (
     add_sampler_flags,
     by_name,
 )
+from guided_diffusion.flag_help import GENERATOR_HELP
+from guided_diffusion.flags import str2bool
 from guided_diffusion.settings.layers import parse, require, without_effect
 from guided_diffusion.settings.presets import (
     GUIDED_SAMPLER,
@@ -74,7 +79,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--reverse_steps", type=int, default=25, help="K, steps denoised of the respaced chain")
     add("--chain_length", default="250", help="steps of the chain; ddim25 and the like: DDIM")
     add("--start_from_scratch", action="store_true", help="plain DDPM: all steps from pure noise")
-    add("--num_samples", type=int, default=50000, help="with --start_from_scratch")
+    add("--num_samples", type=int, default=50000, help="with --start_from_scratch or --generator")
     add("--dataset_path", default=DEFAULT_DATASET_PATH, help="generator images: npz or folder")
     add("--save_dir_suffix", default="", help="appended to the output folder with _")
     add(
@@ -89,7 +94,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--model_path", help="checkpoint instead of the preset's")
     add("--output_dir", help="folder for samples, logs and metrics instead of exps/…")
     add("--save_png_files", action="store_true", help="also one PNG a sample")
-    add("--print_settings", action="store_true", help="show the run with origins, do nothing")
+    add("--print_settings", action="store_true", help="show the run and each setting's origin")
     add("--again", metavar="METRICS", help="repeat the run of a metrics.json in --output_dir")
     add_shared_flags(add)
     return parser
@@ -102,17 +107,19 @@ def add_shared_flags(add: Callable[..., object]) -> None:
     add("--batch_size", type=int, default=32, help="images a step")
     add("--dataset", default="imagenet64", help="name of a preset, or path of a preset file")
     add("--limit", type=int, default=0, help="only the first N generator images (0: all)")
+    add("--generator", default="", help=GENERATOR_HELP)
     devices = "GPU indices, none (as CUDA says), cpu, cpu,cpu"
     add("--devices", default=DEFAULT_DEVICES, help=devices)
     clip = "clamp predicted images to [-1, 1]; untyped, solvers that start from T' do not"
-    add("--clip_denoised", type=_truth_value, default=True, help=clip)
-    add("--use_fp16", type=_truth_value, help="True or False instead of what the preset says")
+    add("--clip_denoised", type=str2bool, default=True, help=clip)
+    add("--use_fp16", type=str2bool, help="True or False instead of what the preset says")
     add_precision_flag(add)
     add("--compile", action="store_true", help=COMPILE_HELP)
     add("--classifier_path", help="classifier instead of the preset's")
     override = "a preset's flags win over those of the checkpoint's sidecar"
-    truth = {"nargs": "?", "const": True, "default": False, "type": _truth_value}
+    truth = {"nargs": "?", "const": True, "default": False, "type": str2bool}
     add("--override_checkpoint_flags", help=override, **truth)
+    slurm.add_flags(add)
     scoring.add_flags(add)
 
 
@@ -124,13 +131,6 @@ def check_place(args: argparse.Namespace) -> None:
         f"--machine_idx must be in 0 … {args.num_machines - 1} (--num_machines "
         f"{args.num_machines}), not {args.machine_idx}",
     )
-
-
-def _truth_value(text: str) -> bool:
-    # Brings torch with it, which --help can do without.
-    from guided_diffusion.script_util import str2bool
-
-    return str2bool(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +149,21 @@ class Plan:
 def main(argv: list[str] | None = None) -> None:
     args, typed = parse(create_argparser(), argv)
     check_place(args)
-    plan = _plan_again(args, typed) if args.again else _plan(args, typed)
-    if plan is not None and args.execute:
-        _execute(plan, sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if slurm.is_wanted(args):
+        args.execute = True  # though not here: all that the jobs need has to be right
+        slurm.check(args, typed)
+    with slurm.only_the_script(args):
+        plan = _plan_again(args, typed) if args.again else _plan(args, typed)
+    if plan is None or not args.execute:
+        return
+    if slurm.is_wanted(args):
+        open_folder(plan.output, plan.run, plan.machine_idx)
+        [worker] = plan.commands
+        argv = ["--execute", *argv]
+        slurm.hand_over(args, worker.argv, DRIVER, argv, plan.output, worker.log.parent)
+    else:
+        _execute(plan, argv)
 
 
 def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
@@ -228,8 +240,13 @@ def _measured_t_prime(
         choose_devices(args, typed)[0],
         args.batch_size,
         join(output, scoring.PROPOSAL_FILE),
-        may_measure=args.execute and args.machine_idx == 0,
+        may_measure=may_measure(args),
     )
+
+
+def may_measure(args: argparse.Namespace) -> bool:
+    """Whether this is the process, and the machine, to measure an unknown T' on."""
+    return args.execute and args.machine_idx == 0 and not slurm.is_wanted(args)
 
 
 def _settle(request: "Request", output: str) -> "Settled":
@@ -376,6 +393,8 @@ def _compare_inputs(run: "Run", record: Mapping[str, Any]) -> "Run":
         path = then["path"]
         if name in ("checkpoint", "classifier"):
             now = fingerprint(read_checkpoint(path, flag="--again"))
+        elif name == "start_images" and run.start.kind == "generator":
+            now = contents_of(run.start) or ""
         else:
             now = sha256(path, flag="--again")
         if now != then["sha256"]:
@@ -461,7 +480,11 @@ def _ignored_flags(args: argparse.Namespace, typed: set[str], preset: Preset) ->
     return without_effect(
         typed,
         {
-            "num_samples": (not scratch, "without --start_from_scratch"),
+            "num_samples": (
+                not (scratch or args.generator),
+                "without --start_from_scratch or --generator",
+            ),
+            "generator": (scratch, "with --start_from_scratch"),
             "reverse_steps": (scratch, "with --start_from_scratch"),
             "dataset_path": (scratch, "with --start_from_scratch"),
             "limit": (scratch, "with --start_from_scratch"),
@@ -526,7 +549,9 @@ def request_of(
         clip_denoised=args.clip_denoised if "clip_denoised" in typed else None,
         variance=args.variance,
         seed=args.seed,
-        images=files["dataset_path"],
+        images=files["dataset_path"] if "dataset_path" in typed or not args.generator else "",
+        generator=args.generator,
+        device=args.devices.split(",")[0] if "devices" in typed and args.devices != "none" else "",
         num_samples=args.num_samples,
         limit=args.limit,
         classifier_path=files["classifier_path"],
@@ -546,7 +571,7 @@ def check_files(args: argparse.Namespace, typed: set[str], preset: Preset, outpu
     check_output_folder(output, flag="--output_dir")
     files = files_of(args, typed, preset)
     unneeded = {"inception_path"} if not files["inception_path"] else set()
-    if args.start_from_scratch:
+    if args.start_from_scratch or args.generator:
         unneeded.add("dataset_path")
     guided = preset.is_guided or bool(args.classifier_path)
     if not (guided and args.classifier_guidance_scale):
@@ -570,7 +595,10 @@ def choose_devices(args: argparse.Namespace, typed: set[str]) -> list[str]:
     """The devices to use, one a process; UserError, naming the valid ones, if one is not there.
 
     Commands that are only printed may be for another machine: there, typed devices need not exist.
+    Where Slurm chooses it is one without a name.
     """
+    if slurm.is_wanted(args):
+        return [""]
     import torch
 
     there = [str(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
@@ -585,7 +613,9 @@ def choose_devices(args: argparse.Namespace, typed: set[str]) -> list[str]:
     if absent and (args.execute or "" in absent):
         raise UserError(
             f"--devices {text}: there is no device {absent[0] or '(empty)'}; valid on this "
-            f"machine: {', '.join([*there, 'cpu', 'none'])}"
+            f"machine: {', '.join([*there, 'cpu', 'none'])}",
+            got=absent,
+            valid=[*there, "cpu", "none"],
         )
     return devices
 
@@ -605,11 +635,12 @@ def worker_commands(
 ) -> "list[WorkerCommand]":
     """The command of every process of this machine: where the settings of runs are, and its place.
 
-    log: of the process of rank {rank}.
+    log: of the process of rank {rank}. A device without a name, and the place of its process, is
+    whatever the launcher that starts the command says.
     """
     from guided_diffusion.sampling.launcher import WorkerCommand
 
-    if args.compile and args.execute:
+    if args.compile and args.execute and all(devices):
         from guided_diffusion.compiling import check_compiler
 
         for device in devices:
@@ -618,13 +649,9 @@ def worker_commands(
     commands = []
     for local, device in enumerate(devices):
         rank = local + len(devices) * args.machine_idx
-        flags = {
-            "device": device,
-            "global_rank": rank,
-            "world_size": len(devices) * args.num_machines,
-            "any_chunk": True,
-            "batch_size": args.batch_size,
-        }
+        size = len(devices) * args.num_machines
+        place = {"device": device, "global_rank": rank, "world_size": size} if device else {}
+        flags = {**place, "any_chunk": True, "batch_size": args.batch_size}
         for switch in ("save_png_files", "compile"):
             if getattr(args, switch):
                 flags[switch] = True
