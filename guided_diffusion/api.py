@@ -17,7 +17,7 @@ from guided_diffusion.commands.request import (
     sampler_of,
 )
 from guided_diffusion.denoiser import Denoiser
-from guided_diffusion.diffusers_models import KIND as DIFFUSERS
+from guided_diffusion.diffusers_folder import KIND as DIFFUSERS
 from guided_diffusion.pixels import to_float
 from guided_diffusion.sampling.generators import GeneratedImages, generator_of
 from guided_diffusion.sampling.job import Job

@@ -20,7 +20,7 @@ from guided_diffusion.checkpoints import (
     save_checkpoint,
     write_sidecar,
 )
-from guided_diffusion.diffusers_models import DiffusersNetwork
+from guided_diffusion.diffusers_network import DiffusersNetwork
 from guided_diffusion.script_util import (
     NUM_CLASSES,
     create_network,

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 
 from . import gaussian_diffusion as gd
-from .diffusers_models import DiffusersNetwork, create_diffusers
+from .diffusers_network import DiffusersNetwork, create_diffusers
 from .flags import (  # noqa: F401 -- their published names are here
     add_dict_to_argparser,
     args_to_dict,

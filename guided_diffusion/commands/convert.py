@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     args, typed = parse(create_argparser(), argv)
 
     from guided_diffusion.conversion_files import FILES, copy, to_file, to_folder
-    from guided_diffusion.diffusers_models import is_diffusers
+    from guided_diffusion.diffusers_folder import is_diffusers
 
     source, target = fetched(args.source, flag="A"), args.target
     flags = {name: getattr(args, name) for name in typed & model_and_diffusion_defaults().keys()}

@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from guided_diffusion import script_util
-from guided_diffusion.diffusers_models import DiffusersNetwork
+from guided_diffusion.diffusers_network import DiffusersNetwork
 from guided_diffusion.flags import flag_defaults
 from guided_diffusion.script_util import create_network
 from guided_diffusion.unet import EncoderUNetModel, UNetModel

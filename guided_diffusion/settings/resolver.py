@@ -16,7 +16,7 @@ from esddpm_io.errors import UserError
 from esddpm_io.files import exists
 from esddpm_io.hub import fetched
 from guided_diffusion.checkpoints import check_fit, read_checkpoint, read_sidecar
-from guided_diffusion.diffusers_models import KIND as DIFFUSERS
+from guided_diffusion.diffusers_folder import KIND as DIFFUSERS
 from guided_diffusion.flags import diffusion_defaults, flag_defaults
 from guided_diffusion.settings.layers import Layer, require, resolve
 from guided_diffusion.settings.presets import Preset
