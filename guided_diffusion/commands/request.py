@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from esddpm_io.errors import UserError
 from esddpm_io.files import absolute
 from guided_diffusion.checkpoints import fingerprint, read_checkpoint
@@ -23,6 +25,7 @@ from guided_diffusion.sampling.sources import (
 from guided_diffusion.script_util import (
     NUM_CLASSES,
     classifier_defaults,
+    create_network,
 )
 from guided_diffusion.settings.layers import require
 from guided_diffusion.settings.presets import Preset
@@ -160,7 +163,7 @@ def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None
     classifier = _resolve_classifier(request, model, read) if request.classifier_scale else None
     resolved = [network for network in (model, classifier) if network]
     sampler = sampler_of(request, resolved)
-    start, source = _start(request, model, classes_of(model, classifier is not None), save_dir)
+    start, source = _start(request, resolved, save_dir)
     run = Run(
         network=read.record(model, request.flag("model_path"), request.precision),
         process=model.process,
@@ -176,7 +179,7 @@ def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None
     return Settled(
         run=run,
         source=source,
-        remarks=[remark for network in resolved for remark in network.remarks],
+        remarks=[remark for network in resolved for remark in network.remarks] + _of_shape(run),
         highest_t_prime=min([int(model.process["diffusion_steps"]), *trained]),
     )
 
@@ -340,10 +343,11 @@ def _check_trained(
 
 
 def _size_of_images(request: Request) -> int | None:
-    """Height of the start images, a guess for the network's where nothing says it."""
+    """Of square start images, a guess for the network's where nothing says it."""
     if request.kind == "sr" or request.from_noise:
         return None
-    return open_start(request).size
+    height, width = open_start(request).shape
+    return height if height == width else None
 
 
 def open_start(request: Request) -> GeneratorImages:
@@ -359,20 +363,48 @@ def open_start(request: Request) -> GeneratorImages:
     return open_generator(target, count, request.seed, choose_device(request.device))
 
 
+def least_side(networks: Sequence[Resolved]) -> int:
+    """What height and width must be multiples of if they differ, or 0 if they may not.
+
+    A U-Net of convolutions takes all that it can halve; attention as a classifier's last layer
+    has weights for each place, and what halves diffusers' U-Nets is not known here.
+    """
+    multiples = []
+    for network in networks:
+        with torch.device("meta"):
+            built = create_network(network.kind, network.network_flags)
+        fixed = getattr(built, "pool", None) == "attention"
+        multiples.append(0 if fixed else getattr(built, "downsampling", 0))
+    return max(multiples) if all(multiples) else 0
+
+
+def _of_shape(run: Run) -> list[str]:
+    if run.start.shape is None:
+        return []
+    height, width = run.image_shape
+    size = run.network.flags["image_size"]
+    return [f"the images are {width}x{height}; the network was made for {size}x{size}"]
+
+
 def _start(
-    request: Request, model: Resolved, num_classes: int | None, save_dir: str
+    request: Request, networks: Sequence[Resolved], save_dir: str
 ) -> tuple[StartSettings, Source]:
+    model = networks[0]
+    num_classes = classes_of(model, guided=len(networks) > 1)
     if request.kind != "sr" and request.from_noise:
         start = StartSettings("noise", num_classes=num_classes)
         return start, open_source(start, request.num_samples, request.seed)
     images: GeneratorImages | ImagesToEnlarge
     if request.kind == "sr":
         kind, size_flag, flag = "enlarge", "small_size", request.flag("base_samples")
+        multiple = 0
         images = open_images_to_enlarge(request.images, request.num_samples, flag=flag)
     else:
         kind, size_flag = "generator" if request.generator else "images", "image_size"
         images = open_start(request)
-    images.check(int(model.flags[size_flag]), size_flag, num_classes)
+        multiple = least_side(networks) if len({*images.shape}) > 1 else 0
+    images.check(int(model.flags[size_flag]), size_flag, num_classes, multiple)
     contents = noted_contents(images, save_dir)
     path = images.path if request.generator else absolute(images.path)
-    return StartSettings(kind, path, contents, images.available, num_classes), images
+    shape = images.shape if multiple else None
+    return StartSettings(kind, path, contents, images.available, num_classes, shape), images
