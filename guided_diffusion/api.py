@@ -98,7 +98,6 @@ def early_stop(
     network's precision is. ValueError, naming the argument, for all that cannot be.
     """
     with speaking_of_arguments():
-        classes = classes_of(network.resolved, bool(guidance_scale))
         require(batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
         require(0 <= seed <= LARGEST_SEED, f"seed must be in 0 … {LARGEST_SEED}, not {seed}")
         guidance, networks = None, [network.resolved]
@@ -108,7 +107,7 @@ def early_stop(
             check_same_noise(network.resolved, classifier.resolved)
             guidance = Guidance(classifier.record, guidance_scale)
             networks.append(classifier.resolved)
-        size = int(network.record.flags["image_size"])
+        classes, size = classes_of(networks), int(network.record.flags["image_size"])
         source: _Arrays | GeneratorImages
         if isinstance(images, np.ndarray) or not callable(images):
             require(not num_samples, "num_samples: leave it out with an array of images")

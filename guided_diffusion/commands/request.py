@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from esddpm_io.errors import UserError
 from esddpm_io.files import absolute
 from guided_diffusion.checkpoints import fingerprint, read_checkpoint
@@ -25,10 +23,10 @@ from guided_diffusion.sampling.sources import (
 from guided_diffusion.script_util import (
     NUM_CLASSES,
     classifier_defaults,
-    create_network,
 )
 from guided_diffusion.settings.layers import require
 from guided_diffusion.settings.presets import Preset
+from guided_diffusion.settings.recognition import outline_of
 from guided_diffusion.settings.record import (
     SAMPLERS,
     Guidance,
@@ -223,15 +221,10 @@ def _resolve_classifier(request: Request, model: Resolved, read: ReadNetworks) -
     return classifier
 
 
-def classes_of(model: Resolved, guided: bool) -> int | None:
-    """How many labels the network and, if it is guided, the classifier know; None without labels.
-
-    The classifier knows NUM_CLASSES, as all networks but those of diffusers.
-    """
-    if not model.flags["class_cond"]:
-        return NUM_CLASSES if guided else None
-    own = int(model.flags.get("num_classes", NUM_CLASSES))
-    return min(own, NUM_CLASSES) if guided else own
+def classes_of(networks: Sequence[Resolved]) -> int | None:
+    """How many labels all networks that take any know; None if none does."""
+    told = [one for one in networks if one.kind == "classifier" or one.flags["class_cond"]]
+    return min((int(one.flags.get("num_classes", NUM_CLASSES)) for one in told), default=None)
 
 
 def network_of(network: Resolved, flag: str) -> Network:
@@ -371,8 +364,7 @@ def least_side(networks: Sequence[Resolved]) -> int:
     """
     multiples = []
     for network in networks:
-        with torch.device("meta"):
-            built = create_network(network.kind, network.network_flags)
+        built = outline_of(network.kind, network.network_flags)
         fixed = getattr(built, "pool", None) == "attention"
         multiples.append(0 if fixed else getattr(built, "downsampling", 0))
     return max(multiples) if all(multiples) else 0
@@ -390,7 +382,7 @@ def _start(
     request: Request, networks: Sequence[Resolved], save_dir: str
 ) -> tuple[StartSettings, Source]:
     model = networks[0]
-    num_classes = classes_of(model, guided=len(networks) > 1)
+    num_classes = classes_of(networks)
     if request.kind != "sr" and request.from_noise:
         start = StartSettings("noise", num_classes=num_classes)
         return start, open_source(start, request.num_samples, request.seed)
