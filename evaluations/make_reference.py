@@ -89,11 +89,11 @@ def _write(
     statistics = {
         "mu": features.pool_gaussian.mean,
         "sigma": features.pool_gaussian.full_covariance(),
+        # Of width 0 for a network without them
+        "mu_s": features.spatial_gaussian.mean,
+        "sigma_s": features.spatial_gaussian.full_covariance(),
+        **{f"feature_{name}": np.array([text]) for name, text in making.items()},
     }
-    if features.spatial_gaussian.dimensions:
-        statistics["mu_s"] = features.spatial_gaussian.mean
-        statistics["sigma_s"] = features.spatial_gaussian.full_covariance()
-    statistics.update({f"feature_{name}": np.array([text]) for name, text in making.items()})
     arrays = {"arr_0": ((len(kept), *source.shape[1:]), np.uint8)}
     if source.has_labels:
         arrays["arr_1"] = ((len(kept),), np.int64)

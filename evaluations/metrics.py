@@ -165,8 +165,14 @@ def frechet_distance_extrapolated(reference: Gaussian, samples: np.ndarray, seed
     rng = np.random.default_rng(seed)
     drawn = (samples[rng.permutation(count)[:size]] for size in sizes)
     distances = [frechet_distance(reference, gaussian_of(rows)) for rows in drawn]
-    slope_and_limit = np.polyfit(1.0 / sizes, distances, 1)
-    return Value(float(slope_and_limit[1]))
+    _, limit = np.polyfit(1.0 / sizes, distances, 1)
+    notes = ()
+    if smallest <= samples.shape[1]:
+        notes = (
+            f"the distance of infinitely many is extrapolated from {smallest} and more images, too "
+            f"few for {samples.shape[1]}-dimensional features",
+        )
+    return Value(float(limit), notes=notes)
 
 
 def frechet_distance_per_class(

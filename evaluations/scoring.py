@@ -196,9 +196,8 @@ METRICS = {
         "FID infinity",
         "Frechet distance infinity",
         "frechet_distance_infinity",
-        fewest=20,
+        fewest=4,
         value=Scorer.frechet_extrapolated,
-        gaussian="pool_gaussian",
     ),
     "fid_per_class": Metric(
         "FID per class",

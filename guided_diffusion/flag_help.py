@@ -86,6 +86,7 @@ FLAG_HELP = {
     "iterations": "steps in all (0: lr_anneal_steps, or no end)",
     "microbatch": "images that go through the model at once (-1: the batch)",
     "ema_rate": 'rate of the averaged weights, or a comma list of rates ("": no averages)',
+    "power_ema": "widths of averages that scripts/power_ema.py makes others of, as 0.05,0.1",
     "eval_interval": "figures of the validation data every so many steps (0: never)",
     "resume_checkpoint": "a modelNNNNNN.pt, or auto: the newest complete set in OPENAI_LOGDIR",
     "start_anew": "move the run that is in OPENAI_LOGDIR to a folder earlier-N in it first",

@@ -19,7 +19,6 @@ from esddpm_io.help import CommandLine
 from esddpm_io.images import check_image_array
 from esddpm_io.npz import NpzWriter
 from esddpm_io.progress import Progress
-from guided_diffusion.sampling.generators import load_function
 
 
 def batch_seed(seed: int, batch: int) -> int:
@@ -98,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     check_at_least(args, {"num_samples": 1, "batch_size": 1, "seed": 0})
     check_output_file(args.out, flag="--out")
+    from guided_diffusion.sampling.generators import load_function
+
     function = load_function(args.function, "MODULE:FUNCTION")
     write_samples(function, args.function, args.out, args.num_samples, args.batch_size, args.seed)
     print(f"{args.out}: {args.num_samples} images of {args.function}")

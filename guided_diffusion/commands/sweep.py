@@ -25,7 +25,7 @@ from esddpm_io.files import (
     read_json,
 )
 from esddpm_io.help import CommandLine
-from guided_diffusion.commands import driver, report, scoring
+from guided_diffusion.commands import driver, report, scoring, slurm
 from guided_diffusion.commands.sampler_flags import AUTO, SPACINGS
 from guided_diffusion.commands.sweep_points import (
     LISTS,
@@ -87,13 +87,19 @@ class Sweep:
 
 def main(argv: list[str] | None = None) -> None:
     args, typed = parse(create_argparser(), argv)
-    sweep = _plan(args, typed)
+    argv = sys.argv[1:] if argv is None else argv
+    if slurm.is_wanted(args):
+        slurm.check(args, typed)
+    with slurm.only_the_script(args):
+        sweep = _plan(args, typed)
+        print("\n".join(_describe(sweep)), flush=True)
     if args.print_points:
-        print("\n".join(_describe(sweep)))
+        return
+    if slurm.is_wanted(args):
+        _hand_over(sweep, argv)
         return
     terminate_cleanly()
-    with driver.telling_how_to_continue([str(SWEEP), *(sys.argv[1:] if argv is None else argv)]):
-        print("\n".join(_describe(sweep)), flush=True)
+    with driver.telling_how_to_continue([str(SWEEP), *argv]):
         failed = _execute(sweep)
     for error in failed:
         print(f"error: {error}", file=sys.stderr)
@@ -188,6 +194,15 @@ def _execute(sweep: Sweep) -> list[str]:
     else:
         _score(sweep, [point for point in left if point.folder not in failed])
     return list(failed.values())
+
+
+def _hand_over(sweep: Sweep, argv: Sequence[str]) -> None:
+    """Have Slurm sample all points, then do the rest by this command."""
+    folders = list(_open_all(sweep).values())
+    require(bool(folders), "--submit: there is nothing to sample: leave it out")
+    [worker] = _commands(sweep, folders)
+    logs = worker.log.parent
+    slurm.hand_over(sweep.args, worker.argv, SWEEP, argv, sweep.output, logs)
 
 
 def _open_all(sweep: Sweep) -> "dict[str, ChunkFolder]":

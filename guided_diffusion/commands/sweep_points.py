@@ -202,7 +202,7 @@ def _measured_t_prime(
         driver.choose_devices(args, typed)[0],
         args.batch_size,
         path,
-        may_measure=args.execute and args.machine_idx == 0,
+        may_measure=driver.may_measure(args),
     )
     return t_prime, path
 

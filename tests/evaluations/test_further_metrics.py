@@ -56,6 +56,9 @@ def test_extrapolation_is_the_line_of_plain_distances():
     design = np.stack([np.ones(15), 1 / sizes], axis=1)
     line, *_ = np.linalg.lstsq(design, values, rcond=None)
     assert got.value == pytest.approx(line[0], rel=1e-6)
+    assert got.notes == ()
+    (note,) = frechet_distance_extrapolated(reference, SAMPLES[:40]).notes
+    assert "from 20 and more images, too few for 24-dimensional features" in note
 
 
 def test_extrapolation_takes_the_bias_away():

@@ -219,7 +219,7 @@ def test_devices_and_cache_give_the_same_and_know_file_and_toml(tmp_path):
     assert len(set((tmp_path / "cache").iterdir())) == 4
 
 
-def test_statistics_of_another_network_are_left_aside():
+def test_statistics_of_another_network_are_left_aside(capsys):
     """A published reference batch has images too; a reference made with the network has its own."""
     with np.load("ref.npz") as file:
         np.savez("published.npz", **file, mu=np.zeros(2048), sigma=np.eye(2048))
@@ -237,6 +237,9 @@ def test_statistics_of_another_network_are_left_aside():
     own = evaluate("own.npz", "samples.npz", **options).results[0]
     assert own["fid"] == pytest.approx(expected["fid"], rel=1e-9)  # of all 60, not of the 20 kept
     assert not own.warnings
+    capsys.readouterr()
+    evaluator.main(["own.npz", "samples.npz", "--inception_path", "tiny.pt2", "--metrics", "fid"])
+    assert "features of own.npz" not in capsys.readouterr().err  # its statistics do
     by_graph = {"inception_path": "small.pb", "metrics": "fid", "backend": "torch"}
     assert (
         "were not made with"
@@ -287,6 +290,16 @@ def test_clean_resize_feeds_the_graph_at_its_own_size(capsys, tmp_path):
     assert float(values["clean"].split(": ")[1]) == pytest.approx(distance, rel=1e-5)
     assert values["published"].split(": ")[1] != values["clean"].split(": ")[1]
     assert len(list(tmp_path.iterdir())) == 4  # two sets, each resized in two ways
+
+
+def test_engines_agree_on_clean_images():
+    pytest.importorskip("tensorflow")
+    graph, samples = load_graph("small.pb"), images_of("samples.npz")[:8]
+    ours, theirs = (
+        pool_features(choose_engine(graph, backend, resize="clean"), samples)
+        for backend in ("torch", "tensorflow")
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.ptp(theirs))
 
 
 def test_statistics_made_with_another_resize_are_refused():
