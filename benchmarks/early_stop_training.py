@@ -1,137 +1,403 @@
-"""Does it help to train on t < T' only? Two networks of emoji32, equal steps, one early-stopped.
+"""What training on t < T' only saves: compute to equal quality, on emoji32.
 
-    python benchmarks/early_stop_training.py [--iterations 2000] [--early_stop_steps 500]
+    OMP_NUM_THREADS=1 python benchmarks/early_stop_training.py [--seeds 0 1 2]
+        [--t_primes 100 200 400] [--variants 200:min-snr …] [--evaluations 5] [--results FOLDER]
 
-Trains both with image_train.py (a second run goes on where the first stopped), lets both carry the
-same VAE images to T' and back, scores them in one call of the evaluator, and prints a Markdown
-table. Everything goes to --work_dir.
+Small networks are trained from scratch with the same first weights, data and noise: one of a seed
+on all timesteps, one for each T' on t < T', and what --variants names. At log-spaced steps the
+averaged weights carry the same VAE images to T' and back with the same noise (`dpmpp_2m_sde`).
+Prints how many steps each network needs to reach the distance that the one of all timesteps has at
+its last step, as a share of that one's, and draws the curves. All networks and distances stay in
+--results: a run that was stopped goes on, and more seeds or variants add to it.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
-import os
-import subprocess
-import sys
+import math
+import time
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError, run_main
 from esddpm_io.images import open_images
-from esddpm_io.npz import NpzWriter
+from evaluations.features import choose_engine, load_graph, pool_features
+from evaluations.metrics import frechet_distance, gaussian_of
+from guided_diffusion import early_stop, load_network, logger
+from guided_diffusion.image_datasets import load_data
+from guided_diffusion.resample import ScheduleSampler
+from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.settings.presets import load_preset
+from guided_diffusion.solvers import evaluation_timesteps
+from guided_diffusion.train_util import TrainLoop
 
-ROOT = Path(__file__).resolve().parents[1]
-DRIVER = ROOT / "scripts" / "generate_processes_diffusion_and_reverse.py"
-EVALUATOR = ROOT / "evaluations" / "evaluator.py"
-TRAIN = ROOT / "scripts" / "image_train.py"
+FLAGS = {
+    "image_size": 32,
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1,1,2,2",
+    "num_head_channels": 32,
+    "attention_resolutions": "4",
+    "noise_schedule": "cosine",
+    "use_scale_shift_norm": True,
+}
+BATCH_SIZE, LEARNING_RATE = 8, 2e-3
+# Averages of a tenth of the steps so far (EDM2, arXiv 2312.02696, eq. 123: sigma_rel = 0.10), so
+# that a network of few steps is judged as fairly as one of many.
+POWER = 6.94
+EMA = "0.0"  # the rate in the files' names
+MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, arXiv 2303.09556
+CONTINUED_FROM = 0.5  # share of the steps after which "continue" leaves all timesteps
+# Two-sided 95 % quantiles of Student's t by degrees of freedom.
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A way to train: T' (0: all timesteps) and a name of VARIANTS ("": uniform in t)."""
+
+    t_prime: int
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        timesteps = f"t < {self.t_prime}" if self.t_prime else "all t"
+        return f"{timesteps}, {self.variant}" if self.variant else timesteps
+
+    @property
+    def folder(self) -> str:
+        return f"stop{self.t_prime}_{self.variant}" if self.variant else f"stop{self.t_prime}"
+
+
+class FixedDensity(ScheduleSampler):
+    """Timesteps below len(density) in proportion to `density`, losses times `loss_weights`."""
+
+    def __init__(self, density: np.ndarray, loss_weights: np.ndarray | None = None):
+        self.num_timesteps = len(density)
+        self._density = density
+        self._loss_weights = np.ones(len(density)) if loss_weights is None else loss_weights
+
+    def weights(self) -> np.ndarray:
+        return self._density
+
+    def sample(self, batch_size, device, uniforms=None):
+        t, _ = super().sample(batch_size, device, uniforms)
+        return t, torch.from_numpy(self._loss_weights).float()[t]
+
+
+def uniform(levels: np.ndarray, evaluations: int) -> FixedDensity:
+    return FixedDensity(np.ones(len(levels)))
+
+
+def min_snr(levels: np.ndarray, evaluations: int) -> FixedDensity:
+    """Losses of the noise times min(SNR, gamma) / SNR, their mean over the timesteps 1."""
+    snr = levels / (1 - levels)
+    weights = np.minimum(snr, MIN_SNR_GAMMA) / snr
+    return FixedDensity(np.ones(len(levels)), weights / weights.mean())
+
+
+def rising(levels: np.ndarray, evaluations: int) -> FixedDensity:
+    """Density in proportion to t: more of the timesteps where start images are not yet mended."""
+    return FixedDensity(np.arange(1.0, len(levels) + 1))
+
+
+def evaluated(levels: np.ndarray, evaluations: int) -> FixedDensity:
+    """Only the timesteps that the sampler will ask for."""
+    density = np.zeros(len(levels))
+    density[evaluation_timesteps(levels, len(levels), evaluations)] = 1
+    return FixedDensity(density)
+
+
+VARIANTS = {
+    "": uniform,
+    "continue": uniform,
+    "min-snr": min_snr,
+    "rising": rising,
+    "evaluated": evaluated,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    steps = args.chain_length * args.early_stop_steps // 1000
-    if not 1 <= steps <= args.chain_length:
-        raise UserError(
-            f"--early_stop_steps {args.early_stop_steps} leaves {steps} steps of the chain of"
-            f" {args.chain_length}: it must be in {-(-1000 // args.chain_length)} … 1000"
+    torch.set_num_threads(1)
+    study = Study(args)
+    for seed in args.seeds:
+        for arm in study.arms:
+            study.measure(arm, seed)
+            print(f"seed {seed}: {arm.name} is there", flush=True)
+    print_table(study)
+    draw_curves(study, args.results / "curves.png")
+
+
+class Study:
+    """The networks and distances of all arms and seeds."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self._preset = args, load_preset("emoji32")
+        self.arms = [Arm(0), *map(Arm, args.t_primes), *map(variant_arm, args.variants)]
+        self.snapshots = log_spaced(args.iterations, args.snapshots)
+
+    def t_primes_of(self, arm: Arm) -> list[int]:
+        """The T' at which an arm is measured; all of them where it can."""
+        variants = {other.t_prime for other in self.arms if other.t_prime}
+        return [arm.t_prime] if arm.t_prime else sorted(variants)
+
+    def curve(self, arm: Arm, t_prime: int, evaluations: int) -> np.ndarray:
+        """Distances, [seeds, snapshots]."""
+        keys = [f"{step}/{t_prime}/{evaluations}" for step in self.snapshots]
+        found = [self._read(arm, seed)["distances"] for seed in self.args.seeds]
+        return np.array([[one.get(key, math.nan) for key in keys] for one in found])
+
+    def seconds_per_step(self) -> float:
+        """Median of all networks: they have the same size."""
+        every = [self._read(arm, seed)["seconds"] for arm in self.arms for seed in self.args.seeds]
+        return float(np.median(np.concatenate(every)))
+
+    def measure(self, arm: Arm, seed: int) -> None:
+        """Train and score what is not there."""
+        result = self._read(arm, seed)
+        folder = self.args.results / f"{arm.folder}_seed{seed}"
+        for step in self.snapshots_of(arm):
+            wanted = {
+                f"{step}/{t_prime}/{evaluations}": (t_prime, evaluations)
+                for t_prime in self.t_primes_of(arm)
+                for evaluations in self.args.evaluations
+            }
+            missing = {key: how for key, how in wanted.items() if key not in result["distances"]}
+            if not missing:
+                continue
+            network = folder / f"ema_{EMA}_{step:06d}.pt"
+            if not network.exists():
+                result["seconds"] += self._train(arm, seed, folder, step)
+            for key, how in missing.items():
+                result["distances"][key] = self._distance(network, *how, seed)
+                print(f"seed {seed}, {arm.name}: {key}: {result['distances'][key]:.3f}", flush=True)
+                with atomic_path(self._path(arm, seed)) as path:
+                    path.write_text(json.dumps(result))
+
+    def snapshots_of(self, arm: Arm) -> list[int]:
+        if arm.variant != "continue":
+            return self.snapshots
+        return [step for step in self.snapshots if step > self._leaving]
+
+    @property
+    def _leaving(self) -> int:
+        """The snapshot at which "continue" leaves all timesteps."""
+        wanted = CONTINUED_FROM * self.args.iterations
+        return min(self.snapshots, key=lambda step: abs(step - wanted))
+
+    def _path(self, arm: Arm, seed: int) -> Path:
+        return self.args.results / f"{arm.folder}_seed{seed}.json"
+
+    def _read(self, arm: Arm, seed: int) -> dict:
+        path = self._path(arm, seed)
+        return json.loads(path.read_text()) if path.exists() else {"distances": {}, "seconds": []}
+
+    def _train(self, arm: Arm, seed: int, folder: Path, step: int) -> list[float]:
+        """Go on to `step`; returns seconds of the processor, a mean a step."""
+        logger.configure(dir=str(folder), format_strs=["csv"])
+        torch.manual_seed(seed)
+        model, diffusion = create_model_and_diffusion(**model_and_diffusion_defaults() | FLAGS)
+        levels = diffusion.alphas_cumprod[: arm.t_prime or None]
+        start = "auto"
+        if arm.variant == "continue" and not any(folder.glob("model*.pt")):
+            full = self.args.results / f"{Arm(0).folder}_seed{seed}"
+            start = str(full / f"model{self._leaving:06d}.pt")
+        loop = PowerAveraged(
+            model=model,
+            diffusion=diffusion,
+            data=load_data(
+                data_dir=self._preset.reference_batch,
+                batch_size=BATCH_SIZE,
+                image_size=FLAGS["image_size"],
+                random_flip=False,
+                num_workers=0,
+                seed=seed,
+            ),
+            batch_size=BATCH_SIZE,
+            microbatch=-1,
+            lr=LEARNING_RATE,
+            ema_rate=EMA,
+            log_interval=50,
+            save_interval=step,
+            resume_checkpoint=start,
+            schedule_sampler=VARIANTS[arm.variant](levels, self.args.evaluations[0]),
+            iterations=step,
+            seed=seed,
+            sidecar={
+                "flags": model_and_diffusion_defaults() | FLAGS,
+                "early_stop_steps": arm.t_prime or None,
+            },
         )
-    preset = load_preset("emoji32")
-    source = args.dataset_path or preset.generator_images
-    images = first_images(source, args.num_samples, args.work_dir / "vae.npz")
-    batches, rows = [images], ["the VAE's images"]
-    for name, stop in (("all t", 0), (f"t < {args.early_stop_steps}", args.early_stop_steps)):
-        folder = args.work_dir / f"stop{stop}_steps{args.iterations}"
-        network = train(preset, folder / "training", args, stop)
-        flags = ["--chain_length", str(args.chain_length), "--reverse_steps", str(steps)]
-        flags += ["--dataset_path", str(images), "--model_path", str(network)]
-        batches.append(sample(flags, args.devices, folder / "samples"))
-        rows.append(f"ES-DDPM, trained on {name}")
-    results = score(preset, batches, args.work_dir / "metrics.json")
+        before, steps = time.process_time(), step - loop.global_step
+        loop.run_loop()
+        return [(time.process_time() - before) / steps]
+
+    def _distance(self, network: Path, t_prime: int, evaluations: int, seed: int) -> float:
+        samples = early_stop(
+            load_network(str(network), device="cpu"),
+            self._start_images,
+            t_prime=t_prime,
+            steps=evaluations,
+            sampler="dpmpp_2m_sde",
+            seed=seed,
+            batch_size=50,
+        )
+        return self.distance_of(samples)
+
+    def distance_of(self, images: np.ndarray) -> float:
+        features = pool_features(self._engine, images)
+        return float(frechet_distance(self._reference, gaussian_of(features)))
+
+    def generator_distance(self) -> float:
+        return self.distance_of(self._start_images)
+
+    @functools.cached_property
+    def _engine(self):
+        return choose_engine(load_graph(self._preset.feature_graph), "torch")
+
+    @functools.cached_property
+    def _reference(self):
+        batch = open_images(self._preset.reference_batch, flag="--results")
+        return gaussian_of(pool_features(self._engine, batch.read(0, len(batch))))
+
+    @functools.cached_property
+    def _start_images(self) -> np.ndarray:
+        source = open_images(self._preset.generator_images, flag="--num_samples")
+        images = source.read(0, len(source))
+        return images[np.linspace(0, len(images) - 1, self.args.num_samples).astype(int)]
+
+
+class PowerAveraged(TrainLoop):
+    """`TrainLoop` with an average whose width grows with the run."""
+
+    def _update_ema(self) -> None:
+        keep = (1 - 1 / (self.global_step + 1)) ** (POWER + 1)
+        for params in self.ema_params:
+            torch._foreach_lerp_(params, [p.detach() for p in self.master_params], 1 - keep)
+
+
+def log_spaced(last: int, count: int) -> list[int]:
+    """`count` steps up to `last`, the first a quarter of it."""
+    return [round(last * 4 ** (i / (count - 1) - 1)) for i in range(count)]
+
+
+def variant_arm(text: str) -> Arm:
+    """`T':NAME`."""
+    t_prime, _, name = text.partition(":")
+    if not t_prime.isdigit() or name not in VARIANTS:
+        raise UserError(f'--variants "{text}": T\':NAME with one of {", ".join(VARIANTS)[2:]}')
+    return Arm(int(t_prime), name)
+
+
+# --- what the curves say ---
+
+
+def steps_to(distance: float, steps: list[int], curve: np.ndarray) -> float:
+    """Steps after which a curve has fallen to `distance`, in log(steps) linearly; else infinity."""
+    best = np.minimum.accumulate(curve)
+    reached = np.flatnonzero(best <= distance)
+    if not len(reached):
+        return math.inf
+    i = int(reached[0])
+    if i == 0:
+        return float(steps[0])
+    share = (best[i - 1] - distance) / (best[i - 1] - best[i])
+    return float(np.exp(np.log(steps[i - 1]) * (1 - share) + np.log(steps[i]) * share))
+
+
+def share_of_steps(study: Study, arm: Arm, t_prime: int, evaluations: int) -> np.ndarray:
+    """Steps of an arm to the last distance of "all t", as a share of that one's, [seeds]."""
+    full, own = (study.curve(one, t_prime, evaluations) for one in (Arm(0), arm))
+    steps = study.snapshots
+    wanted = full.min(axis=1)
+    pairs = zip(wanted, full, own, strict=True)
+    return np.array([steps_to(d, steps, b) / steps_to(d, steps, a) for d, a, b in pairs])
+
+
+def interval(values: np.ndarray) -> str:
+    """Geometric mean of ratios over seeds with its 95 % interval (Student's t of logarithms)."""
+    if not np.isfinite(values).all():
+        return f"not reached by {np.sum(~np.isfinite(values))} of {len(values)}"
+    logs = np.log(values)
+    text = f"{np.exp(logs.mean()):.2f}"
+    if len(logs) == 1:
+        return text
+    half = STUDENT[len(logs) - 1] * logs.std(ddof=1) / math.sqrt(len(logs))
+    return f"{text} ({np.exp(logs.mean() - half):.2f}–{np.exp(logs.mean() + half):.2f})"
+
+
+def print_table(study: Study) -> None:
+    args = study.args
+    seconds = study.seconds_per_step()
     print(
-        f"{args.iterations} steps of {args.batch_size} images each, T' = {args.early_stop_steps},"
-        f" {steps} sampling steps, {args.num_samples} images, seed {args.seed}\n"
+        f"\n{args.iterations} steps of {BATCH_SIZE} images, {seconds:.2f} s of a core each; seeds"
+        f" {args.seeds}; {args.num_samples} images; distance of the VAE's images"
+        f" {study.generator_distance():.2f}\n"
     )
-    print("| images of | Fréchet distance (emoji32 features) | precision | recall |")
-    print("|---|---|---|---|")
-    for row, metrics in zip(rows, results, strict=True):
-        print(
-            f"| {row} | {metrics['frechet_distance']:.2f} | {metrics['precision']:.3f} |"
-            f" {metrics['recall']:.3f} |"
-        )
+    print("| T' | evaluations | trained on | distance at the end | less than all t | steps |")
+    print("|---|---|---|---|---|---|")
+    for arm in study.arms:
+        for t_prime in study.t_primes_of(arm):
+            for evaluations in args.evaluations:
+                own, full = (study.curve(a, t_prime, evaluations)[:, -1] for a in (arm, Arm(0)))
+                if np.isnan(own).any():
+                    continue
+                share = interval(share_of_steps(study, arm, t_prime, evaluations))
+                print(
+                    f"| {t_prime} | {evaluations} | {arm.name} | {spread(own)} |"
+                    f" {spread(full - own)} | {share if arm.t_prime else 1} |"
+                )
 
 
-def train(preset, folder: Path, args: argparse.Namespace, early_stop_steps: int) -> Path:
-    """Train to the last step; returns the file of the averaged weights."""
-    network = folder / f"ema_{args.ema_rate}_{args.iterations:06d}.pt"
-    options = {
-        "data_dir": preset.reference_batch,
-        **preset.model_flags,
-        **preset.diffusion_flags,
-        "batch_size": args.batch_size,
-        "lr": args.lr,
-        "lr_anneal_steps": args.iterations,
-        "ema_rate": args.ema_rate,
-        "random_flip": False,
-        "early_stop_steps": early_stop_steps,
-        "log_interval": 50,
-        "save_interval": 200,
-        "keep_checkpoints": 2,
-        "resume_checkpoint": "auto",
-        "seed": args.seed,
-    }
-    os.environ["OPENAI_LOGDIR"] = str(folder)
-    words = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    run([sys.executable, str(TRAIN), *words])
-    return network
+def spread(values: np.ndarray) -> str:
+    return f"{values.mean():.2f} ± {values.std(ddof=1) if len(values) > 1 else 0:.2f}"
 
 
-def first_images(path: str, count: int, subset: Path) -> Path:
-    """The first `count` images of a batch as an npz of their own."""
-    source = open_images(path, flag="--dataset_path")
-    if count > len(source):
-        raise UserError(f"--num_samples must be at most {len(source)}, the images of {path}")
-    subset.parent.mkdir(parents=True, exist_ok=True)
-    images = source.read(0, count)
-    with NpzWriter(subset, {"arr_0": (images.shape, images.dtype)}) as writer:
-        writer.append("arr_0", images)
-    return subset
+def draw_curves(study: Study, path: Path) -> None:
+    """Mean and spread over seeds, one panel for each T', its variants in it."""
+    import matplotlib
 
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
 
-def sample(flags: list[str], devices: str, folder: Path) -> Path:
-    """Run the driver into `folder`; returns its samples."""
-    command = [sys.executable, str(DRIVER), "--dataset", "emoji32", "--devices", devices]
-    command += ["--output_dir", str(folder), "--batch_size", "50", "--not_eval_metrics"]
-    run([*command, "--execute", *flags])
-    return folder / "samples_all.npz"
-
-
-def score(preset, batches: list[Path], json_path: Path) -> list[dict]:
-    """The metrics of every batch, from one call of the evaluator."""
-    command = [sys.executable, str(EVALUATOR), preset.reference_batch, *map(str, batches)]
-    command += ["--inception_path", preset.feature_graph, "--metric_name", preset.metric_name]
-    run([*command, "--json", str(json_path)])
-    return [result["metrics"] for result in json.loads(json_path.read_text())["results"]]
-
-
-def run(command: list[str]) -> None:
-    code = subprocess.run(command, stdout=sys.stderr).returncode
-    if code:
-        sys.exit(code)
+    evaluations = study.args.evaluations[0]
+    times = study.t_primes_of(Arm(0))
+    figure, axes = plt.subplots(1, len(times), figsize=(4 * len(times), 3.2), squeeze=False)
+    for axis, t_prime in zip(axes[0], times, strict=True):
+        for arm in study.arms:
+            if arm.t_prime not in (0, t_prime):
+                continue
+            curve = study.curve(arm, t_prime, evaluations)
+            mean, low, high = curve.mean(axis=0), curve.min(axis=0), curve.max(axis=0)
+            (line,) = axis.plot(study.snapshots, mean, marker=".", label=arm.name)
+            axis.fill_between(study.snapshots, low, high, color=line.get_color(), alpha=0.15)
+        axis.axhline(study.generator_distance(), color="gray", ls=":", label="the VAE's images")
+        axis.set(xscale="log", xlabel="steps", title=f"T' = {t_prime}, {evaluations} evaluations")
+        axis.legend(fontsize=7)
+    axes[0][0].set_ylabel("Fréchet distance (emoji32 features)")
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    print(f"\n{path}")
 
 
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--iterations", type=int, default=2000, help="optimiser steps of each")
-    parser.add_argument("--early_stop_steps", type=int, default=500, help="T'")
-    parser.add_argument("--chain_length", type=int, default=50)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--ema_rate", type=float, default=0.998)
-    parser.add_argument("--dataset_path", default="", help="start images (default: the preset's)")
-    parser.add_argument("--num_samples", type=int, default=1000, help="images of every row")
-    parser.add_argument("--devices", default="cpu,cpu", help="as in the driver")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work_dir", default="benchmarks/results/early_stop_training", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--t_primes", type=int, nargs="+", default=[100, 200, 400])
+    parser.add_argument("--variants", nargs="+", default=[], help="T':NAME, as 200:min-snr")
+    parser.add_argument("--evaluations", type=int, nargs="+", default=[5])
+    parser.add_argument("--iterations", type=int, default=800, help="optimiser steps of each")
+    parser.add_argument("--snapshots", type=int, default=5, help="networks scored of each run")
+    parser.add_argument("--num_samples", type=int, default=300)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/early_stop"))
     return parser
 
 

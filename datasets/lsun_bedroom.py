@@ -21,7 +21,6 @@ from esddpm_io.errors import UserError, run_main
 from esddpm_io.help import CommandLine
 from esddpm_io.images import decode_image, save_png
 from esddpm_io.progress import Progress
-from guided_diffusion.image_datasets import center_crop_arr
 
 # Images that wait for a thread each: keeps all busy without reading the database into memory.
 _AHEAD = 8
@@ -50,6 +49,8 @@ def entries(database, limit: int) -> Iterator[tuple[int, bytes, bytes]]:
 
 def convert(contents: bytes, path: Path, image_size: int) -> str | None:
     """Write one image; returns what is wrong with it, if it cannot be read."""
+    from guided_diffusion.image_datasets import center_crop_arr
+
     try:
         rgb = Image.fromarray(decode_image(io.BytesIO(contents)))
     except UserError as error:

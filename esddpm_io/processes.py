@@ -1,5 +1,6 @@
-"""A child process that ends when we do."""
+"""A child process that ends when we do, and the cores that we may use."""
 
+import os
 import subprocess
 
 _PATIENCE_S = 15.0  # for a child to end by itself after SIGTERM
@@ -24,3 +25,10 @@ def run_to_end(argv: list[str]) -> int:
             process.wait()
         raise
     return code if code >= 0 else 128 - code
+
+
+def available_cores() -> int:
+    """How many cores this process may run on; where the system does not say, all of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS, Windows

@@ -50,9 +50,9 @@ def extract_on_devices(
 ) -> Features:
     """Features of `count` images as `extract` gives them, by one process a device.
 
-    `engine` has the `path` of the graph, `backend` and `precision`. With `store`, the name of a
-    file of the feature cache, every share is kept beside it when it is done, and taken from there
-    by a run that starts again. `UserError` as `extract`, or if a process dies.
+    `engine` has the `path` of the graph, `backend`, `precision` and `resize`. With `store`, the
+    name of a file of the feature cache, every share is kept beside it when it is done, and taken
+    from there by a run that starts again. `UserError` as `extract`, or if a process dies.
     """
     shares = shares_of(count, len(devices), batch_size)
     paths = (
@@ -152,7 +152,9 @@ def _serve(
         share = connection.recv()
         try:
             graph = load_graph(engine["path"])
-            run = choose_engine(graph, engine["backend"], engine["precision"], device)
+            run = choose_engine(
+                graph, engine["backend"], engine["precision"], device, engine["resize"]
+            )
             source = open_set(images, flag="SAMPLE").source
             while True:
                 with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):

@@ -14,21 +14,24 @@ from evaluations.devices import extract_on_devices
 from evaluations.features import (
     Engine,
     Features,
+    Network,
     check_engine,
     choose_engine,
     extract,
     graph_identity,
     load_graph,
 )
-from evaluations.graph_file import Graph
 from evaluations.inputs import FeatureCache, Images, ImageSet, open_set
 from evaluations.metrics import Value, interval_of_replicates
 from evaluations.moments import Gaussian
 from evaluations.neighbours import nearest
-from evaluations.scoring import METRICS, Scorer
+from evaluations.network_file import NetworkFile
+from evaluations.resizing import PUBLISHED_RESIZE
+from evaluations.scoring import METRICS, Scorer, chosen_metrics
 from evaluations.settings import Settings
 
 _LOOKED_AT = 64  # images whose values tell 0-1 from 0-255: one bright pixel is enough
+_SUSPICIOUS = 16  # samples nearest to the reference that a result names
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Result:
 
     replicates: what the intervals come from, float64 [1 + groups] (see
     `metrics.jackknife_replicates`): those of two batches give the interval of their difference.
+    suspicious: with the metric memorization, index of the sample, index of its nearest reference
+    image and their distance, for the nearest of these pairs.
     """
 
     sample: str
@@ -45,6 +50,7 @@ class Result:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     replicates: dict[str, np.ndarray] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    suspicious: tuple[tuple[int, int, float], ...] = ()
 
     def __getitem__(self, metric: str) -> float:
         return self.metrics[metric].value
@@ -52,7 +58,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` returns: one result for each sample batch, and how they came about."""
+    """What `evaluate` returns: one result for each sample batch, and how they came about.
+
+    network: the name of a network that is no frozen graph, as its TOML has it.
+    """
 
     reference: str
     results: tuple[Result, ...]
@@ -61,6 +70,7 @@ class Evaluation:
     graph_sha256: str
     identity: str
     backend: str
+    network: str | None = None
 
 
 def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
@@ -83,30 +93,34 @@ def run(reference: Images, *samples: Images, tell: Callable[[str], None], **sett
         raise UserError("SAMPLE: give at least one sample batch")
     reference_set = open_set(reference, flag="REF")
     sample_sets = [open_set(sample, flag="SAMPLE") for sample in samples]
-    graph = _checked_graph(chosen, reference_set, *sample_sets)
+    graph, chosen = _checked_graph(chosen, reference_set, *sample_sets)
     _check_not_swapped(reference_set, sample_sets)
+    told = _Warnings(tell)
+    foreign = told(_foreign_statistics(reference_set, graph))
+    reference_set, *sample_sets = (
+        _with_own_statistics(one, graph) for one in (reference_set, *sample_sets)
+    )
     for image_set in (reference_set, *sample_sets):
         image_set.source.check()
     for device in chosen.device_list:
         check_engine("torch", chosen.precision, device)
     backend = "torch" if chosen.devices else chosen.backend
-    engine = choose_engine(graph, backend, chosen.precision, chosen.device)
-    told = _Warnings(tell)
-    about_reference = told(_doubts_about_images(reference_set, reference_set))
+    engine = choose_engine(graph, backend, chosen.precision, chosen.device, chosen.resize)
+    about_reference = foreign + told(_doubts_about_images(reference_set, reference_set))
     early = [
         [*about_reference, *told(_doubts_about_images(one, reference_set))] for one in sample_sets
     ]
     names = [image_set.name for image_set in (reference_set, *sample_sets)]
     extractor = _Extractor(engine, graph, chosen, names)
-    statistics_do = not any(METRICS[name].needs_images for name in chosen.metrics)
+    statistics_do = not any("images" in METRICS[name].needs for name in chosen.metrics)
     reference_features = extractor(reference_set, statistics_do=statistics_do)
     singular = told(_doubts_about_covariances(reference_set.name, reference_features, chosen))
     results = []
     for image_set, notes in zip(sample_sets, early, strict=True):
         features = extractor(image_set, keep_spatial=chosen.bootstrap > 0)
         notes += singular + told(_doubts_about_covariances(image_set.name, features, chosen))
-        weights = graph.softmax_weights
-        results.append(_result(image_set, reference_features, features, weights, chosen, notes))
+        scorer = _scorer(graph, chosen, (reference_set, reference_features), (image_set, features))
+        results.append(_result(image_set, scorer, chosen, notes, told))
     return Evaluation(
         reference=reference_set.name,
         results=tuple(results),
@@ -115,12 +129,13 @@ def run(reference: Images, *samples: Images, tell: Callable[[str], None], **sett
         graph_sha256=graph.digest,
         identity=graph_identity(graph),
         backend=engine.name,
+        network=graph.description.name if isinstance(graph, NetworkFile) else None,
     )
 
 
-def reference_gaussian(reference: Images, engine: Engine) -> Gaussian:
+def reference_gaussian(reference: Images, graph: Network, engine: Engine) -> Gaussian:
     """The Gaussian of the reference's pool features: as given in it, or of all its images."""
-    image_set = open_set(reference, flag="REF")
+    image_set = _with_own_statistics(open_set(reference, flag="REF"), graph)
     if image_set.pool_gaussian is not None:
         return image_set.pool_gaussian
     (name,) = short_names([image_set.name])
@@ -134,7 +149,7 @@ def check_inputs(reference: str, num_samples: int | None = None, **settings) -> 
     before they evaluate.
     """
     chosen = Settings.of(settings)
-    _checked_graph(chosen, open_set(reference, flag="--ref_batch"))
+    _, chosen = _checked_graph(chosen, open_set(reference, flag="--ref_batch"))
     check_engine(chosen.backend, chosen.precision, chosen.device)
     if num_samples is not None:
         _check_count("the sample batch", num_samples, chosen.metrics)
@@ -148,24 +163,47 @@ def nearest_in_reference(
     Inputs and keywords as of `evaluate`. Returns int64 indices and float32 distances, [N, k] both.
     """
     chosen = Settings.of(settings)
-    sets = [open_set(reference, flag="REF"), open_set(samples, flag="SAMPLE")]
     graph = load_graph(chosen.inception_path)
-    engine = choose_engine(graph, chosen.backend, chosen.precision, chosen.device)
+    sets = [open_set(reference, flag="REF"), open_set(samples, flag="SAMPLE")]
+    sets = [_with_own_statistics(image_set, graph) for image_set in sets]
+    engine = choose_engine(graph, chosen.backend, chosen.precision, chosen.device, chosen.resize)
     extractor = _Extractor(engine, graph, chosen, [image_set.name for image_set in sets])
     return nearest(*(extractor(image_set).pool for image_set in sets), k)
 
 
-def _checked_graph(chosen: Settings, *image_sets: ImageSet) -> Graph:
-    """The graph, once the sets and it are known to go together."""
+def _checked_graph(chosen: Settings, *image_sets: ImageSet) -> tuple[Network, Settings]:
+    """The graph, once the sets and it are known to go together, and the metrics that they allow."""
     if chosen.cache_dir is not None:
         check_output_folder(chosen.cache_dir, flag="--cache_dir")
-    for image_set in image_sets:
-        _check_count(image_set.name, len(image_set.source), chosen.metrics)
-        _check_precision(image_set, chosen)
     graph = load_graph(chosen.inception_path)
+    graph.check(chosen.backend, chosen.precision, chosen.resize)
+    there = graph.outputs | {"images"}
+    if all(image_set.source.has_labels for image_set in image_sets):
+        there |= {"labels"}
+    metrics = chosen_metrics(chosen.metrics, there, graph.path)
     for image_set in image_sets:
-        _check_dimensions(image_set, image_set.pool_gaussian, len(graph.softmax_weights))
-    return graph
+        _check_count(image_set.name, len(image_set.source), metrics)
+        if not _foreign_statistics(image_set, graph):
+            _check_making(image_set, chosen)
+            _check_dimensions(image_set, image_set.pool_gaussian, graph.dimensions)
+    return graph, dataclasses.replace(chosen, metrics=metrics)
+
+
+def _foreign_statistics(image_set: ImageSet, graph: Network) -> list[str]:
+    """The warning that given statistics are known to be of another network, if they are."""
+    own = graph.digest if isinstance(graph, NetworkFile) else None
+    if not image_set.has_statistics or image_set.network == own:
+        return []
+    return [
+        f"{image_set.name}: its statistics (mu, sigma) were not made with {graph.path}: those of "
+        f"its {len(image_set.source)} images are taken"
+    ]
+
+
+def _with_own_statistics(image_set: ImageSet, graph: Network) -> ImageSet:
+    if not _foreign_statistics(image_set, graph):
+        return image_set
+    return dataclasses.replace(image_set, pool_gaussian=None, spatial_gaussian=None)
 
 
 class _Warnings:
@@ -208,24 +246,28 @@ def _doubts_about_covariances(name: str, features: Features, chosen: Settings) -
     ]
 
 
-def _result(
-    image_set: ImageSet,
-    reference: Features,
-    samples: Features,
-    weights: np.ndarray,
-    chosen: Settings,
-    notes: list[str],
-) -> Result:
-    count = len(image_set.source)
-    scorer = Scorer(
-        reference,
-        samples,
-        weights,
+def _scorer(graph: Network, chosen: Settings, *sides: tuple[ImageSet, Features]) -> Scorer:
+    """Of the two sides, reference and samples, with what the chosen metrics need beside."""
+    needs = {need for name in chosen.metrics for need in METRICS[name].needs}
+    labels = None
+    if "labels" in needs:
+        sources = (image_set.source for image_set, _ in sides)
+        labels = tuple(source.labels(0, len(source)) for source in sources)
+    return Scorer(
+        *(features for _, features in sides),
+        graph.softmax_weights if "classifier" in needs else None,
+        labels,
         neighbour_arithmetic=chosen.neighbour_arithmetic,
         kid_subsets=chosen.kid_subsets,
         kid_subset_size=chosen.kid_subset_size,
         seed=chosen.seed,
     )
+
+
+def _result(
+    image_set: ImageSet, scorer: Scorer, chosen: Settings, notes: list[str], told: _Warnings
+) -> Result:
+    count = len(image_set.source)
     try:
         values = {name: scorer.value(name) for name in chosen.metrics}
         groups = chosen.bootstrap
@@ -237,7 +279,12 @@ def _result(
         name: interval_of_replicates(values, logarithmic=METRICS[name].gaussian is not None)
         for name, values in replicates.items()
     }
-    return Result(image_set.name, count, values, intervals, replicates, tuple(notes))
+    of_values = [note for value in values.values() for note in value.notes]
+    notes = notes + told([f"{image_set.name}: {note}" for note in of_values])
+    suspicious = ()
+    if "memorization" in values:
+        suspicious = tuple(scorer.memorization.most_suspicious(_SUSPICIOUS))
+    return Result(image_set.name, count, values, intervals, replicates, tuple(notes), suspicious)
 
 
 def _check_count(name: str, count: int, chosen: tuple[str, ...]) -> None:
@@ -268,7 +315,14 @@ def _check_not_swapped(reference: ImageSet, samples: list[ImageSet]) -> None:
             )
 
 
-def _check_precision(image_set: ImageSet, chosen: Settings) -> None:
+def _check_making(image_set: ImageSet, chosen: Settings) -> None:
+    """That given statistics were made in this precision, of images that were resized like this."""
+    if image_set.has_statistics and image_set.resize != chosen.resize:
+        raise UserError(
+            f"--resize {chosen.resize}: the statistics in {image_set.name} were made with the "
+            f"{image_set.resize} resize: make a reference with make_reference.py --resize "
+            f"{chosen.resize}, or give the images alone"
+        )
     differs = image_set.has_statistics and image_set.precision != chosen.precision
     if differs and not chosen.allow_mixed_precision:
         raise UserError(
@@ -284,12 +338,14 @@ class _Extractor:
     names: of all sets, which the progress tells apart.
     """
 
-    def __init__(self, engine: Engine, graph: Graph, settings: Settings, names: list[str]):
+    def __init__(self, engine: Engine, graph: Network, settings: Settings, names: list[str]):
         self._engine, self._graph, self._settings = engine, graph, settings
         self._short = dict(zip(names, short_names(names), strict=True))
         self._cache = None
         if settings.cache_dir is not None:
             how = f"{graph.digest} {engine.name} {settings.precision}"
+            if settings.resize != PUBLISHED_RESIZE:
+                how += f" {settings.resize}"
             self._cache = FeatureCache(settings.cache_dir, how)
 
     def __call__(
@@ -313,7 +369,7 @@ class _Extractor:
         if self._cache is None:
             return self._extract(image_set, keep_spatial)
         path = self._cache.path(image_set.source, keep_spatial)
-        features = self._cache.load(path, len(image_set.source), len(self._graph.softmax_weights))
+        features = self._cache.load(path, len(image_set.source), self._graph.dimensions)
         if features is None:
             features = self._extract(image_set, keep_spatial, path)
             self._cache.save(path, features)
@@ -335,9 +391,14 @@ class _Extractor:
         return extract_on_devices(
             image_set.images,
             settings.device_list,
-            {"path": self._graph.path, "backend": "torch", "precision": settings.precision},
+            {
+                "path": self._graph.path,
+                "backend": "torch",
+                "precision": settings.precision,
+                "resize": settings.resize,
+            },
             count=len(image_set.source),
-            dimensions=len(self._graph.softmax_weights),
+            dimensions=self._graph.dimensions,
             store=store,
             **options,
         )

@@ -1,6 +1,6 @@
 """Score generated images against a reference: Inception Score, FID, sFID, Precision, Recall.
 
-    python evaluator.py REF.npz SAMPLE.npz [SAMPLE.npz ...]
+    python evaluations/evaluator.py REF.npz SAMPLE.npz [SAMPLE.npz ...]
 
 Results go to stdout, one a line, and with --json to a file; progress and warnings go to stderr.
 Exit code 0 is success, 2 something you can put right, which is named.
@@ -10,16 +10,23 @@ import argparse
 import sys
 import warnings
 
+import numpy as np
+
 from esddpm_io.atomic import write_json
-from esddpm_io.errors import run_main, terminate_cleanly
+from esddpm_io.errors import UserError, run_main, terminate_cleanly
 from esddpm_io.files import check_output_file, short_names
 from esddpm_io.help import CommandLine
-from evaluations.evaluation import run
+from esddpm_io.images import enlarge, image_grid, open_images, save_png, with_caption
+from evaluations.evaluation import Result, run
 from evaluations.features import BACKENDS, PRECISIONS
 from evaluations.neighbours import ARITHMETICS
 from evaluations.report import Names, as_json, lines, table
-from evaluations.scoring import ALL_METRICS, PUBLISHED_METRICS
+from evaluations.resizing import RESIZES
+from evaluations.scoring import METRICS
 from evaluations.settings import Settings
+
+_PAIR_WIDTH = 128  # pixels that an image of the memorization PNG has at least
+_PAIRS_A_ROW = 4
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -32,7 +39,7 @@ def create_argparser() -> argparse.ArgumentParser:
     graph.add_argument(
         "--inception_path",
         metavar="GRAPH",
-        help="frozen graph; default: "
+        help="frozen graph, or a .pt or .pt2 network with its TOML beside it; default: "
         "classify_image_graph_def.pb here or in the cache, else downloaded",
     )
     graph.add_argument(
@@ -62,16 +69,22 @@ def create_argparser() -> argparse.ArgumentParser:
         action="store_true",
         help="use reference statistics made in another precision",
     )
+    graph.add_argument(
+        "--resize",
+        choices=RESIZES,
+        default=defaults.resize,
+        help="published: the graph resizes by itself; clean: antialiased bicubic before it",
+    )
     graph.add_argument("--batch_size", type=int, default=defaults.batch_size, help="images a step")
     graph.add_argument("--cache_dir", help="keep features here by the content of the images")
     what = parser.add_argument_group("metrics")
     what.add_argument(
         "--metrics",
         nargs="+",
-        choices=[*ALL_METRICS, "all"],
+        choices=[*METRICS, "published", "all"],
         metavar="NAME",
-        default=PUBLISHED_METRICS,
-        help=f"all, or some of {', '.join(ALL_METRICS)}",
+        default=defaults.metrics,
+        help=f"published, all, or some of {', '.join(METRICS)}",
     )
     what.add_argument(
         "--neighbour_arithmetic",
@@ -95,6 +108,11 @@ def create_argparser() -> argparse.ArgumentParser:
     what.add_argument("--seed", type=int, default=defaults.seed, help="of subsets and draws")
     out = parser.add_argument_group("output")
     out.add_argument("--json", metavar="FILE", help="write results and settings to FILE")
+    out.add_argument(
+        "--memorization_png",
+        metavar="FILE",
+        help="with the metric memorization: the samples nearest to the reference beside it",
+    )
     out.add_argument("--table", action="store_true", help="print a Markdown table instead")
     return parser
 
@@ -104,20 +122,43 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
+def draw_suspicious(path: str, result: Result, reference: str) -> None:
+    """A PNG of the samples nearest to the reference, each with the reference's image beside it."""
+    sets = open_images(result.sample, flag="SAMPLE"), open_images(reference, flag="REF")
+    pairs = []
+    for *indices, distance in result.suspicious:
+        both = [one.read(i, i + 1)[0] for one, i in zip(sets, indices, strict=True)]
+        size = max(max(image.shape[:2]) for image in both)
+        both = [
+            enlarge(image, max(round(max(size, _PAIR_WIDTH) / len(image)), 1)) for image in both
+        ]
+        height = max(map(len, both))
+        padded = [np.pad(one, ((0, height - len(one)), (0, 0), (0, 0))) for one in both]
+        caption = "{} | {}: {:.3g}".format(*indices, distance)
+        pairs.append(with_caption(np.concatenate(padded, axis=1), caption))
+    save_png(path, image_grid(pairs, min(_PAIRS_A_ROW, len(pairs))))
+
+
 def main(argv: list[str] | None = None) -> None:
     args = vars(create_argparser().parse_args(argv))
     reference, samples = args.pop("ref_batch"), args.pop("sample_batch")
     json_path, as_table = args.pop("json"), args.pop("table")
-    metric_name = args.pop("metric_name")
-    if json_path is not None:
-        check_output_file(json_path, flag="--json")
-    args["metrics"] = ALL_METRICS if "all" in args["metrics"] else tuple(args["metrics"])
+    metric_name, png_path = args.pop("metric_name"), args.pop("memorization_png")
+    for flag, path in [("--json", json_path), ("--memorization_png", png_path)]:
+        if path is not None:
+            check_output_file(path, flag=flag)
+    asked_for = {"memorization", "all"}.intersection(args["metrics"])
+    if png_path is not None and (not asked_for or len(samples) > 1):
+        raise UserError("--memorization_png takes --metrics memorization and one SAMPLE")
+    args["metrics"] = tuple(args["metrics"])
 
     evaluation = run(reference, *samples, tell=warn, **args)
 
     names = Names(evaluation, metric_name)
     if json_path is not None:
         write_json(json_path, as_json(evaluation, names))
+    if png_path is not None:
+        draw_suspicious(png_path, evaluation.results[0], reference)
     if as_table:
         print(table(evaluation, names))
         return

@@ -26,6 +26,8 @@ from evaluations.graph_file import (
     read_graph,
 )
 from evaluations.moments import Gaussian, RunningMoments
+from evaluations.network_file import NetworkFile, is_network_file, read_network
+from evaluations.resizing import CLEAN, PUBLISHED_RESIZE, RESIZES, ResizedEngine
 
 GRAPH_NAME = "classify_image_graph_def.pb"
 GRAPH_URL = (
@@ -37,10 +39,15 @@ PUBLISHED, UNVERIFIED, OTHER = "published", "unverified", "other"
 SPATIAL_CHANNELS = 7  # of mixed_6/conv: 17 x 17 x 7 = 2023 numbers, about as many as the pool's
 BACKENDS = ("auto", "tensorflow", "torch")
 PRECISIONS = ("float32", "bfloat16", "float16")
+Network = Graph | NetworkFile
 
 
 class Engine(Protocol):
-    """Runs the graph: uint8 [N, H, W, 3] -> pool and spatial outputs, float32 NHWC."""
+    """Runs the graph: uint8 [N, H, W, 3] -> pool and spatial outputs, float32 NHWC.
+
+    Images that were resized before come as float32. A network without spatial features gives
+    [N, 0] for these.
+    """
 
     name: str
 
@@ -100,13 +107,13 @@ def _known_graphs_path() -> Path:
     return cached_graph_path().with_name("known_graphs.json")
 
 
-def graph_identity(graph: Graph) -> str:
+def graph_identity(graph: Network) -> str:
     """`PUBLISHED`, `UNVERIFIED` (its nodes, of other or unknown weights) or `OTHER`.
 
     The published graph is known by size and MD5, or by the SHA-256 of a download that
     `remember_graph` has noted.
     """
-    if not graph.has_inception_nodes:
+    if isinstance(graph, NetworkFile) or not graph.has_inception_nodes:
         return OTHER
     known = read_json(_known_graphs_path())
     if isinstance(known, dict) and known.get(GRAPH_NAME) == graph.digest:
@@ -119,9 +126,14 @@ def graph_identity(graph: Graph) -> str:
     return PUBLISHED if digest.hexdigest() == GRAPH_MD5 else UNVERIFIED
 
 
-def load_graph(path: str | None = None) -> Graph:
-    """Read the graph and check that it has the nodes that the metrics are defined on."""
+def load_graph(path: str | None = None) -> Network:
+    """Read the graph and check that it has the nodes that the metrics are defined on.
+
+    A .pt or .pt2 is described by its TOML, which is read in place of it.
+    """
     path = find_graph(path)
+    if is_network_file(path):
+        return read_network(path)
     graph = read_graph(path)
     missing = [
         n for n in (IMAGES_NODE, POOL_NODE, SPATIAL_NODE, LOGITS_NODE) if n not in graph.nodes
@@ -141,15 +153,31 @@ def load_graph(path: str | None = None) -> Graph:
 
 
 def choose_engine(
-    graph: Graph, backend: str = "auto", precision: str = "float32", device: str = "auto"
+    graph: Network,
+    backend: str = "auto",
+    precision: str = "float32",
+    device: str = "auto",
+    resize: str = PUBLISHED_RESIZE,
 ) -> Engine:
     """The engine for `backend`: `auto` is the one that can use a GPU, TensorFlow if both can.
 
     Where there is no GPU it is TensorFlow if that is installed, else torch. Lower precisions and
     the choice of a device are the torch engine's, so they choose it under `auto`. Its own `auto`
-    device is CUDA where there is one.
+    device is CUDA where there is one. resize: one of `RESIZES`.
     """
     check_engine(backend, precision, device)
+    _check_choice("--resize", resize, RESIZES)
+    graph.check(backend, precision, resize)
+    if isinstance(graph, NetworkFile):
+        _torch_backend()
+        from evaluations.backend_network import NetworkEngine
+
+        return NetworkEngine(graph, device)
+    engine = _graph_engine(graph, backend, precision, device)
+    return ResizedEngine(engine, graph.input_size) if resize == CLEAN else engine
+
+
+def _graph_engine(graph: Graph, backend: str, precision: str, device: str) -> Engine:
     if backend == "auto":
         backend = _best_backend(precision, device)
     if backend == "torch":
@@ -209,7 +237,9 @@ def _tensorflow_has_gpu() -> bool:
 
 def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UserError(f"{flag} {value}: choose from {', '.join(choices)}")
+        raise UserError(
+            f"{flag} {value}: choose from {', '.join(choices)}", got=value, valid=choices
+        )
 
 
 def extract(

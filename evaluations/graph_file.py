@@ -17,6 +17,7 @@ import numpy as np
 
 from esddpm_io.errors import UserError
 from esddpm_io.files import open_binary
+from evaluations.resizing import PUBLISHED_RESIZE
 
 # The nodes that the metrics are defined on
 IMAGES_NODE = "ExpandDims"  # fed with float NHWC pixels 0-255
@@ -71,6 +72,30 @@ class Graph:
     def softmax_weights(self) -> np.ndarray:
         """The classifier's weights, float32 [pool features, classes]; no bias goes with them."""
         return self.constant(self.nodes[LOGITS_NODE].inputs[1])
+
+    outputs = frozenset({"spatial", "classifier"})  # what metrics may need beside pool features
+
+    @property
+    def dimensions(self) -> int:
+        """Of the pool features."""
+        return len(self.softmax_weights)
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width that the graph resizes images to; `UserError` if it does not."""
+        resizes = [node for node in self.nodes.values() if node.op == "ResizeBilinear"]
+        if len(resizes) != 1:
+            raise UserError(
+                f"--resize: {self.path} does not say the size that it works at (it has "
+                f"{len(resizes)} ResizeBilinear nodes): leave it published"
+            )
+        height, width = (int(length) for length in self.constant(resizes[0].inputs[1]))
+        return height, width
+
+    def check(self, backend: str, precision: str, resize: str) -> None:
+        """`UserError` for settings that this graph cannot meet."""
+        if resize != PUBLISHED_RESIZE:
+            _ = self.input_size
 
     @property
     def has_inception_nodes(self) -> bool:

@@ -14,6 +14,7 @@ from esddpm_io.images import ImageSource, check_image_array, open_images
 from esddpm_io.npz import NpzReader
 from evaluations.features import Features
 from evaluations.moments import Gaussian
+from evaluations.resizing import PUBLISHED_RESIZE
 
 _HASH_ROWS = 256  # images read at a time to hash them
 
@@ -41,7 +42,9 @@ Images = str | os.PathLike | np.ndarray
 class ImageSet:
     """Images, and the Gaussians of features that came with them (reference batches have them).
 
-    `precision` is the arithmetic that those were computed in; files that do not say are float32.
+    `precision` is the arithmetic that those were computed in, `resize` how images were resized
+    before; files that do not say are float32 and published. `network`: the digest of a
+    `NetworkFile` that they are of, None for a frozen graph.
     """
 
     name: str
@@ -49,6 +52,8 @@ class ImageSet:
     pool_gaussian: Gaussian | None = None
     spatial_gaussian: Gaussian | None = None
     precision: str = "float32"
+    resize: str = PUBLISHED_RESIZE
+    network: str | None = None
     images: Images | None = None  # what it was opened from, for another process to open
 
     @property
@@ -74,10 +79,12 @@ def open_set(images: Images, *, flag: str) -> ImageSet:
     with NpzReader(images, flag=flag) as reader:
         pool = _given_gaussian(reader, "mu", "sigma", flag)
         spatial = _given_gaussian(reader, "mu_s", "sigma_s", flag)
-        precision = "float32"
-        if "feature_precision" in reader.names:
-            precision = str(reader.array("feature_precision").reshape(-1)[0])
-    return ImageSet(name, source, pool, spatial, precision, images)
+        making = {
+            field: str(reader.array(f"feature_{field}").reshape(-1)[0])
+            for field in ("precision", "resize", "network")
+            if f"feature_{field}" in reader.names
+        }
+    return ImageSet(name, source, pool, spatial, images=images, **making)
 
 
 def _array(images: object, flag: str) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Make a reference batch of one's own images, in the published format.
 
-    python make_reference.py IMAGES OUT.npz
+    python evaluations/make_reference.py IMAGES OUT.npz
 
 OUT.npz gets `mu`, `sigma`, `mu_s`, `sigma_s` of all images and a random 10,000 of them as `arr_0`
 (with labels, if there are any, as `arr_1`).
@@ -26,6 +26,8 @@ from evaluations.features import (
     load_graph,
 )
 from evaluations.inputs import Images, open_set
+from evaluations.network_file import NetworkFile
+from evaluations.resizing import PUBLISHED_RESIZE, RESIZES
 
 _ROWS = 256  # images copied at a time
 
@@ -40,6 +42,7 @@ def make_reference(
     backend: str = "auto",
     device: str = "auto",
     precision: str = "float32",
+    resize: str = PUBLISHED_RESIZE,
     batch_size: int = 64,
     compressed: bool = False,
 ) -> None:
@@ -58,7 +61,8 @@ def make_reference(
     name, source = os.path.basename(image_set.name.rstrip("/")), image_set.source
     if len(source) < 2:
         raise UserError(f"IMAGES: {image_set.name} has 1 image, a covariance needs 2 or more")
-    engine = choose_engine(load_graph(inception_path), backend, precision, device)
+    graph = load_graph(inception_path)
+    engine = choose_engine(graph, backend, precision, device, resize)
     features = extract(engine, source, name=name, batch_size=batch_size, keep_pool=False)
     for gaussian in (features.pool_gaussian, features.spatial_gaussian):
         if singular := gaussian.too_few():
@@ -66,7 +70,12 @@ def make_reference(
     rng = np.random.default_rng(seed)
     # In rising order, so that compressed files are unpacked once.
     kept = np.sort(rng.choice(len(source), min(keep, len(source)), replace=False))
-    _write(out, source, kept, features, precision, compressed)
+    making = {"precision": precision}
+    if resize != PUBLISHED_RESIZE:
+        making["resize"] = resize
+    if isinstance(graph, NetworkFile):
+        making["network"] = graph.digest
+    _write(out, source, kept, features, making, compressed)
 
 
 def _write(
@@ -74,15 +83,16 @@ def _write(
     source: ImageSource,
     kept: np.ndarray,
     features: Features,
-    precision: str,
+    making: dict[str, str],
     compressed: bool,
 ) -> None:
     statistics = {
         "mu": features.pool_gaussian.mean,
         "sigma": features.pool_gaussian.full_covariance(),
+        # Of width 0 for a network without them
         "mu_s": features.spatial_gaussian.mean,
         "sigma_s": features.spatial_gaussian.full_covariance(),
-        "feature_precision": np.array([precision]),
+        **{f"feature_{name}": np.array([text]) for name, text in making.items()},
     }
     arrays = {"arr_0": ((len(kept), *source.shape[1:]), np.uint8)}
     if source.has_labels:
@@ -103,13 +113,13 @@ def _write(
 def create_argparser() -> argparse.ArgumentParser:
     parser = CommandLine(description=__doc__)
     parser.add_argument("images", metavar="IMAGES", help="an .npz, an .npy or a folder of images")
-    parser.add_argument("out", metavar="OUT.npz")
+    parser.add_argument("out", metavar="OUT.npz", help="reference batch to write")
     parser.add_argument("--keep", type=int, default=10_000, help="images in arr_0")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of these")
     parser.add_argument(
         "--inception_path",
         metavar="GRAPH",
-        help="frozen graph; default: as for evaluator.py",
+        help="frozen graph, .pt or .pt2; default: as for evaluator.py",
     )
     parser.add_argument(
         "--backend",
@@ -123,6 +133,9 @@ def create_argparser() -> argparse.ArgumentParser:
         choices=PRECISIONS,
         default="float32",
         help="arithmetic of the graph, which the file tells",
+    )
+    parser.add_argument(
+        "--resize", choices=RESIZES, default=PUBLISHED_RESIZE, help="as for evaluator.py"
     )
     parser.add_argument("--batch_size", type=int, default=64, help="images a step")
     parser.add_argument("--compressed", action="store_true", help="deflate the file's arrays")

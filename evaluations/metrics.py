@@ -12,34 +12,54 @@ import numpy as np
 from scipy.special import log_softmax, stdtrit
 
 from evaluations.moments import Gaussian, RunningMoments, frechet_distance, gaussian_of
-from evaluations.neighbours import density_coverage, neighbour_radii, precision_recall
+from evaluations.neighbours import (
+    density_coverage,
+    nearest,
+    neighbour_radii,
+    precision_recall,
+)
 
 __all__ = [
     "Gaussian",
+    "Memorization",
     "RunningMoments",
     "Value",
     "density_coverage",
     "frechet_distance",
+    "frechet_distance_extrapolated",
+    "frechet_distance_per_class",
+    "gaussian_kernel_distance",
     "gaussian_of",
     "inception_score",
     "interval_of_replicates",
     "jackknife_interval",
     "jackknife_replicates",
     "kernel_distance",
+    "memorization",
     "neighbour_radii",
     "precision_recall",
 ]
 
 INCEPTION_SPLIT = 5000  # images a block of the published Inception score
 _KERNEL_ROWS = 1024  # of pairs at a time, which bounds the memory of a kernel's sum
+# Of Chong and Forsyth: 15 sets of samples, from 5,000 up (fewer where there are not twice as many)
+EXTRAPOLATION_SIZES, EXTRAPOLATION_SMALLEST = 15, 5000
+CLASS_FEWEST = 2  # images of a class on either side, for a covariance
+RBF_SIGMA, RBF_SCALE = 10.0, 1000.0  # of Jayasumana et al.
+MEMORIZED_QUANTILE = 0.01  # of held-out images as many pass for copies
+Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]  # rows [n, D], [m, D] -> float64 [n, m]
 
 
 @dataclass(frozen=True)
 class Value:
-    """A metric's value and, for those taken over splits or subsets, their standard deviation."""
+    """A metric's value and, for those taken over splits or subsets, their standard deviation.
+
+    notes: what a reader of the value must know, as warnings.
+    """
 
     value: float
     deviation: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 def inception_score(
@@ -98,18 +118,132 @@ def _unbiased_mmd2(x: np.ndarray, y: np.ndarray) -> float:
 
     def within(a: np.ndarray) -> float:
         own = (np.einsum("nd,nd->n", a, a, dtype=np.float64) / a.shape[1] + 1.0) ** 3
-        return (_kernel_sum(a, a) - own.sum()) / (len(a) * (len(a) - 1))
+        return (_kernel_sum(a, a, _cubic) - own.sum()) / (len(a) * (len(a) - 1))
 
-    return float(within(x) + within(y) - 2.0 * _kernel_sum(x, y) / (len(x) * len(y)))
+    return float(within(x) + within(y) - 2.0 * _kernel_sum(x, y, _cubic) / (len(x) * len(y)))
 
 
-def _kernel_sum(a: np.ndarray, b: np.ndarray) -> float:
-    """The cubic kernel summed over all pairs of rows, a block of them at a time."""
-    total = 0.0
-    for start in range(0, len(a), _KERNEL_ROWS):
-        products = (a[start : start + _KERNEL_ROWS] @ b.T).astype(np.float64)
-        total += ((products / a.shape[1] + 1.0) ** 3).sum()
-    return total
+def gaussian_kernel_distance(reference: np.ndarray, samples: np.ndarray) -> Value:
+    """Squared maximum mean discrepancy of all rows [N, D] under exp(-|x - y|^2 / (2 sigma^2)).
+
+    With CMMD's sigma of 10 and factor of 1000 (Jayasumana et al. 2024), and like it the biased
+    estimate, where rows meet themselves. It is CMMD only of CLIP's embeddings, of length 1.
+    """
+    centre = reference.mean(axis=0)  # moves no distance, and spares digits to |x|^2 - 2xy + |y|^2
+    x, y = reference - centre, samples - centre
+    within = sum(_kernel_sum(a, a, _gaussian_kernel) / len(a) ** 2 for a in (x, y))
+    across = _kernel_sum(x, y, _gaussian_kernel) / (len(x) * len(y))
+    return Value(RBF_SCALE * float(within - 2.0 * across))
+
+
+def _kernel_sum(a: np.ndarray, b: np.ndarray, kernel: Kernel) -> float:
+    """A kernel summed over all pairs of rows, a block of them at a time."""
+    starts = range(0, len(a), _KERNEL_ROWS)
+    return sum(kernel(a[start : start + _KERNEL_ROWS], b).sum() for start in starts)
+
+
+def _cubic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return ((a @ b.T).astype(np.float64) / a.shape[1] + 1.0) ** 3
+
+
+def _gaussian_kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    norms = (np.einsum("nd,nd->n", rows, rows, dtype=np.float64) for rows in (a, b))
+    squared = np.add.outer(*norms) - 2.0 * (a @ b.T)
+    return np.exp(np.maximum(squared, 0.0) / (-2.0 * RBF_SIGMA**2))
+
+
+def frechet_distance_extrapolated(reference: Gaussian, samples: np.ndarray, seed: int = 0) -> Value:
+    """The Fréchet distance of infinitely many samples, FID infinity (Chong and Forsyth 2020).
+
+    A line through the distances of `EXTRAPOLATION_SIZES` random sets of n rows of `samples`
+    [N, D] against 1/n, and its value at 0. The n are spaced evenly from `EXTRAPOLATION_SMALLEST`
+    (N / 2 if that is less) to N. The line is straight where n is several times D.
+    """
+    count = len(samples)
+    smallest = min(EXTRAPOLATION_SMALLEST, count // 2)
+    sizes = np.unique(np.linspace(smallest, count, EXTRAPOLATION_SIZES).astype(int))
+    rng = np.random.default_rng(seed)
+    drawn = (samples[rng.permutation(count)[:size]] for size in sizes)
+    distances = [frechet_distance(reference, gaussian_of(rows)) for rows in drawn]
+    _, limit = np.polyfit(1.0 / sizes, distances, 1)
+    notes = ()
+    if smallest <= samples.shape[1]:
+        notes = (
+            f"the distance of infinitely many is extrapolated from {smallest} and more images, too "
+            f"few for {samples.shape[1]}-dimensional features",
+        )
+    return Value(float(limit), notes=notes)
+
+
+def frechet_distance_per_class(
+    reference: np.ndarray,
+    reference_labels: np.ndarray,
+    samples: np.ndarray,
+    sample_labels: np.ndarray,
+) -> Value:
+    """The Fréchet distance of each class, its mean and deviation over the classes.
+
+    Features [N, D] and labels int64 [N] of either side. Classes of fewer than `CLASS_FEWEST`
+    images on a side are left out and named in the notes, and so are classes whose covariances are
+    singular counted. `ValueError` if no class has enough.
+    """
+    labels = np.union1d(reference_labels, sample_labels)
+    sides = (reference, reference_labels), (samples, sample_labels)
+    found, few, singular = [], [], 0
+    for label in labels:
+        pair = [features[own == label] for features, own in sides]
+        if min(map(len, pair)) < CLASS_FEWEST:
+            few.append(str(label))
+            continue
+        gaussians = [gaussian_of(rows) for rows in pair]
+        singular += any(one.too_few() for one in gaussians)
+        found.append(frechet_distance(*gaussians))
+    if not found:
+        raise ValueError(f"no class has {CLASS_FEWEST} images among reference and samples")
+    notes = []
+    if few:
+        named = ", ".join(few[:10]) + (f" and {len(few) - 10} more" if len(few) > 10 else "")
+        notes.append(f"classes with fewer than {CLASS_FEWEST} images, left out: {named}")
+    if singular:
+        notes.append(
+            f"{singular} of {len(found)} classes have no more images than features: their "
+            "distances come out too high"
+        )
+    return Value(float(np.mean(found)), float(np.std(found)), tuple(notes))
+
+
+@dataclass(frozen=True)
+class Memorization:
+    """How near samples are to the reference: its row next to each, int64 [N], and the distances.
+
+    distances float32 [N]. limit: what a distance must be below to pass for a copy.
+    """
+
+    nearest: np.ndarray
+    distances: np.ndarray
+    limit: float
+
+    @property
+    def share(self) -> float:
+        return float(np.mean(self.distances < self.limit))
+
+    def most_suspicious(self, count: int) -> list[tuple[int, int, float]]:
+        """Sample, row of the reference and distance of the nearest pairs, from near to far."""
+        rows = np.argsort(self.distances, kind="stable")[:count]
+        return [(int(i), int(self.nearest[i]), float(self.distances[i])) for i in rows]
+
+
+def memorization(reference: np.ndarray, samples: np.ndarray) -> Memorization:
+    """Samples [N, D] that are nearer to a row of `reference` than its rows are to each other.
+
+    The limit is the `MEMORIZED_QUANTILE` of the distances of the reference's rows to their nearest
+    other row: of new images from the same distribution about that share lies within it, and a
+    higher share means copies. With fewer than 2 rows of the reference `ValueError`.
+    """
+    own = np.sqrt(neighbour_radii(reference, 1, "float32"))
+    rows, distances = nearest(reference, samples, 1)
+    limit = float(np.quantile(own, MEMORIZED_QUANTILE))
+    return Memorization(rows[:, 0], distances[:, 0], limit)
 
 
 def jackknife_interval(

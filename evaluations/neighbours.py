@@ -360,10 +360,19 @@ def nearest(
     squared = np.full((len(samples), k), np.inf, np.float32)
     for part, columns, block in PairwiseDistances(*points).blocks():
         distances = block.distances()
-        found = np.broadcast_to(np.arange(columns.start, columns.stop), distances.shape)
-        both = np.concatenate([squared[part], distances], axis=1)
+        found = _columns_of_smallest(distances, k)
+        both = np.concatenate([squared[part], np.take_along_axis(distances, found, axis=1)], axis=1)
         order = np.argsort(both, axis=1, kind="stable")[:, :k]
         squared[part] = np.take_along_axis(both, order, axis=1)
-        candidates = np.concatenate([rows[part], found], axis=1)
+        candidates = np.concatenate([rows[part], found + columns.start], axis=1)
         rows[part] = np.take_along_axis(candidates, order, axis=1)
     return rows, np.sqrt(squared)
+
+
+def _columns_of_smallest(values: np.ndarray, k: int) -> np.ndarray:
+    """Where the k smallest numbers of each row are (all, if there are no more), in rising order."""
+    if k == 1:
+        return values.argmin(axis=1)[:, None]
+    if values.shape[1] <= k:
+        return np.broadcast_to(np.arange(values.shape[1]), values.shape)
+    return np.sort(np.argpartition(values, k - 1, axis=1)[:, :k], axis=1)

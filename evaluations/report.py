@@ -7,6 +7,7 @@ import re
 from esddpm_io.files import short_names
 from evaluations.evaluation import Evaluation, Result
 from evaluations.features import OTHER, PUBLISHED
+from evaluations.resizing import PUBLISHED_RESIZE
 from evaluations.scoring import METRICS
 
 _IS_FID = re.compile(r"\s*s?FID\s*", re.IGNORECASE)
@@ -19,7 +20,9 @@ class Names:
     whatever `metric_name` says. Of a graph that has its nodes but is not known to have its weights
     they are `FID (unverified graph)` and the like. With any other graph they are
     `Frechet distance (FEATURES)` and the like, where FEATURES is what stands in the brackets of
-    `metric_name` or, where that is not given or is FID, the graph's file name.
+    `metric_name` or, where that is not given or is FID, the graph's file name. A network of a
+    .pt or .pt2 file is called by its own name, as in `FD (dinov2_vitl14)`. `clean resize` is added
+    where images were resized like that.
     """
 
     def __init__(self, evaluation: Evaluation, metric_name: str | None = None):
@@ -31,12 +34,19 @@ class Names:
             given = re.search(r"\((.+)\)", metric_name or "")
             name = given.group(1) if given else metric_name
             self.features = stem if name is None or _IS_FID.fullmatch(name) else name
+        self._network = evaluation.network
+        self.features = self._network or self.features
+        remarks = [] if self._known else [self.features]
+        if evaluation.settings.resize != PUBLISHED_RESIZE:
+            remarks.append(f"{evaluation.settings.resize} resize")
+        self._remark = f" ({', '.join(remarks)})" if remarks else ""
 
     def label(self, metric: str) -> str:
         names = METRICS[metric]
-        if self._known:
-            return names.published
-        return f"{names.published if self._published else names.other} ({self.features})"
+        name = names.published if self._published else names.other
+        if self._network:  # as papers have it: FD and KD of other features
+            name = name.replace("Frechet distance", "FD").replace("Kernel distance", "KD")
+        return name + self._remark
 
     def key(self, metric: str) -> str:
         return metric if self._published else METRICS[metric].key
@@ -106,6 +116,8 @@ def _result_json(result: Result, names: Names) -> dict:
         },
         "warnings": list(result.warnings),
     }
+    if result.suspicious:
+        out["suspicious"] = [list(pair) for pair in result.suspicious]
     if result.intervals:
         out["intervals"] = {names.key(m): list(i) for m, i in result.intervals.items()}
         out["replicates"] = {names.key(m): r.tolist() for m, r in result.replicates.items()}

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from esddpm_io.errors import UserError
 from evaluations import metrics
 from evaluations.features import Features
-from evaluations.metrics import Value
+from evaluations.metrics import Memorization, Value
 
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5  # the papers' choices
 Estimate = Callable[[np.ndarray], float]  # the metric of the sample rows int64 [n] that it is given
@@ -21,7 +22,8 @@ class Scorer:
         self,
         reference: Features,
         samples: Features,
-        softmax_weights: np.ndarray,
+        softmax_weights: np.ndarray | None,
+        labels: tuple[np.ndarray, np.ndarray] | None = None,
         *,
         neighbour_arithmetic: str,
         kid_subsets: int,
@@ -29,6 +31,7 @@ class Scorer:
         seed: int,
     ):
         self.reference, self.samples, self.weights = reference, samples, softmax_weights
+        self._labels = labels
         self._arithmetic = neighbour_arithmetic
         self._kid_subsets, self._kid_subset_size = kid_subsets, kid_subset_size
         self._seed = seed
@@ -63,6 +66,19 @@ class Scorer:
         pools = self.reference.pool, self.samples.pool
         return metrics.kernel_distance(*pools, self._kid_subsets, self._kid_subset_size, self._seed)
 
+    def frechet_extrapolated(self) -> Value:
+        reference = self.reference.pool_gaussian
+        return metrics.frechet_distance_extrapolated(reference, self.samples.pool, self._seed)
+
+    def frechet_per_class(self) -> Value:
+        reference, samples = self._labels
+        pools = self.reference.pool, self.samples.pool
+        return metrics.frechet_distance_per_class(pools[0], reference, pools[1], samples)
+
+    @functools.cached_property
+    def memorization(self) -> Memorization:
+        return metrics.memorization(self.reference.pool, self.samples.pool)
+
     @functools.cached_property
     def precision_recall(self) -> tuple[np.ndarray, np.ndarray]:
         pools = self.reference.pool, self.samples.pool
@@ -88,10 +104,11 @@ class Metric:
 
     published: its name with the 2015 Inception network. other, key: its name and JSON key with
     another graph. fewest: images on either side for which it is defined. value: of a `Scorer`.
-    needs_images: whether the reference's images are needed, not only its statistics. gaussian: the
-    Gaussian that it compares, if it does. resampled: the metric as a function of sample rows, from
-    which its interval comes; None for those whose error leaving out samples does not tell: recall
-    and coverage are shares of the reference's points, the Inception score is too skewed (intervals
+    needs: beside the Gaussian of pool features, `images` of the reference, `labels` of both sides,
+    `spatial` features, or the `classifier` of the network. gaussian: the Gaussian that it
+    compares, if it does. resampled: the metric as a function of sample rows, from which its
+    interval comes; None for those whose error leaving out samples does not tell: recall and
+    coverage are shares of the reference's points, the Inception score is too skewed (intervals
     cover 84 % where it is near 1), and KID has its deviation over subsets.
     """
 
@@ -101,7 +118,7 @@ class Metric:
     fewest: int
     value: Callable[[Scorer], Value]
     resampled: Callable[[Scorer], Estimate] | None = None
-    needs_images: bool = False
+    needs: tuple[str, ...] = ()
     gaussian: str | None = None
 
 
@@ -112,6 +129,7 @@ METRICS = {
         "classifier_score",
         fewest=1,
         value=lambda s: metrics.inception_score(s.samples.pool, s.weights),
+        needs=("classifier",),
     ),
     "fid": Metric(
         "FID",
@@ -129,6 +147,7 @@ METRICS = {
         fewest=2,
         value=lambda s: s.frechet("spatial"),
         resampled=lambda s: s.frechet_of_rows("spatial"),
+        needs=("spatial",),
         gaussian="spatial_gaussian",
     ),
     "precision": Metric(
@@ -138,7 +157,7 @@ METRICS = {
         fewest=PRECISION_NEIGHBOURS + 1,
         value=lambda s: _mean(s.precision_recall[0]),
         resampled=lambda s: _mean_of_rows(s.precision_recall[0]),
-        needs_images=True,
+        needs=("images",),
     ),
     "recall": Metric(
         "Recall",
@@ -146,7 +165,7 @@ METRICS = {
         "recall",
         fewest=PRECISION_NEIGHBOURS + 1,
         value=lambda s: _mean(s.precision_recall[1]),
-        needs_images=True,
+        needs=("images",),
     ),
     "kid": Metric(
         "KID",
@@ -154,7 +173,7 @@ METRICS = {
         "kernel_distance",
         fewest=2,
         value=Scorer.kernel_distance,
-        needs_images=True,
+        needs=("images",),
     ),
     "density": Metric(
         "Density",
@@ -163,7 +182,7 @@ METRICS = {
         fewest=DENSITY_NEIGHBOURS + 1,
         value=lambda s: _mean(s.density_coverage[0]),
         resampled=lambda s: _mean_of_rows(s.density_coverage[0]),
-        needs_images=True,
+        needs=("images",),
     ),
     "coverage": Metric(
         "Coverage",
@@ -171,8 +190,62 @@ METRICS = {
         "coverage",
         fewest=DENSITY_NEIGHBOURS + 1,
         value=lambda s: _mean(s.density_coverage[1]),
-        needs_images=True,
+        needs=("images",),
+    ),
+    "fid_infinity": Metric(
+        "FID infinity",
+        "Frechet distance infinity",
+        "frechet_distance_infinity",
+        fewest=4,
+        value=Scorer.frechet_extrapolated,
+    ),
+    "fid_per_class": Metric(
+        "FID per class",
+        "Frechet distance per class",
+        "frechet_distance_per_class",
+        fewest=metrics.CLASS_FEWEST,
+        value=Scorer.frechet_per_class,
+        needs=("images", "labels"),
+    ),
+    "rbf_mmd": Metric(
+        "RBF MMD of Inception features",
+        "RBF MMD",
+        "rbf_mmd",
+        fewest=2,
+        value=lambda s: metrics.gaussian_kernel_distance(s.reference.pool, s.samples.pool),
+        needs=("images",),
+    ),
+    "memorization": Metric(
+        "Memorization",
+        "Memorization",
+        "memorization",
+        fewest=2,
+        value=lambda s: Value(s.memorization.share),
+        needs=("images",),
     ),
 }
 PUBLISHED_METRICS = ("inception_score", "fid", "sfid", "precision", "recall")
-ALL_METRICS = tuple(METRICS)
+_LACKS = {
+    "labels": "reference or samples have no labels (arr_1)",
+    "spatial": "{network} has no spatial features",
+    "classifier": "{network} has no classifier",
+}
+
+
+def chosen_metrics(asked: tuple[str, ...], there: frozenset[str], network: str) -> tuple[str, ...]:
+    """The names of the metrics to compute: those asked for, `all` or `published` ones.
+
+    there: what of the `needs` network and files have. `all` and `published` leave out what needs
+    more; `UserError` for such a metric that was asked for by its name.
+    """
+    possible = [name for name, metric in METRICS.items() if there.issuperset(metric.needs)]
+    if "all" in asked:
+        return tuple(possible)
+    if "published" in asked:
+        return tuple(name for name in PUBLISHED_METRICS if name in possible)
+    for name in asked:
+        for need in METRICS[name].needs:
+            if need not in there:
+                why = _LACKS[need].format(network=network)
+                raise UserError(f"--metrics {name}: {why}: choose from {', '.join(possible)}")
+    return asked

@@ -5,18 +5,20 @@ from dataclasses import dataclass
 
 from esddpm_io.errors import UserError
 from evaluations.neighbours import ARITHMETICS
-from evaluations.scoring import METRICS, PUBLISHED_METRICS
+from evaluations.resizing import PUBLISHED_RESIZE, RESIZES
+from evaluations.scoring import METRICS
 
 
 @dataclass(frozen=True)
 class Settings:
     """The keywords of `evaluate`.
 
-    metrics: names of `METRICS`. neighbour_arithmetic: `float16`, the published rounding of
-    distances for precision and recall, or `float32`. bootstrap: groups of samples that are left
-    out in turn for 95 % confidence intervals, 0 for none. allow_mixed_precision: let features of
-    another precision meet the reference's statistics. devices: a process on each of several,
-    as in `cpu,cpu` or `0,1`, in place of `device`.
+    metrics: names of `METRICS`, or `published` or `all` for those of these that network and files
+    allow. resize: `published`, by the graph itself, or `clean`, antialiased. neighbour_arithmetic:
+    `float16`, the published rounding of distances for precision and recall, or `float32`.
+    bootstrap: groups of samples that are left out in turn for 95 % confidence intervals, 0 for
+    none. allow_mixed_precision: let features of another precision meet the reference's statistics.
+    devices: a process on each of several, as in `cpu,cpu` or `0,1`, in place of `device`.
     """
 
     inception_path: str | None = None
@@ -24,7 +26,8 @@ class Settings:
     device: str = "auto"
     devices: str | None = None
     precision: str = "float32"
-    metrics: tuple[str, ...] = PUBLISHED_METRICS
+    resize: str = PUBLISHED_RESIZE
+    metrics: tuple[str, ...] = ("published",)
     neighbour_arithmetic: str = "float16"
     kid_subsets: int = 100
     kid_subset_size: int = 1000
@@ -39,21 +42,32 @@ class Settings:
         """The settings of a call; `UserError` for a keyword that there is not."""
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := [name for name in keywords if name not in known]:
-            raise UserError(f"unknown setting {', '.join(unknown)}: choose from {', '.join(known)}")
+            raise UserError(
+                f"unknown setting {', '.join(unknown)}: choose from {', '.join(known)}",
+                got=unknown,
+                valid=known,
+            )
         return cls(**keywords)
 
     def __post_init__(self):
         metrics = (self.metrics,) if isinstance(self.metrics, str) else tuple(self.metrics)
         object.__setattr__(self, "metrics", metrics)  # frozen, but this is its making
-        unknown = [str(name) for name in metrics if name not in METRICS]
+        unknown = [str(name) for name in metrics if name not in (*METRICS, "published", "all")]
         if unknown or not metrics:
             raise UserError(
-                f"--metrics {', '.join(unknown) or '(none)'}: choose from {', '.join(METRICS)}"
+                f"--metrics {', '.join(unknown) or '(none)'}: choose from "
+                f"{', '.join(METRICS)}, published, all",
+                got=unknown,
+                valid=(*METRICS, "published", "all"),
             )
+        if self.resize not in RESIZES:
+            raise UserError(f"--resize {self.resize}: choose from {', '.join(RESIZES)}")
         if self.neighbour_arithmetic not in ARITHMETICS:
             raise UserError(
                 f"--neighbour_arithmetic {self.neighbour_arithmetic}: choose from "
-                f"{', '.join(ARITHMETICS)}"
+                f"{', '.join(ARITHMETICS)}",
+                got=self.neighbour_arithmetic,
+                valid=ARITHMETICS,
             )
         for name, least in [
             ("batch_size", 1),

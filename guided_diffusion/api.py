@@ -7,15 +7,25 @@ import numpy as np
 import torch
 
 from esddpm_io.errors import speaking_of_arguments
+from esddpm_io.hub import fetched
 from guided_diffusion.checkpoints import read_checkpoint, read_sidecar
-from guided_diffusion.commands.request import LARGEST_SEED, Request, network_of, sampler_of
+from guided_diffusion.commands.request import (
+    LARGEST_SEED,
+    Request,
+    classes_of,
+    network_of,
+    sampler_of,
+)
+from guided_diffusion.denoiser import Denoiser
+from guided_diffusion.diffusers_models import KIND as DIFFUSERS
 from guided_diffusion.pixels import to_float
+from guided_diffusion.sampling.generators import GeneratedImages, generator_of
 from guided_diffusion.sampling.job import Job
 from guided_diffusion.sampling.sampler import LoadedNetworks, Sampler, choose_device
-from guided_diffusion.sampling.sources import Source, Start
+from guided_diffusion.sampling.sources import GeneratorImages, Source, Start
 from guided_diffusion.script_util import NUM_CLASSES
 from guided_diffusion.settings.layers import require
-from guided_diffusion.settings.record import Guidance, Network, Run, StartSettings
+from guided_diffusion.settings.record import Guidance, Network, Run, StartSettings, diffusion_from
 from guided_diffusion.settings.resolver import Resolved, check_same_noise, resolve_network
 
 
@@ -33,18 +43,24 @@ class LoadedNetwork:
     module: Callable
     kept: LoadedNetworks
 
+    def denoiser(self) -> Denoiser:
+        """D(x, σ) for samplers in the convention of k-diffusion and EDM, of a U-Net."""
+        require(self.record.kind != "classifier", "denoiser: a classifier has none")
+        return Denoiser(self.module, diffusion_from(self.resolved.process, ""))
+
 
 def load_network(path: str, device: str = "", **flags: bool | int | float | str) -> LoadedNetwork:
     """Load a U-Net or a classifier of noisy images; its flags are found as the commands find them.
 
-    device: "cpu", an index or "cuda:INDEX"; empty: a GPU if there is one. flags: of the network and
-    the process (`noise_schedule`, `num_heads`, …), for bare files whose shapes do not tell them;
-    what had to be assumed is in the `remarks` of `resolved`. ValueError for a file that is missing,
-    is no checkpoint, or does not fit its flags.
+    path: of a checkpoint, or a folder or hf://owner/name[@revision] of diffusers. device: "cpu", an
+    index or "cuda:INDEX"; empty: a GPU if there is one. flags: of the network and the process
+    (`noise_schedule`, `num_heads`, …), for bare files whose shapes do not tell them; what had to be
+    assumed is in the `remarks` of `resolved`. ValueError for a file that is missing, is no
+    checkpoint, or does not fit its flags.
     """
     with speaking_of_arguments():
-        sidecar = read_sidecar(path)
-        kind = sidecar["kind"] if sidecar else _kind_of(path)
+        path = fetched(path, flag="path")
+        kind = _kind_of(path)
         resolved = resolve_network(kind, path, flag="path", typed=flags)
         record, where = network_of(resolved, "path"), choose_device(device)
         kept = LoadedNetworks()
@@ -54,7 +70,7 @@ def load_network(path: str, device: str = "", **flags: bool | int | float | str)
 
 def early_stop(
     network: LoadedNetwork,
-    images: np.ndarray,
+    images: np.ndarray | Callable[..., torch.Tensor],
     t_prime: int = 400,
     steps: int = 8,
     sampler: str = "dpmpp_2m_sde",
@@ -67,23 +83,29 @@ def early_stop(
     spacing: str = "uniform",
     eta: float | None = None,
     clip_denoised: bool | None = None,
+    num_samples: int = 0,
 ) -> np.ndarray:
     """Diffuse images to T' and denoise them in `steps` network evaluations (arXiv 2205.12524).
 
     images: uint8 [N, H, W, 3]; returns the same. Sample i depends on image i, its label, i and
     `seed` alone; the sampling commands make the same of the same images, to the bit where batches
     have the same size. labels: integers [N], for class-conditional networks and for guidance by
-    `classifier` with the factor `guidance_scale`. The other arguments are the flags of that name;
+    `classifier` with the factor `guidance_scale`. Or `images` is a generator, as the factory of
+    --generator gives it (docs/bring_your_own.md), which makes `num_samples` of them, and their
+    labels if it has classes. The other arguments are the flags of that name;
     None is the sampler's own. On CUDA it sets this process's switches for tf32 to what the
     network's precision is. ValueError, naming the argument, for all that cannot be.
     """
     with speaking_of_arguments():
-        source = _Arrays(images, labels)
-        needs_labels = bool(network.record.flags["class_cond"]) or bool(guidance_scale)
-        _check_images(images, int(network.record.flags["image_size"]))
+        classes = classes_of(network.resolved, bool(guidance_scale))
         require(batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
         require(0 <= seed <= LARGEST_SEED, f"seed must be in 0 … {LARGEST_SEED}, not {seed}")
-        _check_labels(labels, len(images), needs_labels)
+        if isinstance(images, np.ndarray) or not callable(images):
+            require(not num_samples, "num_samples: leave it out with an array of images")
+            source: Source = _arrays(images, labels, network, classes)
+        else:
+            require(labels is None, "labels: leave them out with a generator, which has its own")
+            source = _generated(images, num_samples, seed, network, classes)
         guidance, networks = None, [network.resolved]
         if guidance_scale:
             require(classifier is not None, "classifier: guidance_scale needs one")
@@ -103,7 +125,7 @@ def early_stop(
             eta=eta,
             clip_denoised=clip_denoised,
         )
-        start = StartSettings("images", num_classes=NUM_CLASSES if needs_labels else None)
+        start = StartSettings("images", num_classes=classes)
         run = Run(
             network=network.record,
             process=network.resolved.process,
@@ -111,14 +133,14 @@ def early_stop(
             start=start,
             sampler=sampler_of(request, networks),
             seed=seed,
-            num_samples=len(images),
+            num_samples=len(source),
         )
         device = "cpu" if network.device.type == "cpu" else str(network.device)
         kept = network.kept if classifier is None else network.kept.joined(classifier.kept)
         engine = Sampler(Job(run, source, save_dir="", device=device), networks=kept)
-        starts = range(0, len(images), batch_size)
+        starts = range(0, len(source), batch_size)
         return np.concatenate(
-            [engine.sample(i, min(i + batch_size, len(images)))[0] for i in starts]
+            [engine.sample(i, min(i + batch_size, len(source)))[0] for i in starts]
         )
 
 
@@ -136,8 +158,29 @@ class _Arrays(Source):
         return Start(to_float(np.ascontiguousarray(self._images[start:stop])), labels)
 
 
+def _arrays(
+    images: np.ndarray, labels: np.ndarray | None, network: LoadedNetwork, classes: int | None
+) -> _Arrays:
+    _check_images(images, int(network.record.flags["image_size"]))
+    _check_labels(labels, len(images), classes)
+    return _Arrays(images, labels)
+
+
+def _generated(
+    function: Callable, count: int, seed: int, network: LoadedNetwork, num_classes: int | None
+) -> GeneratorImages:
+    require(count >= 1, f"num_samples must be at least 1 with a generator, not {count}")
+    images = GeneratedImages(generator_of(function, network.device, "images"), count, seed)
+    source = GeneratorImages(images, "the generator", "images")
+    source.check(int(network.record.flags["image_size"]), "image_size", num_classes)
+    return source
+
+
 def _kind_of(path: str) -> str:
-    """A classifier is a U-Net's first half."""
+    """What the sidecar says; without one, a classifier is a U-Net's first half."""
+    sidecar = read_sidecar(path)
+    if sidecar is not None:
+        return "model" if sidecar["kind"] == DIFFUSERS else sidecar["kind"]
     names = read_checkpoint(path, flag="path")
     return "model" if any(name.startswith("output_blocks.") for name in names) else "classifier"
 
@@ -152,12 +195,13 @@ def _check_images(images: np.ndarray, size: int) -> None:
     )
 
 
-def _check_labels(labels: np.ndarray | None, count: int, needed: bool) -> None:
+def _check_labels(labels: np.ndarray | None, count: int, classes: int | None) -> None:
     if labels is None:
-        require(not needed, "labels: the network or the classifier needs one for each image")
+        require(classes is None, "labels: the network or the classifier needs one for each image")
         return
     found = np.asarray(labels)
     are_integers = found.shape == (count,) and found.dtype.kind in "iu"
     require(are_integers, f"labels must be {count} integers, one for each image")
-    known = bool(((found >= 0) & (found < NUM_CLASSES)).all())
-    require(known, f"labels must be in 0 … {NUM_CLASSES - 1}")
+    classes = NUM_CLASSES if classes is None else classes
+    known = bool(((found >= 0) & (found < classes)).all())
+    require(known, f"labels must be in 0 … {classes - 1}")

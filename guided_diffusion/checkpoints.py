@@ -1,7 +1,8 @@
 """Reading and writing checkpoints: safely, whole or not at all, with their flags beside them.
 
 A sidecar is a small JSON file next to a checkpoint (`model000100.json` for `model000100.pt`) that
-holds the kind of network, its flags and the T' of early-stopped training.
+holds the kind of network, its flags and the T' of early-stopped training. A `.safetensors` file
+has the same in its metadata. A folder of diffusers is read as a checkpoint with its sidecar, too.
 """
 
 import hashlib
@@ -16,6 +17,8 @@ import torch
 from esddpm_io.atomic import atomic_path, write_json
 from esddpm_io.errors import UserError
 from esddpm_io.files import exists, is_blob, open_binary
+from esddpm_io.hub import import_extra
+from guided_diffusion.diffusers_models import is_diffusers, read_folder, read_tensors
 
 __all__ = [
     "check_fit",
@@ -32,6 +35,9 @@ KINDS = ("model", "classifier", "sr", "vae")
 _NAMED = 3  # tensors that an error names, of each sort
 
 _ZIP_MAGIC = b"PK\x03\x04"
+SAFETENSORS = ".safetensors"
+_METADATA_KEY = "es_ddpm"  # of the sidecar's JSON inside a safetensors file
+_LONGEST_HEADER = 100_000_000  # bytes, the limit of the format's own reader
 
 
 def load_object(path: str, *, flag: str) -> object:
@@ -40,6 +46,8 @@ def load_object(path: str, *, flag: str) -> object:
     Tensors of a file on a disk are mapped, not read, until they are used. Raises UserError, naming
     `flag`, if the file is missing, truncated, no checkpoint, or holds more than plain data.
     """
+    if str(path).endswith(SAFETENSORS):
+        return _load_safetensors(path, flag=flag)
     with open_binary(path, flag=flag) as stream:
         try:
             magic = stream.read(len(_ZIP_MAGIC))
@@ -59,6 +67,29 @@ def load_object(path: str, *, flag: str) -> object:
             raise UserError(f"{flag}: {_load_problem(path, magic, error)}") from error
 
 
+def _load_safetensors(path: str, *, flag: str) -> dict[str, torch.Tensor]:
+    import_extra("safetensors", f"{flag}: {path}")
+    from safetensors import SafetensorError
+    from safetensors.torch import load, load_file
+
+    with open_binary(path, flag=flag) as stream:
+        try:
+            return load(stream.read()) if is_blob(path) else load_file(path)
+        except (SafetensorError, ValueError, OSError) as error:
+            raise UserError(f"{flag}: {_load_problem(path, b'?', error)}") from error
+
+
+def _metadata(path: str) -> dict:
+    """Of a safetensors file: it begins with the length of a JSON text (uint64) and that text."""
+    with open_binary(path) as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(min(length, _LONGEST_HEADER)))
+        except ValueError:  # the tensors' reader says what is wrong with the file
+            return {}
+    return header.get("__metadata__", {})
+
+
 def _load_problem(path: str, magic: bytes, error: Exception) -> str:
     if not magic:
         return f"{path} is empty: fetch or copy it again"
@@ -73,9 +104,16 @@ def _load_problem(path: str, magic: bytes, error: Exception) -> str:
 def read_checkpoint(path: str, *, flag: str) -> dict[str, torch.Tensor]:
     """The state dict of a network, on the CPU; raises UserError, naming `flag`, if it is none.
 
-    That of a training framework's {"state_dict": …} and of a DistributedDataParallel is found.
+    That of a training framework's {"state_dict": …} and of a DistributedDataParallel is found, and
+    that of the U-Net in a folder of diffusers.
     """
-    content = load_object(path, flag=flag)
+    if is_diffusers(path):
+        return read_tensors(path, flag=flag)
+    return network_state(load_object(path, flag=flag), path, flag=flag)
+
+
+def network_state(content: object, path: str, *, flag: str) -> dict[str, torch.Tensor]:
+    """`read_checkpoint` of what is in the file already."""
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if isinstance(content, dict) and content.keys() == {"state", "param_groups"}:
@@ -189,9 +227,12 @@ def _either(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def save_checkpoint(obj: object, path: str) -> None:
-    """`torch.save`, atomically."""
+def save_checkpoint(obj: object, path: str, sidecar: Mapping[str, object] | None = None) -> None:
+    """`torch.save`, atomically; or, for a name in .safetensors, a state dict with its sidecar."""
     with atomic_path(path) as temporary:
+        if str(path).endswith(SAFETENSORS):
+            _save_safetensors(obj, str(temporary), sidecar)
+            return
         try:
             with open(temporary, "wb") as stream:
                 torch.save(obj, stream)
@@ -200,6 +241,16 @@ def save_checkpoint(obj: object, path: str) -> None:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
+
+
+def _save_safetensors(obj: object, path: str, sidecar: Mapping[str, object] | None) -> None:
+    if not _is_state_dict(obj):
+        raise ValueError("only a state dict of tensors can be written as safetensors")
+    import_extra("safetensors", "a .safetensors file")
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in obj.items()}
+    save_file(tensors, path, {_METADATA_KEY: json.dumps(sidecar)} if sidecar else None)
 
 
 def sidecar_path(path: str) -> str:
@@ -225,15 +276,28 @@ def write_sidecar(
 
 
 def read_sidecar(path: str) -> dict | None:
-    """The sidecar of the checkpoint at `path` (kind, flags, early_stop_steps), None without one."""
+    """The sidecar of the checkpoint at `path` (kind, flags, early_stop_steps), None without one.
+
+    A file beside it goes before the metadata of a .safetensors file. That of a folder of diffusers
+    says what its configs say, with the kind "diffusers".
+    """
+    if is_diffusers(path):
+        return read_folder(path)
     sidecar = sidecar_path(path)
-    if not exists(sidecar):
+    if exists(sidecar):
+        with open_binary(sidecar) as stream:
+            text = stream.read()
+    elif str(path).endswith(SAFETENSORS) and exists(path):
+        sidecar = f"the metadata of {path}"
+        text = _metadata(path).get(_METADATA_KEY)
+    else:
+        text = None
+    if text is None:
         return None
-    with open_binary(sidecar) as stream:
-        try:
-            content = json.loads(stream.read())
-        except ValueError as error:
-            raise UserError(f"{sidecar} is not valid JSON: {error}") from error
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{sidecar} is not valid JSON: {error}") from error
     if (
         not isinstance(content, dict)
         or content.keys() != {"kind", "flags", "early_stop_steps"}

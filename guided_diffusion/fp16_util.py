@@ -186,6 +186,12 @@ class MixedPrecisionTrainer:
             torch._foreach_mul_(gradients, 2.0**-self.lg_loss_scale)
         return torch.stack(torch._foreach_norm(gradients)).norm()
 
+    @torch.no_grad()
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply what `gather_gradients` brought to the master parameters."""
+        gradients = [p.grad for p in self.master_params if p.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+
     def apply(self, opt: torch.optim.Optimizer, grad_norm: float) -> bool:
         """Take the optimiser's step unless `grad_norm` (of `gather_gradients`) is not finite.
 

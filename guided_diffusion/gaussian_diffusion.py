@@ -28,8 +28,12 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     """Betas of a published schedule, float64 [num_diffusion_timesteps].
 
     "linear" is DDPM's, stretched so that any number of steps reaches the same noise; "cosine" is
-    improved DDPM's (eq. 17).
+    improved DDPM's (eq. 17). Those of diffusers: "linear FIRST LAST" is as it is, "scaled_linear
+    FIRST LAST" linear in the square root of beta, and "betas B B …" names them all.
     """
+    name, *numbers = schedule_name.split() or [""]
+    if numbers:
+        return _betas_from(name, numbers, schedule_name, num_diffusion_timesteps)
     if schedule_name == "linear":
         scale = 1000 / num_diffusion_timesteps
         return np.linspace(scale * 1e-4, scale * 0.02, num_diffusion_timesteps, dtype=np.float64)
@@ -40,6 +44,23 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
             lambda t: math.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2,
         )
     raise ValueError(f'noise_schedule must be "linear" or "cosine", not "{schedule_name}"')
+
+
+def _betas_from(name: str, numbers: list[str], text: str, steps: int) -> np.ndarray:
+    try:
+        values = np.array([float(number) for number in numbers])
+    except ValueError:
+        raise ValueError(f'noise_schedule "{text}": only numbers may follow {name}') from None
+    if name == "betas" and len(values) == steps:
+        return values
+    if name == "linear" and len(values) == 2:
+        return np.linspace(values[0], values[1], steps)
+    if name == "scaled_linear" and len(values) == 2:
+        return np.linspace(values[0] ** 0.5, values[1] ** 0.5, steps) ** 2
+    raise ValueError(
+        f'noise_schedule must be "linear FIRST LAST", "scaled_linear FIRST LAST", or "betas" and '
+        f'{steps} numbers, not "{text[:80]}"'
+    )
 
 
 def betas_for_alpha_bar(

@@ -1,7 +1,8 @@
-"""Figures and messages of a run: to stdout, `log.txt`, `progress.csv`, JSON lines, TensorBoard.
+"""Figures and messages of a run: to stdout, `log.txt`, `progress.csv`, JSON, TensorBoard, wandb.
 
 `configure` opens a folder (`OPENAI_LOGDIR`, or a dated temporary one) and the outputs named in
-`OPENAI_LOG_FORMAT` (a comma list of stdout, log, csv, json, tensorboard; default stdout,log,csv).
+`OPENAI_LOG_FORMAT` (a comma list of stdout, log, csv, json, tensorboard, wandb; default
+stdout,log,csv).
 `logkv` and `logkv_mean` collect figures, `dumpkvs` writes them as one row, `log` writes a message.
 With several processes only rank 0 writes figures; the others keep a `log-rankNNN.txt`
 (`OPENAI_LOG_FORMAT_MPI`, default log).
@@ -16,6 +17,7 @@ import os
 import sys
 import tempfile
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,7 +29,7 @@ from esddpm_io.files import check_output_folder
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
-FORMATS = ("stdout", "log", "csv", "json", "tensorboard")
+FORMATS = ("stdout", "log", "csv", "json", "tensorboard", "wandb")
 _KEY_WIDTH = 30  # characters of a name in the table; longer ones are cut
 
 
@@ -158,6 +160,36 @@ class TensorBoardOutputFormat(KVWriter):
         self.writer.close()
 
 
+class WandbOutputFormat(KVWriter):
+    """A run of Weights & Biases, by its own settings (WANDB_PROJECT, WANDB_MODE …).
+
+    The run's id stays in the folder, in wandb_id.txt, so that a resumed training goes on in it. The
+    x axis is the figure "step" where there is one.
+    """
+
+    def __init__(self, dir: str | os.PathLike):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                "OPENAI_LOG_FORMAT: wandb needs a package: pip install wandb"
+            ) from error
+        folder = Path(dir)
+        kept = folder / "wandb_id.txt"
+        if not kept.exists():
+            kept.write_text(uuid.uuid4().hex)
+        name = folder.resolve().name
+        self.run = wandb.init(dir=str(folder), id=kept.read_text(), name=name, resume="allow")
+        # A resumed run may make steps again: wandb's own counter would drop them.
+        self.run.define_metric("*", step_metric="step")
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        self.run.log({name: _plain(value) for name, value in kvs.items()})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
 def make_output_format(format: str, ev_dir: str | os.PathLike, log_suffix: str = "") -> KVWriter:
     """The output called `format` in the folder `ev_dir`; UserError if there is no such format."""
     folder = Path(ev_dir)
@@ -172,8 +204,12 @@ def make_output_format(format: str, ev_dir: str | os.PathLike, log_suffix: str =
         return JSONOutputFormat(folder / f"progress{log_suffix}.json")
     if format == "tensorboard":
         return TensorBoardOutputFormat(folder / f"tb{log_suffix}")
+    if format == "wandb":
+        return WandbOutputFormat(folder)
     raise UserError(
-        f'OPENAI_LOG_FORMAT: there is no format "{format}", choose from {", ".join(FORMATS)}'
+        f'OPENAI_LOG_FORMAT: there is no format "{format}", choose from {", ".join(FORMATS)}',
+        got=format,
+        valid=FORMATS,
     )
 
 

@@ -2,7 +2,7 @@
 
 Each is a Philox generator whose key is (seed, number): the number of a sample, of a training step,
 of an epoch or of an image. Two words of its counter say what the numbers are for, so that none
-serves twice: a VAE's code must not come back as the noise that its image gets.
+serves twice: a generator's latent must not come back as the noise that its image gets.
 """
 
 import concurrent.futures
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 # What a sample's numbers are for, and those of the training data.
-_PURPOSES = ("noise", "labels", "codes")
+_PURPOSES = ("noise", "labels", "latents", "seeds")
 DATA_PURPOSES = {"order": 1, "flip": 2, "crop": 3}
 
 
@@ -31,7 +31,7 @@ def data_stream(seed: int, purpose: str, number: int) -> np.random.Generator:
 class RandomStreams:
     """The streams of samples start … stop-1 for a purpose, in step with each other.
 
-    `purpose` is "noise" of the diffusion, "labels", or "codes" of a generator. Numbers are drawn
+    `purpose` is "noise" of the diffusion, "labels", or "latents" of a generator. Numbers are drawn
     in float32 on the CPU, so they are the same whatever the device, the batch or the rank. Streams
     continue from call to call; a batch that is sampled again needs new ones.
     """
@@ -84,6 +84,11 @@ def random_labels(seed: int, start: int, stop: int, num_classes: int) -> np.ndar
     indices = range(start, stop)
     draws = [_generator(seed, index, "labels").integers(num_classes) for index in indices]
     return np.array(draws, np.int64)
+
+
+def derived_seed(seed: int, number: int) -> int:
+    """A seed for other people's generators of random numbers, in 0 … 2⁶³-1."""
+    return int(_generator(seed, number, "seeds").integers(2**63))
 
 
 def _generator(seed: int, index: int, purpose: str) -> np.random.Generator:

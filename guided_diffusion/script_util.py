@@ -1,11 +1,21 @@
-"""Defaults, constructors and the argparse bridge that all command lines share."""
+"""Constructors of networks and processes by their flags; the published names of `flags`, too."""
 
-import argparse
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from . import gaussian_diffusion as gd
-from .flag_help import FLAG_HELP
+from .diffusers_models import DiffusersNetwork, create_diffusers
+from .flags import (  # noqa: F401 -- their published names are here
+    add_dict_to_argparser,
+    args_to_dict,
+    classifier_and_diffusion_defaults,
+    classifier_defaults,
+    diffusion_defaults,
+    flag_defaults,
+    model_and_diffusion_defaults,
+    sr_model_and_diffusion_defaults,
+    str2bool,
+)
 from .network_flags import check_classifier, check_unet, plan_levels
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import POOLS, EncoderUNetModel, SuperResModel, UNetModel
@@ -30,68 +40,6 @@ SUPER_RES_CHANNEL_MULT = {**CHANNEL_MULT, 512: CHANNEL_MULT[256]}
 CLASSIFIER_HEAD_CHANNELS = 64
 # The linear schedule of N steps ends at beta = 20 / N, which must stay below 1.
 FEWEST_LINEAR_STEPS = 21
-
-
-def diffusion_defaults() -> dict:
-    """Flags of the diffusion process and their defaults."""
-    return {
-        "learn_sigma": False,
-        "diffusion_steps": 1000,
-        "noise_schedule": "linear",
-        "timestep_respacing": "",
-        "use_kl": False,
-        "predict_xstart": False,
-        "rescale_timesteps": False,
-        "rescale_learned_sigmas": False,
-    }
-
-
-def classifier_defaults() -> dict:
-    """Flags of the classifier and their defaults."""
-    return {
-        "image_size": 64,
-        "classifier_use_fp16": False,
-        "classifier_width": 128,
-        "classifier_depth": 2,
-        "classifier_attention_resolutions": "32,16,8",
-        "classifier_use_scale_shift_norm": True,
-        "classifier_resblock_updown": True,
-        "classifier_pool": "attention",
-    }
-
-
-def model_and_diffusion_defaults() -> dict:
-    """Flags of an image model with its diffusion process, and their defaults."""
-    return dict(
-        image_size=64,
-        num_channels=128,
-        num_res_blocks=2,
-        num_heads=4,
-        num_heads_upsample=-1,
-        num_head_channels=-1,
-        attention_resolutions="16,8",
-        channel_mult="",
-        dropout=0.0,
-        class_cond=False,
-        use_checkpoint=False,
-        use_scale_shift_norm=True,
-        resblock_updown=False,
-        use_fp16=False,
-        use_new_attention_order=False,
-        **diffusion_defaults(),
-    )
-
-
-def classifier_and_diffusion_defaults() -> dict:
-    """Flags of a classifier with its diffusion process, and their defaults."""
-    return {**classifier_defaults(), **diffusion_defaults()}
-
-
-def sr_model_and_diffusion_defaults() -> dict:
-    """Flags of a super-resolution model with its diffusion process, and their defaults."""
-    absent = ("image_size", "channel_mult", "use_new_attention_order")
-    flags = {k: v for k, v in model_and_diffusion_defaults().items() if k not in absent}
-    return {"large_size": 256, "small_size": 64, **flags}
 
 
 def create_model_and_diffusion(**flags) -> tuple[UNetModel, SpacedDiffusion]:
@@ -221,7 +169,7 @@ def _split_flags(flags: dict, defaults: dict) -> tuple[dict, SpacedDiffusion]:
     missing, unknown = defaults.keys() - flags.keys(), flags.keys() - defaults.keys()
     if missing or unknown:
         raise TypeError(f"missing flags: {sorted(missing)}; unknown flags: {sorted(unknown)}")
-    diffusion_flags = args_to_dict(argparse.Namespace(**flags), diffusion_defaults())
+    diffusion_flags = {name: flags[name] for name in diffusion_defaults()}
     steps = diffusion_flags.pop("diffusion_steps")
     network_flags = {k: v for k, v in flags.items() if k not in diffusion_defaults()}
     return network_flags, create_gaussian_diffusion(steps=steps, **diffusion_flags)
@@ -282,21 +230,15 @@ def sr_create_model(
     )
 
 
-def flag_defaults(kind: str) -> dict:
-    """All flags of a kind of network, its diffusion process included, and their defaults."""
-    return {
-        "model": model_and_diffusion_defaults,
-        "classifier": classifier_and_diffusion_defaults,
-        "sr": sr_model_and_diffusion_defaults,
-    }[kind]()
-
-
-def create_network(kind: str, flags: Mapping[str, object]) -> UNetModel | EncoderUNetModel:
+def create_network(
+    kind: str, flags: Mapping[str, object]
+) -> UNetModel | EncoderUNetModel | DiffusersNetwork:
     """A new network of a `kind`; of the `flags` those that its constructor takes are used.
 
     ValueError, beginning with the flag's name, for values that no network can have.
     """
-    constructors: dict[str, Callable[..., UNetModel | EncoderUNetModel]] = {
+    constructors: dict[str, Callable[..., UNetModel | EncoderUNetModel | DiffusersNetwork]] = {
+        "diffusers": create_diffusers,
         "model": create_model,
         "classifier": create_classifier,
         "sr": sr_create_model,
@@ -353,26 +295,3 @@ def create_gaussian_diffusion(
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
     )
-
-
-def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict) -> None:
-    """Add a flag `--key value` for every entry, typed like its default (None means text)."""
-    for key, value in default_dict.items():
-        kind = str if value is None else str2bool if isinstance(value, bool) else type(value)
-        parser.add_argument(f"--{key}", default=value, type=kind, help=FLAG_HELP.get(key))
-
-
-def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict:
-    """The attributes `keys` of parsed arguments, as keyword arguments of a constructor."""
-    return {key: getattr(args, key) for key in keys}
-
-
-def str2bool(v: str | bool) -> bool:
-    """A boolean from the words that command lines use; argparse reports anything else."""
-    if isinstance(v, bool):
-        return v
-    words = {"true": True, "yes": True, "t": True, "y": True, "1": True}
-    words |= {"false": False, "no": False, "f": False, "n": False, "0": False}
-    if v.lower() not in words:
-        raise argparse.ArgumentTypeError(f'expected true or false (yes/no, 1/0), not "{v}"')
-    return words[v.lower()]

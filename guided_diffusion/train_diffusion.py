@@ -8,20 +8,19 @@ import torch
 
 from esddpm_io.images import image_grid
 
+from .flags import args_to_dict
 from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import BatchStream
 from .pixels import to_uint8
 from .resample import create_named_schedule_sampler
 from .respace import SpacedDiffusion
-from .script_util import args_to_dict
 from .train_options import (
     data_options,
     explained_flags,
     loop_options,
-    settle_early_stop,
-    start_run,
 )
 from .train_util import TrainLoop
+from .training.start import settle_early_stop, start_run
 
 # Enough DDIM steps to judge a network by, few enough that training hardly waits for them.
 _STEPS = 25

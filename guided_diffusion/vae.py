@@ -29,17 +29,6 @@ LOG_SIGMA_RANGE = (-8.0, 4.0)
 IMAGES_PER_COMPONENT = 16
 
 
-def vae_defaults() -> dict:
-    """Flags of a VAE and their default values."""
-    return {
-        "image_size": 32,
-        "num_channels": 24,
-        "latent_dim": 64,
-        "prior_components": 64,
-        "num_classes": 0,
-    }
-
-
 def create_vae(
     image_size: int,
     num_channels: int,

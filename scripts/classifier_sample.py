@@ -1,27 +1,11 @@
-"""Sample images from noise, guided by a classifier, into samples_….npz in OPENAI_LOGDIR.
+"""Sample images from noise, guided by a classifier: see `commands/classifier_sample.py`."""
 
-    python scripts/classifier_sample.py --model_path MODEL.pt --classifier_path CLASSIFIER.pt
+from esddpm_io.errors import errors_in_one_line
 
-Labels are drawn for each sample and kept as arr_1. Flags of the networks that are not given are
-found as image_sample.py finds them. Also with torchrun, mpiexec, srun.
-"""
+with errors_in_one_line():
+    from guided_diffusion.commands.classifier_sample import create_argparser, main
 
-import argparse
+    if __name__ == "__main__":
+        main()
 
-from esddpm_io.errors import run_main
-from guided_diffusion.commands import log_folder
-from guided_diffusion.script_util import classifier_defaults, model_and_diffusion_defaults
-
-
-def create_argparser() -> argparse.ArgumentParser:
-    own = {"classifier_path": "", "classifier_scale": 1.0}
-    defaults = {**own, **model_and_diffusion_defaults(), **classifier_defaults()}
-    return log_folder.build_parser(__doc__, defaults)
-
-
-def main(argv: list[str] | None = None) -> None:
-    log_folder.sample(create_argparser(), argv, "model")
-
-
-if __name__ == "__main__":
-    run_main(main)
+__all__ = ["create_argparser", "main"]

@@ -1,25 +1,11 @@
-"""Sample images from noise with a diffusion model, into samples_….npz in OPENAI_LOGDIR.
+"""Sample images from noise: see `guided_diffusion/commands/image_sample.py`."""
 
-    python scripts/image_sample.py --model_path MODEL.pt --num_samples 100
+from esddpm_io.errors import errors_in_one_line
 
-Flags of the network that are not given come from the checkpoint's sidecar or, where the command
-names none at all, from the names and shapes of its tensors. Also with torchrun, mpiexec, srun.
-"""
+with errors_in_one_line():
+    from guided_diffusion.commands.image_sample import create_argparser, main
 
-import argparse
+    if __name__ == "__main__":
+        main()
 
-from esddpm_io.errors import run_main
-from guided_diffusion.commands import log_folder
-from guided_diffusion.script_util import model_and_diffusion_defaults
-
-
-def create_argparser() -> argparse.ArgumentParser:
-    return log_folder.build_parser(__doc__, model_and_diffusion_defaults())
-
-
-def main(argv: list[str] | None = None) -> None:
-    log_folder.sample(create_argparser(), argv, "model")
-
-
-if __name__ == "__main__":
-    run_main(main)
+__all__ = ["create_argparser", "main"]

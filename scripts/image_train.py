@@ -1,36 +1,11 @@
-"""Train a diffusion model on images.
+"""Train a diffusion model on images: see `guided_diffusion/commands/image_train.py`."""
 
-    python scripts/image_train.py --data_dir FOLDER_OR_NPZ --image_size 32 --batch_size 64 …
-    torchrun --nproc_per_node 8 scripts/image_train.py …     (or mpiexec -n 8 python …, or srun)
+from esddpm_io.errors import errors_in_one_line
 
-Checkpoints and logs go to the folder in OPENAI_LOGDIR. With --early_stop_steps T' the model learns
-only t < T', all that sampling from a generator's images diffused to T' needs.
-"""
+with errors_in_one_line():
+    from guided_diffusion.commands.image_train import create_argparser, main
 
-import argparse
-import functools
+    if __name__ == "__main__":
+        main()
 
-from esddpm_io.errors import run_main
-from guided_diffusion.image_datasets import load_data
-from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
-from guided_diffusion.train_diffusion import train_diffusion
-from guided_diffusion.train_options import diffusion_training_defaults, training_parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = create_argparser().parse_args(argv)
-    train_diffusion(
-        args,
-        kind="model",
-        flag_names=model_and_diffusion_defaults(),
-        create=create_model_and_diffusion,
-        load=functools.partial(load_data, image_size=args.image_size),
-    )
-
-
-def create_argparser() -> argparse.ArgumentParser:
-    return training_parser(__doc__, diffusion_training_defaults(), model_and_diffusion_defaults())
-
-
-if __name__ == "__main__":
-    run_main(main)
+__all__ = ["create_argparser", "main"]

@@ -1,27 +1,11 @@
-"""Enlarge images with a super-resolution model, into samples_….npz in OPENAI_LOGDIR.
+"""Enlarge images: see `guided_diffusion/commands/super_res_sample.py`."""
 
-    python scripts/super_res_sample.py --model_path 64_256_upsampler.pt --base_samples SMALL.npz
+from esddpm_io.errors import errors_in_one_line
 
---base_samples is an .npz (arr_0, arr_1 labels for a class-conditional model) or a folder of images;
-sample i enlarges image i, beginning again after the last. Flags of the network that are not given
-are found as image_sample.py finds them. Also with torchrun, mpiexec, srun.
-"""
+with errors_in_one_line():
+    from guided_diffusion.commands.super_res_sample import create_argparser, main
 
-import argparse
+    if __name__ == "__main__":
+        main()
 
-from esddpm_io.errors import run_main
-from guided_diffusion.commands import log_folder
-from guided_diffusion.script_util import sr_model_and_diffusion_defaults
-
-
-def create_argparser() -> argparse.ArgumentParser:
-    defaults = {"base_samples": "", **sr_model_and_diffusion_defaults()}
-    return log_folder.build_parser(__doc__, defaults)
-
-
-def main(argv: list[str] | None = None) -> None:
-    log_folder.sample(create_argparser(), argv, "sr")
-
-
-if __name__ == "__main__":
-    run_main(main)
+__all__ = ["create_argparser", "main"]

@@ -1,5 +1,7 @@
 """Importing the library costs no optional package: what needs one imports it where it is used."""
 
+import ast
+import graphlib
 import pkgutil
 import subprocess
 import sys
@@ -12,7 +14,10 @@ import guided_diffusion
 ROOT = Path(__file__).parents[1]
 # evaluations/backend_tensorflow.py is the one file that TensorFlow lives in.
 NEEDS_TENSORFLOW = {"evaluations.backend_tensorflow"}
+# Written as one file, layers and command line.
+IS_A_NETWORK = {"emoji32_features"}
 OPTIONAL = ("mpi4py", "tensorflow", "matplotlib", "blobfile", "requests", "tensorboard", "lmdb")
+OPTIONAL += ("wandb",)
 
 
 def modules_of(*packages):
@@ -48,6 +53,26 @@ def test_importing_everything_loads_no_optional_package():
     assert loaded_after_importing(names, OPTIONAL) == []
 
 
+def imported_on_loading(name):
+    """Names of modules, and of what may be one, that the module's own lines import."""
+    path = ROOT / f"{name.replace('.', '/')}.py"
+    found = set()
+    for node in ast.parse(path.read_text()).body if path.exists() else []:
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_no_module_imports_itself_through_others():
+    modules = set(modules_of(esddpm_io, evaluations, guided_diffusion))
+    assert imported_on_loading("evaluations.settings") & modules >= {"evaluations.scoring"}
+    graph = {name: imported_on_loading(name) & modules for name in modules}
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # a CycleError names a circle
+    assert len(order) == len(modules)
+
+
 def test_the_packages_do_not_lean_on_each_other():
     io_names = modules_of(esddpm_io)
     assert loaded_after_importing(io_names, ["torch", "guided_diffusion", "evaluations"]) == []
@@ -56,15 +81,32 @@ def test_the_packages_do_not_lean_on_each_other():
     assert loaded_after_importing(modules_of(guided_diffusion), ["evaluations"]) == []
 
 
-def test_gathering_status_and_help_need_no_torch():
-    names = (
-        "sampling.gathering",
-        "sampling.status",
-        "commands.driver",
-        "commands.gather",
-        "commands.sweep",
+def test_gathering_and_status_need_no_torch():
+    names = [f"guided_diffusion.sampling.{name}" for name in ("gathering", "status")]
+    assert loaded_after_importing(names, ["torch"]) == []
+
+
+def test_help_needs_no_torch():
+    """One process shows the help of every script, and has not loaded torch in the end."""
+    scripts = [
+        path
+        for folder in ("scripts", "scripts/imagenet_dataloader", "evaluations", "datasets")
+        for path in sorted((ROOT / folder).glob("*.py"))
+        if "__main__" in path.read_text() and path.stem not in IS_A_NETWORK
+    ]
+    assert len(scripts) > 25
+    code = (
+        "import runpy, sys\n"
+        "for script in sys.argv[1:]:\n"
+        "    sys.argv = [script, '--help']\n"
+        "    try: runpy.run_path(script, run_name='__main__')\n"
+        "    except SystemExit as end: assert not end.code, script\n"
+        "    assert 'torch' not in sys.modules, script\n"
     )
-    assert loaded_after_importing([f"guided_diffusion.{name}" for name in names], ["torch"]) == []
+    command = [sys.executable, "-c", code, *map(str, scripts)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert done.stdout.count("--help") >= len(scripts)
 
 
 def test_the_mathematics_imports_no_input_output():

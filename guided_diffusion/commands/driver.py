@@ -1,5 +1,8 @@
 """Carry a generator's images to T' and back on all devices, gather the samples, evaluate them.
 
+    python scripts/generate_processes_diffusion_and_reverse.py --dataset emoji32 --devices cpu \\
+        --t_prime 500 --steps 5 --sampler dpmpp_2m_sde --execute
+
 Prints the command of each sampling process; with --execute runs them. Run on several machines
 with one shared folder by giving each --num_machines and its --machine_idx.
 """
@@ -18,6 +21,7 @@ from esddpm_io.atomic import write_json
 from esddpm_io.errors import EXIT_USER_ERROR, UserError, check_at_least, terminate_cleanly
 from esddpm_io.files import absolute, check_output_folder, is_blob, join, read_json, sha256
 from esddpm_io.help import CommandLine
+from esddpm_io.hub import fetched
 from guided_diffusion.commands import scoring, slurm
 from guided_diffusion.commands.sampler_flags import (
     AUTO,
@@ -27,6 +31,8 @@ from guided_diffusion.commands.sampler_flags import (
     add_sampler_flags,
     by_name,
 )
+from guided_diffusion.flag_help import GENERATOR_HELP
+from guided_diffusion.flags import str2bool
 from guided_diffusion.settings.layers import parse, require, without_effect
 from guided_diffusion.settings.presets import (
     GUIDED_SAMPLER,
@@ -73,7 +79,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--reverse_steps", type=int, default=25, help="K, steps denoised of the respaced chain")
     add("--chain_length", default="250", help="steps of the chain; ddim25 and the like: DDIM")
     add("--start_from_scratch", action="store_true", help="plain DDPM: all steps from pure noise")
-    add("--num_samples", type=int, default=50000, help="with --start_from_scratch")
+    add("--num_samples", type=int, default=50000, help="with --start_from_scratch or --generator")
     add("--dataset_path", default=DEFAULT_DATASET_PATH, help="generator images: npz or folder")
     add("--save_dir_suffix", default="", help="appended to the output folder with _")
     add(
@@ -88,7 +94,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--model_path", help="checkpoint instead of the preset's")
     add("--output_dir", help="folder for samples, logs and metrics instead of exps/…")
     add("--save_png_files", action="store_true", help="also one PNG a sample")
-    add("--print_settings", action="store_true", help="show the run with origins, do nothing")
+    add("--print_settings", action="store_true", help="show the run and each setting's origin")
     add("--again", metavar="METRICS", help="repeat the run of a metrics.json in --output_dir")
     add_shared_flags(add)
     return parser
@@ -101,16 +107,17 @@ def add_shared_flags(add: Callable[..., object]) -> None:
     add("--batch_size", type=int, default=32, help="images a step")
     add("--dataset", default="imagenet64", help="name of a preset, or path of a preset file")
     add("--limit", type=int, default=0, help="only the first N generator images (0: all)")
+    add("--generator", default="", help=GENERATOR_HELP)
     devices = "GPU indices, none (as CUDA says), cpu, cpu,cpu"
     add("--devices", default=DEFAULT_DEVICES, help=devices)
     clip = "clamp predicted images to [-1, 1]; untyped, solvers that start from T' do not"
-    add("--clip_denoised", type=_truth_value, default=True, help=clip)
-    add("--use_fp16", type=_truth_value, help="True or False instead of what the preset says")
+    add("--clip_denoised", type=str2bool, default=True, help=clip)
+    add("--use_fp16", type=str2bool, help="True or False instead of what the preset says")
     add_precision_flag(add)
     add("--compile", action="store_true", help=COMPILE_HELP)
     add("--classifier_path", help="classifier instead of the preset's")
     override = "a preset's flags win over those of the checkpoint's sidecar"
-    truth = {"nargs": "?", "const": True, "default": False, "type": _truth_value}
+    truth = {"nargs": "?", "const": True, "default": False, "type": str2bool}
     add("--override_checkpoint_flags", help=override, **truth)
     slurm.add_flags(add)
     scoring.add_flags(add)
@@ -124,13 +131,6 @@ def check_place(args: argparse.Namespace) -> None:
         f"--machine_idx must be in 0 … {args.num_machines - 1} (--num_machines "
         f"{args.num_machines}), not {args.machine_idx}",
     )
-
-
-def _truth_value(text: str) -> bool:
-    # Brings torch with it, which --help can do without.
-    from guided_diffusion.script_util import str2bool
-
-    return str2bool(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,6 +393,8 @@ def _compare_inputs(run: "Run", record: Mapping[str, Any]) -> "Run":
         path = then["path"]
         if name in ("checkpoint", "classifier"):
             now = fingerprint(read_checkpoint(path, flag="--again"))
+        elif name == "start_images" and run.start.kind == "generator":
+            now = contents_of(run.start) or ""
         else:
             now = sha256(path, flag="--again")
         if now != then["sha256"]:
@@ -478,7 +480,11 @@ def _ignored_flags(args: argparse.Namespace, typed: set[str], preset: Preset) ->
     return without_effect(
         typed,
         {
-            "num_samples": (not scratch, "without --start_from_scratch"),
+            "num_samples": (
+                not (scratch or args.generator),
+                "without --start_from_scratch or --generator",
+            ),
+            "generator": (scratch, "with --start_from_scratch"),
             "reverse_steps": (scratch, "with --start_from_scratch"),
             "dataset_path": (scratch, "with --start_from_scratch"),
             "limit": (scratch, "with --start_from_scratch"),
@@ -522,7 +528,7 @@ def files_of(args: argparse.Namespace, typed: set[str], preset: Preset) -> dict[
         "ref_batch": args.ref_batch or preset.reference_batch,
         "inception_path": args.inception_path or preset.feature_graph,
     }
-    return {flag: absolute(path) if path else "" for flag, path in found.items()}
+    return {flag: absolute(fetched(path)) if path else "" for flag, path in found.items()}
 
 
 def request_of(
@@ -543,7 +549,9 @@ def request_of(
         clip_denoised=args.clip_denoised if "clip_denoised" in typed else None,
         variance=args.variance,
         seed=args.seed,
-        images=files["dataset_path"],
+        images=files["dataset_path"] if "dataset_path" in typed or not args.generator else "",
+        generator=args.generator,
+        device=args.devices.split(",")[0] if "devices" in typed and args.devices != "none" else "",
         num_samples=args.num_samples,
         limit=args.limit,
         classifier_path=files["classifier_path"],
@@ -563,7 +571,7 @@ def check_files(args: argparse.Namespace, typed: set[str], preset: Preset, outpu
     check_output_folder(output, flag="--output_dir")
     files = files_of(args, typed, preset)
     unneeded = {"inception_path"} if not files["inception_path"] else set()
-    if args.start_from_scratch:
+    if args.start_from_scratch or args.generator:
         unneeded.add("dataset_path")
     guided = preset.is_guided or bool(args.classifier_path)
     if not (guided and args.classifier_guidance_scale):
@@ -605,7 +613,9 @@ def choose_devices(args: argparse.Namespace, typed: set[str]) -> list[str]:
     if absent and (args.execute or "" in absent):
         raise UserError(
             f"--devices {text}: there is no device {absent[0] or '(empty)'}; valid on this "
-            f"machine: {', '.join([*there, 'cpu', 'none'])}"
+            f"machine: {', '.join([*there, 'cpu', 'none'])}",
+            got=absent,
+            valid=[*there, "cpu", "none"],
         )
     return devices
 

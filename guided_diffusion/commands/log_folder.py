@@ -7,7 +7,6 @@ import sys
 from esddpm_io.errors import terminate_cleanly
 from esddpm_io.files import absolute
 from esddpm_io.help import CommandLine
-from guided_diffusion import dist_util, logger
 from guided_diffusion.commands.sample import (
     COMMON_DEFAULTS,
     add_switch,
@@ -15,10 +14,11 @@ from guided_diffusion.commands.sample import (
     sampling_defaults,
 )
 from guided_diffusion.commands.sampler_flags import COMPILE_HELP, add_precision_flag
+from guided_diffusion.flag_help import FLAG_HELP
+from guided_diffusion.flags import add_dict_to_argparser
 from guided_diffusion.sampling import outputs, worker
 from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.job import describe
-from guided_diffusion.script_util import add_dict_to_argparser
 from guided_diffusion.settings.layers import parse
 
 # What an engine's worker has flags for, and these commands do not.
@@ -41,8 +41,7 @@ def build_parser(description: str, defaults: dict) -> argparse.ArgumentParser:
     eta = "with --use_ddim True: 0 (default) adds no noise, 1 that of DDPM"
     parser.add_argument("--eta", type=float, help=eta)
     add_precision_flag(parser.add_argument)
-    show = "show the run with the origin of its settings, and do nothing else"
-    add_switch(parser, "print_settings", show)
+    add_switch(parser, "print_settings", FLAG_HELP["print_settings"])
     add_switch(parser, "compile", COMPILE_HELP)
     return parser
 
@@ -57,6 +56,9 @@ def sample(parser: argparse.ArgumentParser, argv: list[str] | None, kind: str) -
     args, typed = parse(parser, argv)
     args = argparse.Namespace(**{**sampling_defaults(guided=False), **_OF_A_WORKER, **vars(args)})
     terminate_cleanly()
+
+    from guided_diffusion import dist_util, logger
+
     if args.print_settings:
         print(describe(job_from(args, typed, kind).run))
         return

@@ -35,16 +35,10 @@ NUM_IMAGES = 300  # of the measurements that docs/t_prime.md tells of
 _STEPS, _SAMPLER = 5, "dpmpp_2m_sde"
 # Flags of the driver that say what is sampled, and on what; the others are for whole runs.
 _FLAGS = {
-    *("dataset", "dataset_path", "limit", "model_path", "classifier_path", "seed", "use_fp16"),
-    *("classifier_guidance_scale", "steps", "sampler", "spacing", "eta", "variance"),
-    *(
-        "clip_denoised",
-        "precision",
-        "override_checkpoint_flags",
-        "devices",
-        "batch_size",
-        *scoring.FLAGS,
-    ),
+    *("dataset", "dataset_path", "generator", "limit", "model_path", "classifier_path", "seed"),
+    *("use_fp16", "classifier_guidance_scale", "steps", "sampler", "spacing", "eta", "variance"),
+    *("clip_denoised", "precision", "override_checkpoint_flags", "devices", "batch_size"),
+    *scoring.FLAGS,
 }
 
 
@@ -156,8 +150,9 @@ def measure(
     settled, steps = _with_least_t_prime(request, scratch)
     evaluation.check(min(count, len(settled.source)))
     choice = {name: evaluation.engine.get(name, "auto") for name in ("backend", "device")}
-    engine = choose_engine(load_graph(evaluation.graph), **choice)
-    reference = reference_gaussian(evaluation.reference, engine)
+    graph = load_graph(evaluation.graph)
+    engine = choose_engine(graph, **choice)
+    reference = reference_gaussian(evaluation.reference, graph, engine)
     trial = Trial(settled.run, settled.source, count, device=device, batch_size=batch_size)
     evaluations = 0
 

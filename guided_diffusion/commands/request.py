@@ -8,11 +8,14 @@ from esddpm_io.errors import UserError
 from esddpm_io.files import absolute
 from guided_diffusion.checkpoints import fingerprint, read_checkpoint
 from guided_diffusion.commands.sampler_flags import OWN_ETA, WITH_ETA
+from guided_diffusion.sampling.generators import full_target
+from guided_diffusion.sampling.sampler import choose_device
 from guided_diffusion.sampling.sources import (
     GeneratorImages,
     ImagesToEnlarge,
     Source,
     noted_contents,
+    open_generator,
     open_generator_images,
     open_images_to_enlarge,
     open_source,
@@ -47,8 +50,9 @@ class Request:
     typed. steps: how many steps of the chain are taken, None for all of them from noise. Or, with
     `sampler` (one of SAMPLERS), t_prime is where sampling starts (None: from noise), steps how many
     times the network is evaluated, and spacing where. images: the start images' path, or the images
-    to enlarge. num_samples: how many from noise. limit: only the first of the start images (0:
-    all). eta and clip_denoised None: the sampler's own (a solver that starts from T' does not clip:
+    to enlarge; or generator: the target of what makes start images, on the device. num_samples: how
+    many from noise or of the generator. limit: only the first of the start images (0: all). eta and
+    clip_denoised None: the sampler's own (a solver that starts from T' does not clip:
     docs/samplers.md says why). variance: of DDPM's steps, one of VARIANCES. precision: one of
     PRECISIONS, None for what flags say.
     """
@@ -67,6 +71,8 @@ class Request:
     variance: str = "learned"
     seed: int = 0
     images: str = ""
+    generator: str = ""
+    device: str = dataclasses.field(default="", repr=False)
     num_samples: int = 0
     limit: int = 0
     classifier_path: str = ""
@@ -154,8 +160,7 @@ def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None
     classifier = _resolve_classifier(request, model, read) if request.classifier_scale else None
     resolved = [network for network in (model, classifier) if network]
     sampler = sampler_of(request, resolved)
-    needs_labels = bool(model.flags["class_cond"]) or classifier is not None
-    start, source = _start(request, model, NUM_CLASSES if needs_labels else None, save_dir)
+    start, source = _start(request, model, classes_of(model, classifier is not None), save_dir)
     run = Run(
         network=read.record(model, request.flag("model_path"), request.precision),
         process=model.process,
@@ -213,6 +218,17 @@ def _resolve_classifier(request: Request, model: Resolved, read: ReadNetworks) -
     )
     check_same_noise(model, classifier)
     return classifier
+
+
+def classes_of(model: Resolved, guided: bool) -> int | None:
+    """How many labels the network and, if it is guided, the classifier know; None without labels.
+
+    The classifier knows NUM_CLASSES, as all networks but those of diffusers.
+    """
+    if not model.flags["class_cond"]:
+        return NUM_CLASSES if guided else None
+    own = int(model.flags.get("num_classes", NUM_CLASSES))
+    return min(own, NUM_CLASSES) if guided else own
 
 
 def network_of(network: Resolved, flag: str) -> Network:
@@ -327,8 +343,20 @@ def _size_of_images(request: Request) -> int | None:
     """Height of the start images, a guess for the network's where nothing says it."""
     if request.kind == "sr" or request.from_noise:
         return None
-    source = open_generator_images(request.images, flag=request.flag("dataset_path"))
-    return source.size
+    return open_start(request).size
+
+
+def open_start(request: Request) -> GeneratorImages:
+    """The start images of a request, of a file or made by its generator."""
+    flag = request.flag("dataset_path")
+    if not request.generator:
+        return open_generator_images(request.images, request.limit, flag=flag)
+    require(
+        not request.images,
+        f"--generator and {flag} exclude each other: give the function or the images",
+    )
+    target, count = full_target(request.generator), request.limit or request.num_samples
+    return open_generator(target, count, request.seed, choose_device(request.device))
 
 
 def _start(
@@ -342,9 +370,9 @@ def _start(
         kind, size_flag, flag = "enlarge", "small_size", request.flag("base_samples")
         images = open_images_to_enlarge(request.images, request.num_samples, flag=flag)
     else:
-        kind, size_flag, flag = "images", "image_size", request.flag("dataset_path")
-        images = open_generator_images(request.images, request.limit, flag=flag)
+        kind, size_flag = "generator" if request.generator else "images", "image_size"
+        images = open_start(request)
     images.check(int(model.flags[size_flag]), size_flag, num_classes)
     contents = noted_contents(images, save_dir)
-    path = absolute(request.images)
+    path = images.path if request.generator else absolute(images.path)
     return StartSettings(kind, path, contents, images.available, num_classes), images

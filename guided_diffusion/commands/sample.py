@@ -26,26 +26,26 @@ from guided_diffusion.commands.sampler_flags import (
     add_sampler_flags,
     by_name,
 )
-from guided_diffusion.compiling import check_compiler
 from guided_diffusion.flag_help import FLAG_HELP
-from guided_diffusion.sampling.chunks import default_chunk_size
-from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE
-from guided_diffusion.sampling.job import Job, describe, rank_from_environment
-from guided_diffusion.sampling.sampler import LoadedNetworks, choose_device
-from guided_diffusion.sampling.sources import Source, check_source, open_source
-from guided_diffusion.sampling.worker import run, telling_how_to_continue
-from guided_diffusion.script_util import (
+from guided_diffusion.flags import (
     add_dict_to_argparser,
     classifier_defaults,
     model_and_diffusion_defaults,
     sr_model_and_diffusion_defaults,
     str2bool,
 )
+from guided_diffusion.sampling.chunks import default_chunk_size
+from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE
+from guided_diffusion.sampling.job import Job, describe, rank_from_environment
+from guided_diffusion.sampling.worker import run, telling_how_to_continue
 from guided_diffusion.settings.layers import parse, require, without_effect
 from guided_diffusion.settings.record import Run
 
 if TYPE_CHECKING:
+    import torch
+
     from guided_diffusion.commands.request import Request
+    from guided_diffusion.sampling.sources import Source
 
 DESCRIPTION = """Carry generator images to T' and back, or sample from noise: one process's share.
 
@@ -92,6 +92,7 @@ def sampling_defaults(guided: bool) -> dict:
         **COMMON_DEFAULTS,
         **_PLACE_DEFAULTS,
         "dataset_path": "",
+        "generator": "",
         "limit": 0,
         "denoise_steps": 25,
         **model_and_diffusion_defaults(),
@@ -137,13 +138,16 @@ def read_jobs(argv: Sequence[str] | None, *, guided: bool) -> list[Job]:
 
 def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
     """The job of parsed flags of a network of a `kind`; `typed` names those that were typed."""
+    from guided_diffusion.compiling import check_compiler
+    from guided_diffusion.sampling.sampler import choose_device
+
     check_at_least(args, {"num_samples": 1, "batch_size": 1, "chunk_size": 0})
     place = _place(args, os.environ)
     device = choose_device(args.device)
     if args.compile:
         check_compiler(device.type)
     if args.settings:
-        run, source, remarks = _recorded(args, typed)
+        run, source, remarks = _recorded(args, typed, device)
     else:
         named = bool(args.save_dir) or args.print_settings
         require(named, "--save_dir: name the folder for the samples")
@@ -177,8 +181,12 @@ def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
     )
 
 
-def _recorded(args: argparse.Namespace, typed: set[str]) -> tuple[Run, Source, list[str]]:
+def _recorded(
+    args: argparse.Namespace, typed: set[str], device: "torch.device"
+) -> tuple[Run, "Source", list[str]]:
     """The run that --settings FILE says, its start images found unchanged."""
+    from guided_diffusion.sampling.sources import check_source, open_source
+
     [path] = args.settings
     surplus = sorted(typed - _OF_THE_PROCESS)
     require(
@@ -189,7 +197,7 @@ def _recorded(args: argparse.Namespace, typed: set[str]) -> tuple[Run, Source, l
     require(content is not None, f"--settings: there is no file {path}")
     run = Run.from_json(content, where=path)
     args.save_dir = args.save_dir or os.path.dirname(path)
-    source = open_source(run.start, run.num_samples, run.seed)
+    source = open_source(run.start, run.num_samples, run.seed, device)
     check_source(source, run.start, args.save_dir)
     return run, source, []
 
@@ -212,6 +220,8 @@ def _request(args: argparse.Namespace, typed: set[str], kind: str) -> "Request":
         variance=args.variance,
         seed=args.seed,
         images=args.base_samples if kind == "sr" else args.dataset_path,
+        generator=getattr(args, "generator", ""),
+        device=args.device,
         num_samples=args.num_samples,
         limit=0 if kind == "sr" else args.limit,
         classifier_path=getattr(args, "classifier_path", ""),
@@ -226,7 +236,11 @@ def _in_vain(args: argparse.Namespace, typed: set[str]) -> list[str]:
     return without_effect(
         typed,
         {
-            "num_samples": (not scratch, "without --start_from_scratch"),
+            "num_samples": (
+                not (scratch or args.generator),
+                "without --start_from_scratch or --generator",
+            ),
+            "generator": (scratch, "with --start_from_scratch"),
             "denoise_steps": (scratch, "with --start_from_scratch"),
             "dataset_path": (scratch, "with --start_from_scratch"),
             "limit": (scratch, "with --start_from_scratch"),
@@ -259,6 +273,9 @@ def main(argv: list[str] | None = None, *, guided: bool) -> None:
     terminate_cleanly()
     _stop_with_launcher()
     jobs = read_jobs(argv, guided=guided)
+
+    from guided_diffusion.sampling.sampler import LoadedNetworks
+
     networks = LoadedNetworks()
     with telling_how_to_continue(jobs[0], shlex.join([sys.executable, *sys.argv])):
         for job in jobs:

@@ -131,8 +131,10 @@ def _record(
     sampling = how_sampled(sampled) if sampled else None
     generator = generator_of(folder)
     point = generator.values() if generator else None
+    made = generator.contents if generator and generator.seed is not None else None
     if run and sampling:
         point = point_of_run(run, sampling["seconds_per_image"])
+        made = run.start.contents if run.start.kind == "generator" else None
     return {
         "dataset": dataset,
         "point": point,
@@ -140,16 +142,19 @@ def _record(
         "run": run.to_json() if run else None,
         "sampling": sampling,
         "t_prime_proposal": read_json(join(folder, PROPOSAL_FILE)),
-        "inputs": hash_inputs(run, evaluation, point["start_images"] if point else None),
+        "inputs": hash_inputs(run, evaluation, point["start_images"] if point else None, made),
         "scoring": dataclasses.asdict(evaluation),
         "evaluation": scores,
     }
 
 
 def hash_inputs(
-    run: "Run | None", evaluation: Evaluation, start_images: str | None
+    run: "Run | None", evaluation: Evaluation, start_images: str | None, made: str | None
 ) -> dict[str, dict[str, str]]:
-    """Path and SHA-256 of all inputs; of a checkpoint, that of its tensors, as recorded."""
+    """Path and SHA-256 of all inputs; of a checkpoint, that of its tensors, as recorded.
+
+    made: the recorded hash of the generator that makes the start images, None if a file has them.
+    """
     from evaluations.features import cached_graph_path
 
     hashes = {}
@@ -159,7 +164,7 @@ def hash_inputs(
             classifier = run.guidance.classifier
             hashes["classifier"] = {"path": classifier.path, "sha256": classifier.sha256}
     if start_images:
-        hashes["start_images"] = {"path": start_images, "sha256": sha256(start_images)}
+        hashes["start_images"] = {"path": start_images, "sha256": made or sha256(start_images)}
     graph = evaluation.graph or str(cached_graph_path())
     for name, path in (("reference", evaluation.reference), ("graph", graph)):
         hashes[name] = {"path": path, "sha256": sha256(path)}

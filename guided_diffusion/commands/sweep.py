@@ -1,5 +1,7 @@
 """Sweep T', steps, samplers and more: sample a point for each combination, score and compare them.
 
+    python scripts/sweep.py --dataset emoji32 --t_prime 0,250,500 --steps 5,10 --output_dir sweep
+
 Flags that take lists (a,b,c) span the points. All of them are checked before the first is sampled;
 the same command goes on where it was stopped, and another one with the same --output_dir adds its
 points to those that are there.
@@ -55,7 +57,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--output_dir", required=True, help="folder of the sweep, with a folder for each point")
     start = "list of T', in original timesteps; 0: the generator's images themselves, "
     start += f"{SCRATCH}: from pure noise, {AUTO}: T' from data"
-    add("--t_prime", required=True, help=start)
+    add("--t_prime", required=True, metavar="T'", help=start)
     add("--steps", help="list of K, how many times the network is evaluated")
     add("--sampler", default="dpmpp_2m_sde", help=f"list of {', '.join(SAMPLERS)}")
     add("--eta", help="list of shares of the noise, 0 … 1, for ddim and dpmpp_2m_sde")
@@ -218,6 +220,8 @@ def _open_all(sweep: Sweep) -> "dict[str, ChunkFolder]":
         folders[point.folder] = driver.open_folder(point.folder, point.what, machine)
         if note is not None:
             write_json(join(point.folder, IMAGES_FILE), note)
+        if point.proposal is not None:
+            write_json(join(point.folder, scoring.PROPOSAL_FILE), read_json(point.proposal))
     return folders
 
 
@@ -226,7 +230,7 @@ def _score(sweep: Sweep, points: list[Point]) -> None:
     assert sweep.evaluation is not None
     for point in points:
         if isinstance(point.what, GeneratorPoint):
-            point.what.write(point.folder)
+            point.what.write(point.folder, sweep.devices[0])
     if points:
         folders = [point.folder for point in points]
         scoring.evaluate(folders, sweep.evaluation, sweep.preset.name)

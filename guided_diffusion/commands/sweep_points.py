@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from esddpm_io.errors import UserError
+from esddpm_io.errors import UserError, did_you_mean
 from esddpm_io.files import exists, join, list_names, read_json
 from guided_diffusion.commands import driver, scoring
 from guided_diffusion.commands.sampler_flags import AUTO, OWN_ETA
@@ -33,10 +33,14 @@ Values = dict[str, Any]  # one of each list, None where the flag was not given
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One combination: a run, or the generator's images themselves."""
+    """One combination: a run, or the generator's images themselves.
+
+    proposal: file of the measurement that its T' comes from, None if it was typed.
+    """
 
     folder: str
     what: "Run | GeneratorPoint"
+    proposal: str | None = None
 
     @property
     def run(self) -> "Run | None":
@@ -63,7 +67,8 @@ def combinations_of(args: argparse.Namespace) -> list[Values]:
             try:
                 values.append(convert(part.strip()))
             except ValueError:
-                problems.append(f"--{name}: '{part.strip()}' is none of: {valid}")
+                meant = did_you_mean(part.strip(), valid.split(", "))
+                problems.append(f"--{name}: '{part.strip()}' is none of: {valid}{meant}")
         return values or [None]
 
     lists = {
@@ -147,11 +152,14 @@ def settle_all(
             problems[str(error).replace("--start_from_scratch", f"--t_prime {SCRATCH}")] = None
             continue
         remarks |= dict.fromkeys(said)
-        identity = _identity(what)
-        if identity not in found:
+        identity = what.identity
+        if identity in found:
+            point = found[identity]
+            found[identity] = dataclasses.replace(point, proposal=own.proposal or point.proposal)
+        else:
             stems = {name: _stem(values[name]) for name in several}
             name = there.get(identity) or _name(own, what, stems, is_guided(args, preset))
-            found[identity] = Point(join(output, name), what)
+            found[identity] = Point(join(output, name), what, own.proposal)
     if problems:
         raise UserError("; ".join(problems))
     if "classifier_guidance_scale" in typed and not is_guided(args, preset):
@@ -166,11 +174,11 @@ def settle_all(
 def _args_of(
     args: argparse.Namespace, typed: set[str], preset: Preset, values: Values, output: str
 ) -> argparse.Namespace:
-    """The driver's flags for one combination."""
+    """The driver's flags for one combination, and `proposal`: where its T' was measured."""
     given = {name: value for name, value in values.items() if value is not None}
-    own = argparse.Namespace(**{**vars(args), **given})
+    own = argparse.Namespace(**{**vars(args), **given, "proposal": None})
     if own.t_prime == AUTO:
-        own.t_prime = _measured_t_prime(own, typed, preset, output)
+        own.t_prime, own.proposal = _measured_t_prime(own, typed, preset, output)
     if own.t_prime == SCRATCH:
         own.t_prime, own.start_from_scratch = None, True
         own.num_samples = _count_images(own, typed, preset)
@@ -179,26 +187,30 @@ def _args_of(
 
 def _measured_t_prime(
     args: argparse.Namespace, typed: set[str], preset: Preset, output: str
-) -> int:
-    """T' for `auto`, of one combination's checkpoint, generator images and sampler."""
+) -> tuple[int, str]:
+    """T' for `auto`, of one combination's checkpoint, generator images and sampler; its file."""
     from guided_diffusion.commands.propose import stored_or_measured
 
     driver.check_files(args, typed, preset, output)
     named = {name: getattr(args, name) for name in ("sampler", "steps", "spacing")}
     request = driver.request_of(args, typed, preset, named)
     asked = hashlib.sha256(repr(request).encode()).hexdigest()[:16]
-    return stored_or_measured(
+    path = join(output, "t_prime", f"{asked}.json")
+    t_prime = stored_or_measured(
         request,
         scoring.read_flags(args, preset),
         driver.choose_devices(args, typed)[0],
         args.batch_size,
-        join(output, "t_prime", f"{asked}.json"),
+        path,
         may_measure=driver.may_measure(args),
     )
+    return t_prime, path
 
 
 def _count_images(args: argparse.Namespace, typed: set[str], preset: Preset) -> int:
     """As many images from noise as of the generator, where it has any: points are compared."""
+    if args.generator:
+        return args.limit or args.num_samples
     if args.limit and not exists(driver.files_of(args, typed, preset)["dataset_path"]):
         return args.limit
     count = len(_open_generator(args, typed, preset))
@@ -212,6 +224,12 @@ def _open_generator(args: argparse.Namespace, typed: set[str], preset: Preset) -
 
 
 def _generator(args: argparse.Namespace, typed: set[str], preset: Preset) -> GeneratorPoint:
+    if args.generator:
+        from guided_diffusion.commands.request import open_start
+
+        request = driver.request_of(args, typed, preset, {})
+        start = open_start(request)
+        return GeneratorPoint(start.path, start.fingerprint(), len(start), request.seed)
     images = _open_generator(args, typed, preset)
     images.check()
     path = driver.files_of(args, typed, preset)["dataset_path"]
@@ -228,10 +246,6 @@ def _run(
     return settled.run, settled.remarks
 
 
-def _identity(what: "Run | GeneratorPoint") -> str:
-    return f"images {what.contents}" if isinstance(what, GeneratorPoint) else what.identity
-
-
 def _folders_by_identity(output: str) -> dict[str, str]:
     """The points that are there already, whatever command made them."""
     from guided_diffusion.sampling.chunks import SETTINGS_FILE
@@ -245,7 +259,7 @@ def _folders_by_identity(output: str) -> dict[str, str]:
         if content is not None:
             found[Run.from_json(content, where=path).identity] = name
         elif generator is not None:
-            found[_identity(generator)] = name
+            found[generator.identity] = name
     return found
 
 
@@ -262,7 +276,8 @@ def _name(
     """
     if isinstance(what, GeneratorPoint):
         images = stems.get("dataset_path")
-        return f"{GENERATOR_FOLDER}_{images}_{what.contents[:6]}" if images else GENERATOR_FOLDER
+        name = f"{GENERATOR_FOLDER}_{images}_{what.contents[:6]}" if images else GENERATOR_FOLDER
+        return f"{name}_seed{what.seed}" if what.seed else name
     parts = [f"{driver.point_name(args)}_steps"]
     if what.sampler.eta != OWN_ETA[what.sampler.name]:
         parts.append(f"eta{what.sampler.eta:g}")

@@ -64,7 +64,10 @@ def _strip(group: Group, series: Series) -> Strip:
     start = points[0].about.get("start_images")
     scored = [one for one in group.generators if one.about.get("start_images") == start]
     if scored and scored[0] not in series.settings and count <= len(scored[0].points[0].images):
-        rows.insert(0, Row(scored[0].name, scored[0], _pick(scored[0].points[0], picked)))
+        # A generator that is a function makes others of another seed.
+        found = scored[0].points
+        same = next((point for point in found if point.about["seed"] == seed), found[0])
+        rows.insert(0, Row(scored[0].name, scored[0], _pick(same, picked)))
     elif not scored and start:
         images = _start_images(points[0], picked)
         rows[:0] = [] if images is None else [Row("generator", None, images)]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from esddpm_io.files import absolute, join
+from esddpm_io.images import ImageSource, open_images
 from guided_diffusion.sampling import outputs
 from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.heartbeat import Observer
@@ -24,15 +25,31 @@ def gather(folder: ChunkFolder, log: Callable[[str], None] = print) -> bool:
         return False
     samples = join(folder.folder, SAMPLES_FILE)
     outputs.join_parts(outputs.parts_of(folder, 0, folder.num_samples), samples)
-    start = folder.run.start
-    starts = start.path if start.kind == "images" else None
+    start, starts = folder.run.start, None
+    if start.has_images and start.path is not None:
+        seed = folder.run.seed if start.kind == "generator" else None
+        starts = open_start_images(start.path, folder.num_samples, seed)
     draw_grid(folder.folder, starts, _caption(folder.run))
     Observer(folder.folder).forget_dead()
     folder.clean()
     return True
 
 
-def draw_grid(folder: str, starts: str | None, caption: str = "") -> None:
+def open_start_images(path: str, count: int, seed: int | None, device: str = "") -> ImageSource:
+    """The images of a file or folder, or, with a seed, `count` that a generator makes.
+
+    path: of them, or the generator's target; device: as in `Job`, where the generator works.
+    """
+    if seed is None:
+        return open_images(path, flag="--dataset_path")
+    # Bring torch, which gathering does without.
+    from guided_diffusion.sampling.generators import GeneratedImages, load_generator
+    from guided_diffusion.sampling.sampler import choose_device
+
+    return GeneratedImages(load_generator(path, choose_device(device)), count, seed)
+
+
+def draw_grid(folder: str, starts: ImageSource | None, caption: str = "") -> None:
     """Draw the samples of a folder that are gathered, and say where both are."""
     samples, grid = join(folder, SAMPLES_FILE), join(folder, GRID_FILE)
     outputs.save_grid(samples, starts, grid, caption)
@@ -79,7 +96,7 @@ def _caption(run: Run) -> str:
     words = [
         os.path.splitext(os.path.basename(run.preset or ""))[0],
         run.sampler.name,
-        start if run.start.kind == "images" else "from noise",
+        start if run.start.has_images else "from noise",
         f"K = {len(timesteps)}",
         f"seed {run.seed}",
     ]

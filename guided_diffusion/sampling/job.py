@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from guided_diffusion.dist_util import find_launch
-from guided_diffusion.sampling.sources import Source
 from guided_diffusion.settings.record import Run
+
+if TYPE_CHECKING:
+    from guided_diffusion.sampling.sources import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Job:
     """
 
     run: Run
-    source: Source
+    source: "Source"
     save_dir: str
     device: str = ""
     rank: int = 0
@@ -48,6 +50,8 @@ def rank_from_environment(environ: Mapping[str, str]) -> tuple[int, int, bool]:
 
     The tasks of a Slurm job array count as one world: task a of process p has rank a × size + p.
     """
+    from guided_diffusion.dist_util import find_launch
+
     launch = find_launch(environ)
     rank, size = launch.rank, launch.world_size
     if "SLURM_ARRAY_TASK_ID" in environ:

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from esddpm_io.errors import EXIT_DISK_FULL, EXIT_MAY_PASS, EXIT_USER_ERROR
+from esddpm_io.processes import available_cores
 from guided_diffusion.sampling.chunks import ChunkFolder, Range
 from guided_diffusion.sampling.heartbeat import (
     DEAD_AFTER_S,
@@ -156,7 +157,7 @@ class Launcher:
         environment = {**os.environ, LAUNCHER_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         on_cpu = sum(command.device == "cpu" for command in self._commands)
         if on_cpu:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+            cores = available_cores()
             environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // on_cpu)))
         return environment
 

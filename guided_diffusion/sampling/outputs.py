@@ -10,6 +10,7 @@ import numpy as np
 from esddpm_io.errors import UserError
 from esddpm_io.files import join, list_names
 from esddpm_io.images import (
+    ImageSource,
     enlarge,
     image_grid,
     open_images,
@@ -134,7 +135,7 @@ def exported_pngs(folder: ChunkFolder) -> set[int]:
     return {int(index) for name in names if (index := re.split("[_.]", name)[0]).isdecimal()}
 
 
-def save_grid(samples: str, starts: str | None, path: str, caption: str = "") -> None:
+def save_grid(samples: str, starts: ImageSource | None, path: str, caption: str = "") -> None:
     """Write a grid of samples picked at even distances, under the images they started from.
 
     samples: an .npz; starts: the generator's images with the same indices, or None. Pixels of
@@ -144,7 +145,7 @@ def save_grid(samples: str, starts: str | None, path: str, caption: str = "") ->
     times = max(1, round(_GRID_PIXELS / (_GRID_COLUMNS * results.shape[2])))
     count = min(len(results), _GRID_COLUMNS * _GRID_ROWS)
     picked = np.linspace(0, len(results) - 1, count).astype(int)
-    sources = [results] if starts is None else [open_images(starts, flag="--dataset_path"), results]
+    sources = [results] if starts is None else [starts, results]
     cells = []
     for row in range(0, count, _GRID_COLUMNS):
         indices = picked[row : row + _GRID_COLUMNS]

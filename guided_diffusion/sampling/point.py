@@ -11,9 +11,8 @@ import numpy as np
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError
 from esddpm_io.files import exists, join, read_json
-from esddpm_io.images import open_images
 from esddpm_io.npz import NpzWriter
-from guided_diffusion.sampling.gathering import SAMPLES_FILE, t_prime
+from guided_diffusion.sampling.gathering import SAMPLES_FILE, open_start_images, t_prime
 from guided_diffusion.settings.record import Run
 
 GENERATOR_FILE = "generator.json"
@@ -23,7 +22,7 @@ _ROWS_AT_ONCE = 64
 def point_of_run(run: Run, seconds_per_image: float | None) -> dict[str, Any]:
     """The values of a sampling run; t_prime None: from noise."""
     return {
-        "t_prime": t_prime(run) if run.start.kind == "images" else None,
+        "t_prime": t_prime(run) if run.start.has_images else None,
         "steps": len(run.sampler.timesteps),
         "sampler": run.sampler.name,
         "eta": run.sampler.eta,
@@ -42,11 +41,16 @@ def point_of_run(run: Run, seconds_per_image: float | None) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorPoint:
-    """The first `samples` images of a generator; contents: the hash of all of them."""
+    """The first `samples` images of a generator; contents: the hash of all of them.
+
+    seed: None for those of a file. With one, path and contents are those of a `StartSettings` of
+    kind "generator".
+    """
 
     path: str
     contents: str
     samples: int
+    seed: int | None = None
 
     def values(self) -> dict[str, Any]:
         """What `point_of_run` says of a run."""
@@ -58,7 +62,7 @@ class GeneratorPoint:
             "clip_denoised": None,
             "variance": None,
             "guidance_scale": 0.0,
-            "seed": None,
+            "seed": self.seed,
             "timesteps": [],
             "network_evaluations": 0,
             "seconds_per_image": None,
@@ -67,21 +71,29 @@ class GeneratorPoint:
             "start_images": self.path,
         }
 
+    @property
+    def identity(self) -> str:
+        """Of two with the same the images are the same, as far as both have them."""
+        return f"images {self.contents}" + ("" if self.seed is None else f" seed {self.seed}")
+
     def check_folder(self, folder: str) -> None:
         """UserError if the folder holds the images of another generator."""
         there = generator_of(folder)
-        if there is not None and there.contents != self.contents:
+        if there is not None and there.identity != self.identity:
             raise UserError(
                 f"{folder} holds other images, of {there.path}: choose another --output_dir, or "
                 "remove this one"
             )
 
-    def write(self, folder: str) -> None:
-        """Write the images as those of a run are, `samples_all.npz`, unless they are there."""
+    def write(self, folder: str, device: str = "") -> None:
+        """Write the images as those of a run are, `samples_all.npz`, unless they are there.
+
+        device: as in `Job`, where they are made if they are in no file.
+        """
         samples = join(folder, SAMPLES_FILE)
         if generator_of(folder) == self and exists(samples):
             return
-        images = open_images(self.path, flag="--dataset_path")
+        images = open_start_images(self.path, self.samples, self.seed, device)
         layout: dict = {"arr_0": ((self.samples, *images.shape[1:]), "uint8")}
         if images.has_labels:
             layout["arr_1"] = ((self.samples,), "int64")

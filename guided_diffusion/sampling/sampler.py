@@ -10,6 +10,7 @@ import torch
 from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import check_fit, fingerprint, read_checkpoint
 from guided_diffusion.compiling import Compiled, compile_for_sampling
+from guided_diffusion.diffusers_models import DiffusersNetwork
 from guided_diffusion.dist_util import cpu_has_bfloat16, find_launch
 from guided_diffusion.pixels import to_uint8
 from guided_diffusion.rng import DrawnAhead, RandomStreams
@@ -241,7 +242,9 @@ def load_network(
 
 
 def place(
-    network: UNetModel | EncoderUNetModel, device: torch.device, dtype: torch.dtype
+    network: UNetModel | EncoderUNetModel | DiffusersNetwork,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> torch.nn.Module:
     """A network made ready for sampling: on the device, frozen, its trunk in `dtype`."""
     network.eval().requires_grad_(False).to(device)
@@ -294,8 +297,12 @@ def choose_device(text: str) -> torch.device:
         return torch.device("cpu")
     index = text.removeprefix("cuda:")
     if not index.isdecimal() or int(index) >= count:
-        valid = ", ".join(["cpu", *map(str, range(count))])
-        raise UserError(f"--device {text} is not there; valid on this machine: {valid}")
+        valid = ["cpu", *map(str, range(count))]
+        raise UserError(
+            f"--device {text} is not there; valid on this machine: {', '.join(valid)}",
+            got=text,
+            valid=valid,
+        )
     device = torch.device("cuda", int(index))
     torch.cuda.set_device(device)
     return device

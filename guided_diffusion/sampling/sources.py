@@ -12,10 +12,13 @@ from esddpm_io.files import join, read_json
 from esddpm_io.images import ImageSource, open_images
 from guided_diffusion.pixels import to_float
 from guided_diffusion.rng import random_labels
+from guided_diffusion.sampling.generators import FLAG as GENERATOR_FLAG
+from guided_diffusion.sampling.generators import GeneratedImages, load_generator
 from guided_diffusion.settings.record import StartSettings
 
 IMAGES_FILE = "generator_images.json"
 _LABELS_AT_ONCE = 65536
+_CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Start:
 
 class Source:
     """What `len(source)` samples start from, read by index as it is needed."""
+
+    in_random_order = False  # whether the first n are as good a choice as any
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -55,7 +60,7 @@ class _ImageFile(Source):
     """Images of an .npz, .npy or folder; `flag` and `path` are for messages."""
 
     def __init__(self, images: ImageSource, path: str, flag: str):
-        self._images, self._path, self._flag = images, path, flag
+        self._images, self.path, self._flag = images, path, flag
 
     @property
     def available(self) -> int:
@@ -83,7 +88,7 @@ class _ImageFile(Source):
         height, width = self._images.shape[1:3]
         if (height, width) != (size, size):
             raise UserError(
-                f"{self._flag}: the images of {self._path} are {width}x{height}, the network "
+                f"{self._flag}: the images of {self.path} are {width}x{height}, the network "
                 f"takes {size}x{size} ({size_flag})"
             )
         if num_classes is not None:
@@ -92,8 +97,9 @@ class _ImageFile(Source):
     def _check_labels(self, num_classes: int) -> None:
         if not self.has_labels:
             raise UserError(
-                f"{self._flag}: {self._path} has no labels, which a class-conditional model needs: "
-                "arr_1 in an .npz, names such as 27987_label_762.png in a folder"
+                f"{self._flag}: {self.path} has no labels, which a class-conditional model needs: "
+                "arr_1 in an .npz, names such as 27987_label_762.png or a subfolder for each "
+                "class in a folder, num_classes of a generator"
             )
         for start in range(0, self.available, _LABELS_AT_ONCE):
             labels = self._images.labels(start, min(start + _LABELS_AT_ONCE, self.available))
@@ -102,7 +108,7 @@ class _ImageFile(Source):
             if len(bad):
                 raise UserError(
                     f"{self._flag}: label {labels[bad[0]]} of image {start + bad[0]} in "
-                    f"{self._path} is not one of the classes 0 … {num_classes - 1}"
+                    f"{self.path} is not one of the classes 0 … {num_classes - 1}"
                 )
 
 
@@ -112,6 +118,7 @@ class GeneratorImages(_ImageFile):
     def __init__(self, images: ImageSource, path: str, flag: str, limit: int = 0):
         super().__init__(images, path, flag)
         self._count = min(limit or len(images), len(images))
+        self.in_random_order = isinstance(images, GeneratedImages)
 
     def __len__(self) -> int:
         return self._count
@@ -171,6 +178,14 @@ def open_generator_images(
     return GeneratorImages(open_images(path, flag=flag), path, flag, limit)
 
 
+def open_generator(
+    target: str, num_samples: int, seed: int, device: torch.device
+) -> GeneratorImages:
+    """Load the generator that --generator names on the device; UserError if it cannot be."""
+    images = GeneratedImages(load_generator(target, device), num_samples, seed)
+    return GeneratorImages(images, target, GENERATOR_FLAG)
+
+
 def open_images_to_enlarge(
     path: str, num_samples: int, *, flag: str = "--base_samples"
 ) -> ImagesToEnlarge:
@@ -180,11 +195,15 @@ def open_images_to_enlarge(
     return ImagesToEnlarge(open_images(path, flag=flag), path, flag, num_samples)
 
 
-def open_source(start: StartSettings, num_samples: int, seed: int) -> Source:
-    """What the record of a run says that samples start from."""
+def open_source(
+    start: StartSettings, num_samples: int, seed: int, device: torch.device = _CPU
+) -> Source:
+    """What the record of a run says that samples start from; device: where a generator works."""
     if start.kind == "noise":
         return PureNoise(num_samples, seed, start.num_classes)
     assert start.path is not None
+    if start.kind == "generator":
+        return open_generator(start.path, num_samples, seed, device)
     if start.kind == "enlarge":
         return open_images_to_enlarge(start.path, num_samples)
     return open_generator_images(start.path, num_samples)

@@ -17,11 +17,13 @@ from guided_diffusion.settings.record import Run, SamplerSettings
 
 
 class Spread(Source):
-    """`count` start images evenly spread over a source, which may be sorted by label."""
+    """`count` start images, evenly spread over a source that may be sorted by label."""
 
     def __init__(self, source: Source, count: int):
         self._source = source
-        self._indices = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
+        count = min(count, len(source))
+        last = count - 1 if source.in_random_order else len(source) - 1
+        self._indices = np.linspace(0, last, count).astype(int)
 
     def __len__(self) -> int:
         return len(self._indices)

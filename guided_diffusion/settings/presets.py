@@ -12,6 +12,11 @@ from pathlib import Path
 
 from esddpm_io.errors import UserError
 from esddpm_io.files import is_blob
+from guided_diffusion.flags import (
+    classifier_defaults,
+    diffusion_defaults,
+    model_and_diffusion_defaults,
+)
 
 PRESET_FOLDER = Path(__file__).parent / "preset_data"
 # The published commands are typed in scripts/, so the paths of shipped presets start there.
@@ -50,7 +55,7 @@ class Preset:
     """All that the driver, the samplers and the downloader need to know of a data set.
 
     Paths are absolute (blob paths stay as they are) and need not exist. The flags are those that
-    the preset sets, under the names and with the types of `script_util`'s defaults.
+    the preset sets, under the names and with the types of `flags`' defaults.
     """
 
     name: str
@@ -97,7 +102,9 @@ def load_preset(name_or_path: str | os.PathLike, *, flag: str = "--dataset") -> 
     if path.suffix != ".toml":
         raise UserError(
             f"{flag}: unknown data set '{text}'; valid are {', '.join(preset_names())}, "
-            "or the path of a preset file ending in .toml"
+            "or the path of a preset file ending in .toml",
+            got=text,
+            valid=preset_names(),
         )
     return _read_preset(path, path.parent, os.path.abspath(path))
 
@@ -151,7 +158,9 @@ def _require_known(path: Path, what: str, given: Mapping, known: list[str]) -> N
     unknown = [key for key in given if key not in known]
     if unknown:
         raise UserError(
-            f"preset {path}: unknown {what} {', '.join(unknown)}; valid are {', '.join(known)}"
+            f"preset {path}: unknown {what} {', '.join(unknown)}; valid are {', '.join(known)}",
+            got=unknown,
+            valid=known,
         )
 
 
@@ -173,15 +182,11 @@ def _check_flags(path: Path, table: str, flags: object) -> None:
 
 def _flag_groups() -> dict[str, dict]:
     """The flags of each table, with their defaults."""
-    # script_util brings torch with it, which `presets.preset_names` can do without.
-    from guided_diffusion import script_util
-
-    diffusion = script_util.diffusion_defaults()
-    model = script_util.model_and_diffusion_defaults()
+    diffusion, model = diffusion_defaults(), model_and_diffusion_defaults()
     return {
         "model_flags": {key: value for key, value in model.items() if key not in diffusion},
         "diffusion_flags": diffusion,
-        "classifier_flags": script_util.classifier_defaults(),
+        "classifier_flags": classifier_defaults(),
     }
 
 
@@ -194,7 +199,9 @@ def _add_published(path: Path, key: str, kind: str, fields: dict) -> None:
     if not isinstance(name, str) or name not in table:
         raise UserError(
             f"preset {path}: {key} must be a published network, not {name!r}; valid are "
-            f"{', '.join(table)}"
+            f"{', '.join(table)}",
+            got=str(name),
+            valid=table,
         )
     for flag, value in table[name]["flags"].items():
         for group, defaults in _flag_groups().items():

@@ -11,7 +11,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from guided_diffusion import script_util
-from guided_diffusion.script_util import create_network, flag_defaults
+from guided_diffusion.diffusers_models import DiffusersNetwork
+from guided_diffusion.flags import flag_defaults
+from guided_diffusion.script_util import create_network
 from guided_diffusion.unet import EncoderUNetModel, UNetModel
 
 _PUBLISHED = Path(__file__).parent / "published_models.toml"
@@ -25,6 +27,7 @@ TRACELESS = {
     "model": ("num_heads", "num_head_channels", "use_new_attention_order", *_TRACELESS_PROCESS),
     "sr": ("small_size", "num_heads", "num_head_channels", *_TRACELESS_PROCESS),
     "classifier": _TRACELESS_PROCESS,
+    "diffusers": _TRACELESS_PROCESS,  # of a U-Net without its scheduler
 }
 
 
@@ -140,7 +143,9 @@ class _Uninitialised(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def outline_of(kind: str, flags: Mapping[str, object]) -> UNetModel | EncoderUNetModel:
+def outline_of(
+    kind: str, flags: Mapping[str, object]
+) -> UNetModel | EncoderUNetModel | DiffusersNetwork:
     """The network of `create_network` without memory for its weights: names and shapes alone."""
     with torch.device("meta"), _Uninitialised():
         return create_network(kind, flags)

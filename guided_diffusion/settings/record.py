@@ -58,9 +58,10 @@ class Guidance:
 class StartSettings:
     """What samples start from.
 
-    kind: "images" (a generator's, diffused to T'), "noise", or "enlarge" (noise, with small images
-    beside it). path, contents: where images are, and a hash of their pixels and labels.
-    count: how many images there are. num_classes: of the labels, None where none are used.
+    kind: "images" (a generator's, diffused to T'), "generator" (the same, made when needed),
+    "noise", or "enlarge" (noise, with small images beside it). path, contents: where images are,
+    and a hash of their pixels and labels; of a generator its target, and a hash of its code and
+    tensors. count: how many images there are. num_classes: of the labels, None where none are used.
     """
 
     kind: str
@@ -68,6 +69,11 @@ class StartSettings:
     contents: str | None = None
     count: int | None = None
     num_classes: int | None = None
+
+    @property
+    def has_images(self) -> bool:
+        """Whether sampling starts from images at T'."""
+        return self.kind in ("images", "generator")
 
 
 @dataclasses.dataclass(frozen=True)

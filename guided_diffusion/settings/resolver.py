@@ -14,8 +14,10 @@ import torch
 
 from esddpm_io.errors import UserError
 from esddpm_io.files import exists
+from esddpm_io.hub import fetched
 from guided_diffusion.checkpoints import check_fit, read_checkpoint, read_sidecar
-from guided_diffusion.script_util import diffusion_defaults, flag_defaults
+from guided_diffusion.diffusers_models import KIND as DIFFUSERS
+from guided_diffusion.flags import diffusion_defaults, flag_defaults
 from guided_diffusion.settings.layers import Layer, require, resolve
 from guided_diffusion.settings.presets import Preset
 from guided_diffusion.settings.recognition import (
@@ -37,6 +39,10 @@ FLAGS_OF_USE = {
     "rescale_learned_sigmas",
     "use_kl",
 }
+# Flags of the diffusion process; the last is known of diffusers' schedulers alone.
+_PROCESS = {*diffusion_defaults(), "sigma_small"}
+# How the origins of layers begin that were written with the network.
+_WRITTEN = ("sidecar", "config")
 OVERRIDE_FLAG = "override_checkpoint_flags"
 # Of the flags that leave no trace, those that networks are really trained with other values of.
 _MUST_BE_SAID = ("noise_schedule", "num_heads", "num_head_channels", "use_new_attention_order")
@@ -59,16 +65,17 @@ class Resolved:
     @property
     def network_flags(self) -> dict[str, Value]:
         """Those that build the network."""
-        process = diffusion_defaults()
-        built = {name: value for name, value in self.flags.items() if name not in process}
+        built = {name: value for name, value in self.flags.items() if name not in _PROCESS}
         if self.kind != "classifier":
             built["learn_sigma"] = self.flags["learn_sigma"]
+        if self.flags.get("v_prediction"):  # x_0 is made of v by the process's noise
+            built |= {name: self.flags[name] for name in ("noise_schedule", "diffusion_steps")}
         return built
 
     @property
     def process(self) -> dict[str, Value]:
         """Those of the diffusion process; the chain is the sampler's."""
-        names = diffusion_defaults().keys() - {"timestep_respacing"}
+        names = _PROCESS - {"timestep_respacing"}
         return {name: value for name, value in self.flags.items() if name in names}
 
 
@@ -91,20 +98,24 @@ def resolve_network(
     that contradict each other.
     """
     require(bool(path), f"{flag}: name the checkpoint file")
+    path = fetched(path, flag=flag)
     require(exists(path), f"{flag}: there is no file {path}")
+    state_dict, sidecar = read_checkpoint(path, flag=flag), read_sidecar(path)
+    if kind == "model" and sidecar is not None and sidecar["kind"] == DIFFUSERS:
+        kind = DIFFUSERS
+        _check_in_place(path, typed)
     defaults = flag_defaults(kind)
     user = Layer("typed", {name: value for name, value in typed.items() if name in defaults})
-    said = Layer(f"preset {preset.name}", _preset_flags(preset, kind)) if preset else None
-    state_dict = read_checkpoint(path, flag=flag)
-    sidecar = read_sidecar(path)
+    said = _preset_layer(preset, kind, defaults) if preset else None
     if sidecar is not None:
         require(
             sidecar["kind"] == kind,
             f"{flag}: the sidecar of {path} says it is a {sidecar['kind']}, not a {kind}",
         )
-        found, remarks = None, [f"{flag}: flags from the sidecar of {path}"]
+        what = "config" if kind == DIFFUSERS else "sidecar"
+        found, remarks = None, [f"{flag}: flags from the {what} of {path}"]
         told = {name: value for name, value in sidecar["flags"].items() if name in defaults}
-        known = Layer(f"sidecar of {os.path.basename(path)}", told)
+        known = Layer(f"{what} of {os.path.basename(path)}", told)
     else:
         guesses = [user.values, said.values if said else {}]
         found = _recognise(state_dict, kind, guesses, images_size)
@@ -117,12 +128,24 @@ def resolve_network(
     _check_contradictions(source, known, user, said if preset and preset.is_own else None)
     flags, origins = resolve(layers)
     check_fit(_build(kind, flags, origins), state_dict, path, flag=flag)
-    if sidecar is None and kind != "classifier":
+    # A U-Net of diffusers may be without its scheduler.
+    told_all = sidecar is not None and (kind != DIFFUSERS or "noise_schedule" in known.values)
+    if not told_all and kind != "classifier":
         remarks += _unsaid(source, flags, origins, found)
     if sidecar is not None and said:
         remarks += _overruled(flag, said, known, flags)
     trained = sidecar["early_stop_steps"] if sidecar is not None else None
     return Resolved(kind, path, _values(flags), origins, remarks, trained)
+
+
+def _check_in_place(path: str, typed: Mapping[str, Value]) -> None:
+    """UserError for typed flags of our networks that a folder of diffusers says in its own way."""
+    ours = flag_defaults("model").keys() - flag_defaults(DIFFUSERS).keys() - FLAGS_OF_USE
+    surplus = [f"--{name}" for name in typed if name in ours]
+    require(
+        not surplus,
+        f"{', '.join(surplus)}: the folder {path} says what its network is: leave it out",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +163,12 @@ def _values(flags: Mapping[str, object]) -> dict[str, Value]:
     return {n: value for n, value in flags.items() if isinstance(value, (bool, int, float, str))}
 
 
-def _preset_flags(preset: Preset, kind: str) -> dict[str, object]:
+def _preset_layer(preset: Preset, kind: str, defaults: Mapping[str, object]) -> Layer:
+    flags = {**preset.model_flags, **preset.diffusion_flags}
     if kind == "classifier":
         size = {k: v for k, v in preset.model_flags.items() if k == "image_size"}
-        return {**size, **preset.classifier_flags}
-    return {**preset.model_flags, **preset.diffusion_flags}
+        flags = {**size, **preset.classifier_flags}
+    return Layer(f"preset {preset.name}", {n: v for n, v in flags.items() if n in defaults})
 
 
 def _recognise(
@@ -203,14 +227,14 @@ def _check_contradictions(source: _Source, known: Layer, user: Layer, own: Layer
     trace. (A preset gives way to a sidecar, and what does not fit the shapes, check_fit names.)
     """
     said: dict[str, object] = {}
-    if known.origin.startswith("sidecar"):
+    if known.origin.startswith(_WRITTEN):
         said = {n: value for n, value in user.values.items() if n not in FLAGS_OF_USE}
     elif known.origin.startswith("published") and own:
         said = {n: value for n, value in own.values.items() if n in TRACELESS[source.kind]}
     for name, value in said.items():
         there = known.values.get(name, value)
         if not source.override and not _same(name, there, value):
-            who = user.origin if known.origin.startswith("sidecar") or own is None else own.origin
+            who = user.origin if known.origin.startswith(_WRITTEN) or own is None else own.origin
             dashes = "--" if who == user.origin else ""
             raise UserError(
                 f"{dashes}{name} is {value} ({who}) but {there} ({known.origin}), for "
@@ -286,7 +310,7 @@ def check_same_noise(model: Resolved, classifier: Resolved) -> None:
         trained, origin = classifier.flags[name], classifier.origins[name]
         require(
             # A published classifier's own file does not tell; its sidecar, if there is one, does.
-            not origin.startswith("sidecar") or trained == model.flags[name],
+            not origin.startswith(_WRITTEN) or trained == model.flags[name],
             f"--classifier_path: {classifier.path} was trained with {name} {trained}, the "
             f"diffusion model has {name} {model.flags[name]}: guidance needs a classifier of the "
             "same noise",

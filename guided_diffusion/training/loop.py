@@ -17,7 +17,8 @@
 Two keys of the loss's dict are special: "t" (timesteps [N], figures are then also logged by quarter
 of `num_timesteps`) and "weight" (importance weights [N] of the losses). `model` is moved to
 `dist_util.dev()`. Files go to `logger.get_dir()`: modelNNNNNN.pt, ema_RATE_NNNNNN.pt,
-optNNNNNN.pt and stateNNNNNN.pt, where NNNNNN is the number of steps done.
+optNNNNNN.pt and stateNNNNNN.pt, where NNNNNN is the number of steps done, and the curves of
+progress.csv to progress.png at each save.
 
 `diffusion.TrainLoop` is this loop with the diffusion loss, under guided-diffusion's keyword names.
 """
@@ -40,7 +41,9 @@ from .. import dist_util, logger
 from ..compiling import Compiled
 from ..fp16_util import INITIAL_LOG_LOSS_SCALE
 from ..nn import update_ema
+from ..power_ema import gamma_of, kept_share, widths
 from ..rng import Draws
+from .progress_plot import draw_progress
 from .state import RunState
 
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -90,8 +93,12 @@ class Trainer(RunState):
             whole batch.
         lr, weight_decay: of AdamW. lr_anneal_steps: lr falls linearly to 0 at this step, where
             training ends (0: constant).
+        lr_warmup: lr rises linearly from 1 / lr_warmup of itself in this many steps (0: at once).
+        grad_clip: a gradient whose norm is larger is scaled down to it (0: never).
         iterations: steps in all, resumed ones included (0: lr_anneal_steps; both 0: no end).
         ema_rate: one rate, or a comma list of rates ("": no averages).
+        power_ema: a comma list of widths of power-function averages, saved as
+            ema_powerWIDTH_NNNNNN.pt beside the others (see `power_ema`; "": none).
         log_interval, save_interval: in steps.
         resume_checkpoint: a modelNNNNNN.pt with its siblings beside it, "auto" for the newest
             complete set in the log folder (none: start anew), any other checkpoint for its weights.
@@ -123,8 +130,11 @@ class Trainer(RunState):
         lr: float = 1e-4,
         weight_decay: float = 0.0,
         lr_anneal_steps: int = 0,
+        lr_warmup: int = 0,
+        grad_clip: float = 0.0,
         iterations: int = 0,
         ema_rate: float | str = "0.9999",
+        power_ema: str = "",
         log_interval: int = 10,
         save_interval: int = 10000,
         resume_checkpoint: str = "",
@@ -149,9 +159,11 @@ class Trainer(RunState):
         self.global_batch = batch_size * self.world_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr, self.weight_decay = lr, weight_decay
-        self.lr_anneal_steps = lr_anneal_steps
+        self.lr_anneal_steps, self.lr_warmup = lr_anneal_steps, lr_warmup
+        self.grad_clip = grad_clip
         self.iterations = iterations or lr_anneal_steps
         self.ema_rate = parse_rates(ema_rate)
+        self.power_ema = widths(power_ema)
         self.log_interval, self.save_interval = log_interval, save_interval
         self.resume_checkpoint = resume_checkpoint
         self.precision = _checked_precision(precision, use_fp16)
@@ -231,7 +243,7 @@ class Trainer(RunState):
                     self.save_samples()
                 (stopping,) = dist_util.any_rank(bool(stop.name))
                 if stopping or self.global_step % self.save_interval == 0:
-                    self.save()
+                    self._save_and_draw()
                     saved_at = self.global_step
                     if os.environ.get("DIFFUSION_TRAINING_TEST"):
                         return
@@ -242,7 +254,17 @@ class Trainer(RunState):
                     )
                     return
             if saved_at != self.global_step:
-                self.save()
+                self._save_and_draw()
+
+    def _save_and_draw(self) -> None:
+        """A checkpoint set, and progress.png where there is a progress.csv."""
+        self.save()
+        if self.rank == 0:
+            folder = Path(self._folder())
+            try:
+                draw_progress(folder / "progress.csv", folder / "progress.png")
+            except ImportError as error:
+                logger.warn(f"progress.png is not drawn: {error}")
 
     def _say_what_is_left(self) -> None:
         """Tell of steps that are none: those done before, those at a learning rate of 0."""
@@ -267,7 +289,9 @@ class Trainer(RunState):
             if self.precision == "float16":
                 self.mp_trainer.apply(self.opt, math.nan)
         else:
-            self._anneal_lr()
+            self._set_lr()
+            if 0 < self.grad_clip < grad_norm:
+                self.mp_trainer.scale_gradients(self.grad_clip / grad_norm)
             taken = self.mp_trainer.apply(self.opt, grad_norm)
         if taken:
             logger.logkv_mean("grad_norm", grad_norm)
@@ -400,15 +424,22 @@ class Trainer(RunState):
             )
         return True
 
-    def _anneal_lr(self) -> None:
+    def _set_lr(self) -> None:
         """Set lr; guided-diffusion lowers it after a step, so that the first two have the same."""
+        if not self.lr_anneal_steps and not self.lr_warmup:
+            return
+        lr = self.lr
         if self.lr_anneal_steps:
-            done = max(self.global_step - 1, 0) / self.lr_anneal_steps
-            for group in self.opt.param_groups:
-                group["lr"] = self.lr * max(0.0, 1 - done)
+            lr *= max(0.0, 1 - max(self.global_step - 1, 0) / self.lr_anneal_steps)
+        if self.global_step < self.lr_warmup:
+            lr *= (self.global_step + 1) / self.lr_warmup
+        for group in self.opt.param_groups:
+            group["lr"] = lr
 
     def _update_ema(self) -> None:
-        for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
+        step = self.global_step + 1
+        powers = [kept_share(step, gamma_of(width)) for width in self.power_ema]
+        for rate, params in zip([*self.ema_rate, *powers], self.ema_params, strict=True):
             update_ema(params, self.master_params, rate=rate)
 
     def _log_losses(self, figures: dict[str, np.ndarray], prefix: str) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from datasets.emoji32 import CATEGORIES
-from scripts.vae_sample import load_vae, sample_range
+from guided_diffusion.vae_sampling import load_vae, sample_range
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRECOMPUTED = REPOSITORY / "evaluations" / "precomputed"

@@ -6,8 +6,9 @@ import torch
 from esddpm_io.errors import UserError
 from guided_diffusion import compiling
 from guided_diffusion.compiling import Compiled, check_compiler
+from guided_diffusion.flags import vae_defaults
 from guided_diffusion.script_util import classifier_defaults, create_classifier
-from guided_diffusion.vae import create_vae, vae_defaults
+from guided_diffusion.vae import create_vae
 from tests.golden_values import fill
 from tests.tiny_sampling import CLASSIFIER
 

@@ -1,7 +1,9 @@
 import csv
 import json
+import sys
 
 import pytest
+import torch
 
 from esddpm_io.errors import UserError
 from guided_diffusion import logger
@@ -96,6 +98,29 @@ def test_tensorboard_files_can_be_read(tmp_path):
         logger.dumpkvs()
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, 0.5), (20, 0.25)]
+
+
+def test_wandb_gets_the_figures_and_a_resumed_run_goes_on_in_its_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for step, loss in ((10, 0.5), (20, torch.tensor(0.25))):
+        logger.configure(str(tmp_path), ["wandb"])
+        logger.logkvs({"step": step, "loss": loss})
+        logger.dumpkvs()
+        logger.reset()
+    runs = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    name = (tmp_path / "wandb_id.txt").read_text()
+    assert [path.name for path in runs] == [f"run-{name}.wandb"] * 2
+    written = b"".join(path.read_bytes() for path in runs)
+    for part in (b"step", b"loss", b"0.5", b"0.25"):
+        assert part in written, part
+
+
+def test_wandb_is_a_package_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="^OPENAI_LOG_FORMAT: wandb needs .*pip install wandb$"):
+        logger.configure(str(tmp_path), ["wandb"])
 
 
 def test_unknown_format_is_named(tmp_path):

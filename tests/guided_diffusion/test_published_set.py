@@ -11,10 +11,10 @@ import torch
 from esddpm_io.errors import UserError
 from guided_diffusion import logger
 from guided_diffusion.checkpoint_sets import fit_optimizer_state
+from guided_diffusion.commands import image_train
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.train_util import Draws, Trainer
-from scripts import image_train
 from tests.golden_values import FOLDER, arrays
 
 PUBLISHED = FOLDER / "published_set"

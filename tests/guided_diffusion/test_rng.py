@@ -54,9 +54,9 @@ def test_labels_follow_the_index_and_leave_noise_alone():
 
 
 def test_no_number_serves_two_purposes():
-    """A generator's code is not the noise that its image is diffused with, same seed or not."""
-    noise, codes = (
+    """A generator's latent is not the noise that its image is diffused with, same seed or not."""
+    noise, latents = (
         RandomStreams(0, 5, 6, purpose).randn(torch.empty(1, 1000))
-        for purpose in ("noise", "codes")
+        for purpose in ("noise", "latents")
     )
-    assert len(np.intersect1d(noise, codes)) == 0
+    assert len(np.intersect1d(noise, latents)) == 0

@@ -337,6 +337,19 @@ def test_weights_alone_start_a_new_run(log_folder, tmp_path):
     assert equal(list(state.values()), loop.ema_params[0])
 
 
+def test_networks_of_a_wrapped_model_resume(log_folder):
+    """DistributedDataParallel puts `module.` before all names."""
+    train_loop(iterations=3).run_loop()
+    want = everything(train_loop(resume_checkpoint="auto"))
+    for path in (*log_folder.glob("model*.pt"), *log_folder.glob("ema*.pt")):
+        state = torch.load(path, weights_only=True)
+        torch.save({f"module.{name}": value for name, value in state.items()}, path)
+    assert equal(everything(train_loop(resume_checkpoint="auto")), want)
+    torch.save({"layers.0.weight": torch.zeros(3)}, log_folder / "ema_0.9_000003.pt")
+    with pytest.raises(UserError, match=r"--resume_checkpoint: .*ema_0\.9_000003\.pt does not fit"):
+        train_loop(resume_checkpoint="auto")
+
+
 def test_checkpoints_that_do_not_fit_are_explained(log_folder, tmp_path):
     with pytest.raises(UserError, match=r"--resume_checkpoint: there is no file .*model000009\.pt"):
         train_loop(resume_checkpoint=f"{log_folder}/model000009.pt")
@@ -428,6 +441,48 @@ def test_lr_falls_to_the_end():
     loop.run_loop()
     assert loop.global_step == 4
     assert loop.opt.param_groups[0]["lr"] == pytest.approx(1e-2 * (1 - 2 / 4))
+
+
+def test_lr_rises_from_the_start_and_falls_to_the_end():
+    loop = train_loop(lr_warmup=4, lr_anneal_steps=10)
+    rates = []
+    for batch, cond in (next(batches()) for _ in range(6)):
+        loop.run_step(batch, cond)
+        loop.step += 1
+        rates.append(loop.opt.param_groups[0]["lr"] / loop.lr)
+    assert rates == pytest.approx([0.25, 0.5, 0.75 * 0.9, 0.8, 0.7, 0.6])
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize(("limit", "factor"), [(0.0, 1), (0.5, 0.5), (3.0, 1)])
+def test_gradients_are_scaled_down_to_the_longest_that_is_wanted(precision, limit, factor):
+    """The length of all gradients together, in units of the loss."""
+
+    class Half(nn.Linear):
+        def convert_to_fp16(self):
+            self.half()
+
+    def loss(model, batch, cond, draw):
+        return {"loss": model(batch.to(model.weight.dtype))[:, 0].float()}
+
+    kept = []
+    trainer = Trainer(
+        model=Half(4, 1, bias=False),
+        data=iter([]),
+        batch_size=1,
+        loss=loss,
+        ema_rate="",
+        precision=precision,
+        initial_lg_loss_scale=4.0,
+        grad_clip=limit,
+    )
+    trainer.opt.register_step_pre_hook(
+        lambda *_: kept.append([p.grad.clone() for p in trainer.master_params])
+    )
+    batch = torch.tensor([[0.6, 0.0, -0.8, 0.0]])
+    assert trainer.run_step(batch, {})
+    torch.testing.assert_close(kept[0][0], factor * batch, rtol=1e-3, atol=1e-6)
+    assert logger.getkvs()["grad_norm"] == pytest.approx(1, rel=1e-3)  # before it was scaled
 
 
 def test_averages_follow_their_rates():

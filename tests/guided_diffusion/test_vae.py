@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from guided_diffusion.flags import vae_defaults
 from guided_diffusion.train_util import Draws
 from guided_diffusion.vae import (
     IMAGES_PER_COMPONENT,
@@ -12,7 +13,6 @@ from guided_diffusion.vae import (
     MixturePrior,
     create_vae,
     fit_mixture,
-    vae_defaults,
     vae_loss,
 )
 

@@ -7,8 +7,8 @@ import pytest
 
 from esddpm_io.errors import UserError
 from evaluations.features import GRAPH_NAME
+from guided_diffusion.commands import download
 from guided_diffusion.settings.presets import load_preset
-from scripts import download
 
 PRESET = f"""
 checkpoint = "models/mine.pt"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from esddpm_io.errors import UserError
-from scripts.generator_samples import batch_seed, create_argparser, main
+from guided_diffusion.commands.generator_samples import batch_seed, create_argparser, main
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "generator_samples.py"
 

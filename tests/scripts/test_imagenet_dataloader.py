@@ -4,7 +4,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from esddpm_io.errors import UserError
-from scripts.imagenet_dataloader import (
+from guided_diffusion.commands import (
     imagefolder_to_npz,
     imagenet_dataset,
     npz_to_imagefolder,

@@ -14,7 +14,7 @@ import torch
 from esddpm_io.errors import UserError
 from guided_diffusion import logger, script_util
 from guided_diffusion.checkpoints import load_weights, write_sidecar
-from scripts import classifier_sample, image_nll, image_sample, super_res_sample
+from guided_diffusion.commands import classifier_sample, image_nll, image_sample, super_res_sample
 from tests.golden_values import fill
 from tests.tiny_sampling import MODEL, SCRIPTS, TinyFiles
 from tests.waiting import PATIENCE_S, wait_until

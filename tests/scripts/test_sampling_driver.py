@@ -18,14 +18,13 @@ from esddpm_io.errors import UserError, run_main
 from esddpm_io.images import with_caption
 from evaluations.features import BACKENDS
 from guided_diffusion.checkpoints import write_sidecar
-from guided_diffusion.commands import driver, gather, sample, scoring
+from guided_diffusion.commands import driver, gather, sample, scoring, status
 from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.heartbeat import Observer
 from guided_diffusion.sampling.sources import open_generator_images
 from guided_diffusion.script_util import model_and_diffusion_defaults
 from guided_diffusion.settings import presets
 from guided_diffusion.settings.record import Run
-from scripts import status
 from tests.plain_run import plain_run
 from tests.tiny_sampling import (
     FEATURE_GRAPH,
@@ -484,7 +483,10 @@ def test_commands_are_printed_for_devices_of_another_machine(capsys):
 @pytest.mark.parametrize(
     ("argv", "warnings"),
     [
-        ("--num_samples 7", ["--num_samples has no effect without --start_from_scratch"]),
+        (
+            "--num_samples 7",
+            ["--num_samples has no effect without --start_from_scratch or --generator"],
+        ),
         (
             "--start_from_scratch --limit 3 --reverse_steps 25",
             [

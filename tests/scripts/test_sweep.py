@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from esddpm_io.errors import UserError, run_main
-from guided_diffusion.commands import driver, sample, sweep
+from guided_diffusion.commands import driver, sample, status, sweep
 from guided_diffusion.sampling import sampler
-from scripts import status
 from tests.tiny_sampling import NUM_IMAGES, SCRIPTS, TinyFiles, read_job, run_script
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -93,8 +92,11 @@ def test_auto_is_measured_once(tiny, tmp_path, capsys):
     assert not list(tmp_path.glob("t_prime/*"))
     sweep.main(argv)
     (file,) = tmp_path.glob("t_prime/*.json")
-    t_prime = json.loads(file.read_text())["proposal"]["t_prime"]
-    assert (tmp_path / f"dpmpp_2m_sde_t{t_prime}_2_steps" / "metrics.json").exists()
+    measured = json.loads(file.read_text())
+    t_prime = measured["proposal"]["t_prime"]
+    record = metrics(tmp_path / f"dpmpp_2m_sde_t{t_prime}_2_steps")
+    assert record["t_prime_proposal"] == measured
+    assert metrics(tmp_path / "generator")["t_prime_proposal"] is None
     capsys.readouterr()
     sweep.main([*argv, "--print_points"])
     assert f"T' = {t_prime}, as it was measured before" in capsys.readouterr().out

@@ -16,12 +16,13 @@ from PIL import Image
 from esddpm_io.errors import UserError
 from guided_diffusion import logger
 from guided_diffusion.checkpoints import read_sidecar
+from guided_diffusion.commands import classifier_train, image_train, super_res_train, vae_train
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.train_options import explained_flags, loop_options
-from scripts import classifier_train, image_train, super_res_train, vae_train
+from guided_diffusion.training.super_res import load_superres_data
 from tests.waiting import PATIENCE_S, wait_until
 
-SCRIPT = str(Path(image_train.__file__))
+SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "image_train.py")
 TINY = {
     "image_size": 8,
     "num_channels": 32,
@@ -326,6 +327,25 @@ def test_a_new_run_does_not_mix_its_checkpoints_with_anothers(start, data, tmp_p
         image_train.main(flags(**options, **resume, iterations=3))
 
 
+def test_a_new_run_puts_anothers_files_aside_if_it_is_asked_to(data, tmp_path):
+    options = {"data_dir": data, "batch_size": 2, **TINY, **SHARED, "log_interval": 1}
+    image_train.main(flags(**options, iterations=2, sample_interval=2))
+    (tmp_path / "run/notes.txt").write_text("mine")
+    before = {path.name for path in (tmp_path / "run").iterdir()} - {"notes.txt"}
+    assert {"model000002.pt", "model000002.json", "samples000002.png", "log.txt"} < before
+    for number in (1, 2):
+        image_train.main([*flags(**options, iterations=1), "--start_anew"])
+        assert [row["step"] for row in figures(tmp_path / "run")] == ["1"]
+        kept = {path.name for path in (tmp_path / f"run/earlier-{number}").iterdir()}
+        assert kept == before if number == 1 else "model000001.pt" in kept
+        assert (tmp_path / "run/model000001.pt").exists() and (tmp_path / "run/notes.txt").exists()
+        assert not (tmp_path / "run/model000002.pt").exists()
+    for start in ("auto", tmp_path / "run/model000001.pt"):
+        with pytest.raises(UserError, match="^--start_anew starts at step 0, but --resume"):
+            image_train.main(flags(**options, start_anew=True, resume_checkpoint=start))
+    assert not (tmp_path / "run/earlier-3").exists()
+
+
 def test_without_averages_samples_are_of_the_weights_themselves(data, tmp_path):
     options = {"data_dir": data, "iterations": 1, "sample_interval": 1, **TINY, **SHARED}
     image_train.main(flags(**{**options, "ema_rate": ""}))
@@ -398,6 +418,10 @@ def test_defaults_of_the_flags_that_guided_diffusion_does_not_have():
         "sample_interval": 0,
         "early_stop_steps": None,
         "keep_checkpoints": 0,
+        "start_anew": False,
+        "lr_warmup": 0,
+        "grad_clip": 0.0,
+        "power_ema": "",
         "precision": "",
         "channels_last": False,
         "seed": 0,
@@ -424,7 +448,7 @@ def test_super_resolution(data, tmp_path):
     folder = tmp_path / "run"
     assert read_sidecar(str(folder / "model000002.pt"))["flags"]["large_size"] == 8
     assert (folder / "samples000002.png").exists()
-    stream = super_res_train.load_superres_data(data, 3, large_size=8, small_size=4, seed=0)
+    stream = load_superres_data(data, 3, large_size=8, small_size=4, seed=0)
     batch, cond = next(stream)
     want = batch.view(3, 3, 4, 2, 4, 2).mean((3, 5))
     torch.testing.assert_close(cond["low_res"], want)
@@ -435,6 +459,8 @@ BAD = {
     "batch_size": (0, "--batch_size is 0, it must be at least 1"),
     "lr": (-1, "--lr is -1.0, it must be above 0"),
     "weight_decay": (-1, "--weight_decay is -1.0, it must be a number of at least 0"),
+    "grad_clip": (-1, "--grad_clip is -1.0, it must be a number of at least 0"),
+    "lr_warmup": (-1, "--lr_warmup is -1, it must be at least 0"),
     "fp16_scale_growth": ("nan", "--fp16_scale_growth is nan, it must be a number"),
     "seed": (2**64, r"--seed is 18446744073709551616, it must be in 0 …"),
     "sample_interval": (-1, "--sample_interval is -1, it must be at least 0"),
@@ -444,6 +470,7 @@ BAD = {
     "schedule_sampler": ("best", "--schedule_sampler must be one of uniform"),
     "precision": ("int4", "--precision must be one of float32, bfloat16, float16"),
     "ema_rate": ("much", "--ema_rate must be a comma list"),
+    "power_ema": ("0.5", "--power_ema must be widths above 0"),
     "noise_schedule": ("flat", "--.*schedule"),
     "channel_mult": ("a", "--channel_mult must be a comma list"),
     "num_channels": (33, "--num_channels 33 .* multiple of 32"),
@@ -477,6 +504,14 @@ def test_errors_name_no_flags_that_there_are_not():
         with pytest.raises(UserError) as caught, explained_flags({"num_heads": 4}):
             raise ValueError(text)
         assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("script", [image_train, super_res_train, classifier_train, vae_train])
+def test_clipping_and_warm_up_are_off_and_reach_the_loop(script):
+    parse = script.create_argparser().parse_args
+    for argv, want in (([], (0.0, 0)), (["--grad_clip", "0.5", "--lr_warmup", "9"], (0.5, 9))):
+        options = loop_options(parse(argv))
+        assert (options["grad_clip"], options["lr_warmup"]) == want
 
 
 @pytest.mark.parametrize("script", [image_train, super_res_train, classifier_train, vae_train])

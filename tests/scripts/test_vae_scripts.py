@@ -12,7 +12,7 @@ from PIL import Image
 
 from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import read_sidecar
-from scripts import vae_sample, vae_train
+from guided_diffusion.commands import vae_sample, vae_train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = ["--image_size", "16", "--num_channels", "8", "--latent_dim", "4", "--batch_size", "4"]

@@ -1,0 +1,221 @@
+"""Denoisers of diffusers: a folder or Hub address of a DDPMPipeline or UNet2DModel as a checkpoint.
+
+A folder has `unet/config.json` with weights beside it and `scheduler/scheduler_config.json`, or
+`config.json` and perhaps `scheduler_config.json` where there is no pipeline. Its sidecar is what
+these files say; its state dict is the U-Net's; its network is `DiffusersNetwork`.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from esddpm_io.errors import UserError, first_line
+from esddpm_io.hub import import_extra
+
+from .gaussian_diffusion import get_named_beta_schedule
+
+KIND = "diffusers"
+_UNET, _CONDITIONAL = "UNet2DModel", ("vae", "vqvae", "text_encoder", "tokenizer")
+# Of an old scheduler's config that lacks them: the arguments' defaults in diffusers.
+_SCHEDULER_DEFAULTS = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+}
+
+
+def is_diffusers(path: str) -> bool:
+    """Whether `path` is a folder that diffusers may have written."""
+    return os.path.isdir(path) and _unet_folder(path) is not None
+
+
+def _unet_folder(path: str) -> Path | None:
+    return next(
+        (p for p in (Path(path, "unet"), Path(path)) if (p / "config.json").is_file()), None
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_folder(path: str) -> dict[str, Any]:
+    """The sidecar of a folder: kind, flags and early_stop_steps, as `checkpoints.read_sidecar`.
+
+    The process is left out where there is no scheduler. UserError, naming the file, for what the
+    samplers cannot use.
+    """
+    folder = _unet_folder(path)
+    assert folder is not None
+    config = _read(folder / "config.json")
+    index = _read(Path(path, "model_index.json")) if Path(path, "model_index.json").exists() else {}
+    if surplus := [name for name in _CONDITIONAL if index.get(name)]:
+        raise UserError(
+            f"{path} is a {index.get('_class_name')} with {', '.join(surplus)}: only denoisers of "
+            "images without a text or latents can be used (a DDPMPipeline)"
+        )
+    _check_unet(config, folder / "config.json")
+    size, classes = config.get("sample_size"), config.get("num_class_embeds")
+    flags: dict[str, Any] = {
+        "unet": json.dumps(_plain(config), sort_keys=True),
+        "class_cond": classes is not None,
+        "num_classes": classes or 0,
+        "image_size": size if isinstance(size, int) else size[0],
+        "learn_sigma": config.get("out_channels", 3) == 6,
+    }
+    schedulers = Path(path, "scheduler"), Path(path), folder
+    files = [p / "scheduler_config.json" for p in schedulers]
+    if found := next((file for file in files if file.is_file()), None):
+        flags |= _process(_read(found), found, flags["learn_sigma"])
+    return {"kind": KIND, "flags": flags, "early_stop_steps": None}
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without who wrote it."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _check_unet(config: Mapping[str, Any], path: Path) -> None:
+    size = config.get("sample_size")
+    problems = {
+        f"is of a {config.get('_class_name')}": config.get("_class_name") != _UNET,
+        "has no sample_size": not size,
+        "is for images that are not square": isinstance(size, list) and len({*size}) > 1,
+        "is not for 3 channels": config.get("in_channels", 3) != 3,
+        "gives neither 3 nor 6 channels": config.get("out_channels", 3) not in (3, 6),
+        "takes classes in another form than numbers": bool(config.get("class_embed_type")),
+    }
+    for problem, is_one in problems.items():
+        if is_one:
+            raise UserError(f"{path} {problem}: only a {_UNET} of square RGB images can be used")
+
+
+def _process(scheduler: Mapping[str, Any], path: Path, learn_sigma: bool) -> dict[str, Any]:
+    """The flags of the diffusion process, from the config of any scheduler that has betas."""
+    if "beta_schedule" not in scheduler and scheduler.get("trained_betas") is None:
+        raise UserError(f"{path}: a {scheduler.get('_class_name')} has no betas, as DDPM's has")
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise UserError(f"{path}: rescale_betas_zero_snr is not supported")
+    told = {**_SCHEDULER_DEFAULTS, **scheduler}
+    variance = str(told.get("variance_type") or "fixed_small")
+    if variance == "learned" or learn_sigma != variance.startswith("learned"):
+        raise UserError(
+            f"{path}: variance_type {variance} does not go with the U-Net's output: it is "
+            "learned_range for 6 channels, fixed_small or fixed_large for 3"
+        )
+    # Configs of before 2023 say it in this way.
+    older = "sample" if told.get("predict_epsilon") is False else "epsilon"
+    predicts = told.get("prediction_type", older)
+    if predicts not in ("epsilon", "sample", "v_prediction"):
+        raise UserError(
+            f"{path}: prediction_type must be epsilon, sample or v_prediction, not {predicts}"
+        )
+    schedule, steps = _schedule(told, path)
+    return {
+        "diffusion_steps": steps,
+        "noise_schedule": schedule,
+        "predict_xstart": predicts != "epsilon",
+        "v_prediction": predicts == "v_prediction",
+        "sigma_small": variance.startswith("fixed_small"),
+    }
+
+
+def _schedule(scheduler: Mapping[str, Any], path: Path) -> tuple[str, int]:
+    """The betas as --noise_schedule names them, and their number."""
+    name, betas = scheduler["beta_schedule"], scheduler.get("trained_betas")
+    steps = len(betas) if betas is not None else int(scheduler["num_train_timesteps"])
+    if betas is not None:
+        return " ".join(["betas", *map(repr, map(float, betas))]), steps
+    if name == "squaredcos_cap_v2":
+        return "cosine", steps
+    if name not in ("linear", "scaled_linear"):
+        raise UserError(
+            f"{path}: beta_schedule must be linear, scaled_linear or squaredcos_cap_v2, or "
+            f"trained_betas must be there, not {name}"
+        )
+    text = f"{name} {float(scheduler['beta_start'])!r} {float(scheduler['beta_end'])!r}"
+    as_ours = np.allclose(
+        *(get_named_beta_schedule(t, steps) for t in (text, "linear")), rtol=1e-12, atol=0
+    )
+    return "linear" if as_ours else text, steps
+
+
+def read_tensors(path: str, *, flag: str) -> dict[str, torch.Tensor]:
+    """The state dict of the folder's `DiffusersNetwork`; UserError if tensors are missing."""
+    diffusers = import_extra("diffusers", f"{flag}: {path}")
+    folder = _unet_folder(path)
+    try:
+        unet, info = diffusers.UNet2DModel.from_pretrained(
+            folder, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{flag}: cannot read {folder}: {first_line(error)}") from error
+    for what in ("missing", "unexpected", "mismatched"):
+        if names := [str(name) for name in info[f"{what}_keys"]]:
+            raise UserError(f"{flag}: {folder}: tensors {what}: {', '.join(names[:3])}, …")
+    return {f"unet.{name}": tensor for name, tensor in unet.state_dict().items()}
+
+
+class DiffusersNetwork(torch.nn.Module):
+    """A UNet2DModel that is called as our networks are.
+
+    alphas_cumprod: float64 [T] of the process if the U-Net predicts v, from which x_0 is made:
+    v = sqrt(ᾱ) ε - sqrt(1-ᾱ) x_0 (Salimans and Ho 2022, arXiv 2202.00512, appendix D), and so
+    x_0 = sqrt(ᾱ) x_t - sqrt(1-ᾱ) v.
+    """
+
+    def __init__(self, unet: torch.nn.Module, alphas_cumprod: np.ndarray | None = None):
+        super().__init__()
+        self.unet = unet
+        self.predicts_v = alphas_cumprod is not None
+        if alphas_cumprod is not None:
+            sigmas = torch.tensor(log_sigmas(alphas_cumprod), dtype=torch.float32)
+            self.register_buffer("log_sigmas", sigmas, persistent=False)
+
+    def forward(
+        self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `UNetModel.forward`: the noise, or x_0 if the U-Net predicts that or v."""
+        dtype = next(self.unet.parameters()).dtype
+        output = self.unet(x.to(dtype), timesteps, y, return_dict=False)[0].to(x.dtype)
+        return self._x_start(output, x, timesteps) if self.predicts_v else output
+
+    def _x_start(self, v: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        below = t.floor().long() if t.is_floating_point() else t
+        above = (below + 1).clamp(max=len(self.log_sigmas) - 1)
+        log_sigma = torch.lerp(
+            self.log_sigmas[below], self.log_sigmas[above], (t - below).to(self.log_sigmas.dtype)
+        )
+        # σ² = (1-ᾱ)/ᾱ, so ᾱ is the sigmoid of -2 log σ.
+        level = torch.sigmoid(-2 * log_sigma).view(-1, 1, 1, 1)
+        v, variance = v[:, : x.shape[1]], v[:, x.shape[1] :]
+        return torch.cat([level.sqrt() * x - (1 - level).sqrt() * v, variance], dim=1)
+
+    def convert_to(self, dtype: torch.dtype) -> None:
+        """Compute in `dtype`, as diffusers does: all of the U-Net but its sinusoids."""
+        self.unet.to(dtype)
+
+
+def log_sigmas(alphas_cumprod: np.ndarray) -> np.ndarray:
+    """log σ, σ = sqrt((1-ᾱ)/ᾱ): x_t / sqrt(ᾱ) = x_0 + σ ε."""
+    return 0.5 * (np.log1p(-alphas_cumprod) - np.log(alphas_cumprod))
+
+
+def create_diffusers(
+    unet: str, v_prediction: bool, noise_schedule: str, diffusion_steps: int
+) -> DiffusersNetwork:
+    """A new network; unet: the JSON of a UNet2DModel's config."""
+    diffusers = import_extra("diffusers", "a network of diffusers")
+    levels = None
+    if v_prediction:
+        levels = np.cumprod(1 - get_named_beta_schedule(noise_schedule, diffusion_steps))
+    return DiffusersNetwork(diffusers.UNet2DModel.from_config(json.loads(unet)), levels)

@@ -1,0 +1,184 @@
+"""Images that a function makes: the same by index whatever is asked for, and errors in one line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from esddpm_io.errors import UserError
+from guided_diffusion.pixels import to_uint8
+from guided_diffusion.rng import RandomStreams, random_labels
+from guided_diffusion.sampling.generators import (
+    GeneratedImages,
+    generator_of,
+    load_generator,
+)
+from guided_diffusion.sampling.sources import open_generator
+from guided_diffusion.sampling.trial import Spread
+
+CPU = torch.device("cpu")
+MODULE = """
+import torch
+
+class Linear(torch.nn.Module):
+    latent_shape, num_classes = (4, 2), 5
+
+    def __init__(self, device):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.arange(864.0).view(8, -1).sin() / 4)
+        self.to(device)
+
+    def forward(self, latents, labels):
+        pixels = latents.flatten(1) @ self.weight + labels[:, None] / 5
+        return pixels.view(-1, 3, 6, 6).tanh()
+
+def uneven(device):
+    def generate(latents):
+        # Depends on the rows beside it and on torch's own numbers.
+        return (latents.mean() + latents.view(-1, 3, 8, 8) + torch.randn(3, 8, 8)).tanh()
+    generate.latent_shape, generate.batch_size = [192], 4
+    return generate
+"""
+
+
+@pytest.fixture
+def module(tmp_path):
+    path = tmp_path / "my_gan.py"
+    path.write_text(MODULE)
+    return path
+
+
+def test_images_of_latents_and_labels_of_the_samples_own_streams(module):
+    generator = load_generator(f"{module}:Linear", CPU)
+    images = GeneratedImages(generator, 40, 7)
+    latents = RandomStreams(7, 18, 22, "latents").randn(torch.empty(4, 4, 2))
+    labels = random_labels(7, 18, 22, 5)
+    with torch.inference_mode():
+        expected = to_uint8(generator.function(latents, torch.from_numpy(labels)))
+    assert images.shape == (40, 6, 6, 3) and images.has_labels
+    assert np.abs(images.read(18, 22).astype(int) - expected.astype(int)).max() <= 1
+    np.testing.assert_array_equal(images.labels(18, 22), labels)
+
+
+@pytest.mark.parametrize("name", ["Linear", "uneven"])
+def test_an_image_is_the_same_whatever_is_read_beside_it(module, name):
+    generator = load_generator(f"{module}:{name}", CPU)
+    whole = GeneratedImages(generator, 37, 1).read(0, 37)
+    torch.manual_seed(3)
+    for start, stop in ((0, 37), (5, 6), (3, 20), (36, 37)):
+        read = GeneratedImages(generator, stop, 1).read(start, stop)
+        np.testing.assert_array_equal(read, whole[start:stop])
+    assert (GeneratedImages(generator, 37, 2).read(0, 37) != whole).any(axis=(1, 2, 3)).all()
+    assert len(np.unique(whole.reshape(37, -1), axis=0)) == 37
+
+
+def test_torch_goes_on_with_its_own_numbers(module):
+    generator = load_generator(f"{module}:uneven", CPU)
+    torch.manual_seed(0)
+    expected = torch.randn(3)
+    torch.manual_seed(0)
+    generator.images(0, 1)
+    assert torch.equal(torch.randn(3), expected)
+
+
+def contents(text: str, path) -> str:
+    path.write_text(text)
+    load_generator.cache_clear()
+    return load_generator(f"{path}:Linear", CPU).contents
+
+
+def test_contents_tell_code_tensors_and_version_apart(module, tmp_path):
+    same = tmp_path / "elsewhere" / "my_gan.py"
+    same.parent.mkdir()
+    first = contents(MODULE, module)
+    assert contents(MODULE, same) == first
+    assert contents(MODULE.replace("labels[:, None] / 5", "labels[:, None] / 6"), module) != first
+    linear = load_generator(f"{same}:Linear", CPU).function
+    of_tensors = generator_of(linear, CPU, "images").contents
+    with torch.no_grad():
+        linear.weight[0, 0] += 1
+    assert generator_of(linear, CPU, "images").contents != of_tensors
+    linear.weight.data[0, 0] -= 1
+    assert generator_of(linear, CPU, "images").contents == of_tensors
+    linear.version = "2"
+    assert generator_of(linear, CPU, "images").contents != of_tensors
+
+
+def test_a_saved_network_makes_the_same_images(tmp_path):
+    class Decoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 3 * 8 * 8)
+
+        def forward(self, latents, labels):
+            return (self.layer(latents) + labels[:, None]).view(-1, 3, 8, 8).tanh()
+
+    decoder = Decoder().eval()
+    about = {"latent_shape": [4], "num_classes": 3, "batch_size": 8}
+    given = torch.zeros(8, 4), torch.zeros(8, dtype=torch.int64)
+    extra = {"generator.json": json.dumps(about)}
+    torch.jit.save(torch.jit.trace(decoder, given), tmp_path / "a.pt", _extra_files=extra)
+    program = torch.export.export(decoder, given)
+    torch.export.save(program, tmp_path / "a.pt2", extra_files=extra)
+    vars(decoder).update(about)
+    expected = GeneratedImages(generator_of(decoder, CPU, "images"), 20, 0)
+    for name in ("a.pt", "a.pt2"):
+        source = open_generator(str(tmp_path / name), 20, 0, CPU)
+        found = ((source.start(0, 20).images + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+        assert np.abs(found - expected.read(0, 20)).max() <= 1
+        np.testing.assert_array_equal(source.start(3, 20).labels, expected.labels(3, 20))
+    torch.export.save(program, tmp_path / "b.pt2")
+    with pytest.raises(UserError, match=r"--generator .*b\.pt2: the generator needs an attribute"):
+        load_generator(str(tmp_path / "b.pt2"), CPU)
+
+
+def test_a_trial_takes_the_first_images(module):
+    source = open_generator(f"{module}:Linear", 5000, 0, CPU)
+    few = open_generator(f"{module}:Linear", 20, 0, CPU)
+    assert torch.equal(Spread(source, 20).start(0, 20).images, few.start(0, 20).images)
+
+
+BAD = {
+    "return None": r"what the factory gave, None, cannot be called",
+    "return lambda z: z": r"needs an attribute latent_shape, such as \(512,\)",
+    "g.latent_shape = (0,); return g": r"latent_shape.* whole numbers from 1, not \(0,\)",
+    "g.num_classes = 2.5; return g": r"num_classes must be a whole number from 1, not 2\.5",
+    "g.batch_size = 0; return g": r"batch_size must be a whole number from 1, not 0",
+    "g.out = None; return g": r"what it gave is a NoneType, it must be a tensor",
+    "g.out = torch.zeros(16, 8, 8, 3); return g": r"float32\[16, 8, 8, 3\], it must be float \[16,",
+    "g.out = torch.zeros(8, 3, 8, 8); return g": r"float32\[8, 3, 8, 8\], it must be float \[16, 3",
+    "g.out = torch.zeros(16, 3, 8, 8, dtype=torch.int64); return g": r"int64\[16, 3, 8, 8\]",
+    "g.out = torch.zeros(16, 8, 8, 1, dtype=torch.uint8); return g": r"uint8\[16, 8, 8, 1\]",
+    "g.out = torch.full((16, 3, 8, 8), torch.nan); return g": r"NaN or infinite in image 0",
+    "g.out = torch.full((16, 3, 8, 8), 255.0); return g": r"values of 255, they must be in \[-1",
+    "raise KeyError('weights')": r"KeyError: 'weights' \(.*bad\.py:7\)",
+    "torch.load('no_such_file')": r"FileNotFoundError: .*no_such_file.*\(.*bad\.py:7\)",
+    "g.out = property; del g.out; return g": r"AttributeError: .*out.*\(.*bad\.py:4\)",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_what_goes_wrong_is_one_line(tmp_path, line):
+    path = tmp_path / "bad.py"
+    path.write_text(
+        "import torch\ndef load(device):\n    def g(z):\n        return g.out\n"
+        f"    g.latent_shape = (4,)\n    g.out = torch.zeros(16, 3, 8, 8)\n    {line}\n"
+    )
+    with pytest.raises(UserError, match=f"^--generator .*bad.py:load: .*{BAD[line]}") as caught:
+        open_generator(f"{path}:load", 4, 0, CPU)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("my_gan", "--generator: 'my_gan' is not MODULE:FUNCTION"),
+        ("no_such_module_here:f", "--generator: cannot import no_such_module_here"),
+        ("missing.py:f", "--generator: there is no file missing.py"),
+        ("missing.pt", "--generator: there is no file missing.pt"),
+    ],
+)
+def test_targets_that_are_none(target, message):
+    with pytest.raises(UserError, match=message):
+        load_generator(target, CPU)
