@@ -27,7 +27,7 @@ GROUPS = {
     "training images": "random_crop random_flip label_from num_workers",
     "devices and processes": """
         device devices batch_size microbatch precision use_fp16 channels_last compile machine_idx
-        num_machines global_rank world_size any_chunk chunk_size""",
+        num_machines global_rank world_size any_chunk chunk_size shard""",
     "Slurm": "submit print_sbatch slurm_args",
     "network": """
         override_checkpoint_flags image_size large_size small_size num_channels num_res_blocks
