@@ -96,6 +96,7 @@ FLAG_HELP = {
     "keep_checkpoints": "remove all but this many checkpoints (0: keep all)",
     "channels_last": "NHWC memory: faster convolutions in half precision on GPUs",
     "compile": "torch.compile the network: a minute or more at the start, faster steps after that",
+    "shard": "split weights, gradients, averages and moments over the processes (FSDP2)",
     "label_from": "name: label is the file name up to _; folder: the folder's name",
     "num_workers": "processes that decode images (-1: as many as cores, at most 8)",
     "sample_interval": "draw samples of the averaged weights every so many steps (0: never)",

@@ -19,8 +19,6 @@ from esddpm_io.hub import fetched
 from guided_diffusion.flags import add_dict_to_argparser, model_and_diffusion_defaults
 from guided_diffusion.settings.layers import parse, require
 
-_FILES = (".pt", ".pth", ".bin", ".safetensors")
-
 
 def create_argparser() -> argparse.ArgumentParser:
     """The command line: two places and the flags of an image model."""
@@ -35,22 +33,23 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args, typed = parse(create_argparser(), argv)
-    from guided_diffusion import convert_files
+
+    from guided_diffusion.conversion_files import FILES, copy, to_file, to_folder
     from guided_diffusion.diffusers_folder import is_diffusers
 
     source, target = fetched(args.source, flag="A"), args.target
     flags = {name: getattr(args, name) for name in typed & model_and_diffusion_defaults().keys()}
-    from_folder, to_file = is_diffusers(source), target.endswith(_FILES)
+    from_folder, is_file = is_diffusers(source), target.endswith(FILES)
     require(from_folder or not os.path.isdir(source), f"A: {source} is no folder of diffusers")
-    if to_file:
+    if is_file:
         check_output_file(target, flag="B")
     if from_folder:
-        require(to_file, f"B: {target} must be a file, {' or '.join(_FILES)}, for A is a folder")
+        require(is_file, f"B: {target} must be a file, {' or '.join(FILES)}, for A is a folder")
         require(not args.drop_variance, "--drop_variance: only for a folder B")
-        convert_files.to_file(source, target)
-    elif to_file:
-        convert_files.copy(source, target)
+        to_file(source, target)
+    elif is_file:
+        copy(source, target)
     else:
         empty = not os.path.exists(target) or (os.path.isdir(target) and not os.listdir(target))
         require(empty, f"B: {target} is there already: give the name of a new folder")
-        convert_files.to_folder(source, target, flags, args.drop_variance)
+        to_folder(source, target, flags, args.drop_variance)

@@ -66,7 +66,7 @@ class Sampler:
         `report` is told the number of steps done. Raises UserError, naming index and step, if a
         sample is NaN or infinite.
         """
-        sampler, size = self._run.sampler, self._run.image_size
+        sampler = self._run.sampler
         begin = self._source.start(start, stop)
         streams = RandomStreams(self._run.seed, start, stop)
         # A CPU has no time to spare while the network runs.
@@ -75,7 +75,7 @@ class Sampler:
         for done, out in enumerate(
             self._loop()(
                 self._predict,
-                (stop - start, 3, size, size),
+                (stop - start, 3, *self._run.image_shape),
                 noise=self._to_device(begin.images),
                 clip_denoised=sampler.clip_denoised,
                 cond_fn=self._cond_fn,

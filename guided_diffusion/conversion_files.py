@@ -1,7 +1,4 @@
-"""Checkpoints into other files and into folders of diffusers, checked before they are there.
-
-What is wrong is said of A, the source, or B, the target, as `commands.convert` calls them.
-"""
+"""Checkpoints and folders of diffusers written as the other; `conversion` has the mathematics."""
 
 import contextlib
 import os
@@ -24,12 +21,16 @@ from guided_diffusion.checkpoints import (
     write_sidecar,
 )
 from guided_diffusion.diffusers_network import DiffusersNetwork
-from guided_diffusion.script_util import NUM_CLASSES, create_network
+from guided_diffusion.script_util import (
+    NUM_CLASSES,
+    create_network,
+)
 from guided_diffusion.settings.layers import require
 from guided_diffusion.settings.recognition import identify
 from guided_diffusion.settings.resolver import Resolved, resolve_network
 
 TOLERANCE = 1e-5  # of the outputs, in units of the largest one or of 1
+FILES = (".pt", ".pth", ".bin", SAFETENSORS)
 _LARGEST_CHECK = 64  # pixels; the networks are convolutional
 _WITHOUT = {
     "classifier": "classifier of noisy images: diffusers has none",
