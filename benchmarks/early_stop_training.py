@@ -46,10 +46,9 @@ FLAGS = {
     "use_scale_shift_norm": True,
 }
 BATCH_SIZE, LEARNING_RATE = 8, 2e-3
-# Averages of a tenth of the steps so far (EDM2, arXiv 2312.02696, eq. 123: sigma_rel = 0.10), so
-# that a network of few steps is judged as fairly as one of many.
-POWER = 6.94
-EMA = "0.0"  # the rate in the files' names
+# An average over a tenth of the steps so far, so that a network of few steps is judged as fairly as
+# one of many.
+WIDTH = "0.1"
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, arXiv 2303.09556
 CONTINUED_FROM = 0.5  # share of the steps after which "continue" leaves all timesteps
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
@@ -142,9 +141,8 @@ class Study:
         self.snapshots = log_spaced(args.iterations, args.snapshots)
 
     def t_primes_of(self, arm: Arm) -> list[int]:
-        """The T' at which an arm is measured; all of them where it can."""
-        variants = {other.t_prime for other in self.arms if other.t_prime}
-        return [arm.t_prime] if arm.t_prime else sorted(variants)
+        """The T' at which an arm is measured: its own, for "all t" those of all arms."""
+        return [arm.t_prime] if arm.t_prime else sorted({a.t_prime for a in self.arms} - {0})
 
     def curve(self, arm: Arm, t_prime: int, evaluations: int) -> np.ndarray:
         """Distances, [seeds, snapshots]."""
@@ -170,7 +168,7 @@ class Study:
             missing = {key: how for key, how in wanted.items() if key not in result["distances"]}
             if not missing:
                 continue
-            network = folder / f"ema_{EMA}_{step:06d}.pt"
+            network = folder / f"ema_power{WIDTH}_{step:06d}.pt"
             if not network.exists():
                 result["seconds"] += self._train(arm, seed, folder, step)
             for key, how in missing.items():
@@ -207,7 +205,7 @@ class Study:
         if arm.variant == "continue" and not any(folder.glob("model*.pt")):
             full = self.args.results / f"{Arm(0).folder}_seed{seed}"
             start = str(full / f"model{self._leaving:06d}.pt")
-        loop = PowerAveraged(
+        loop = TrainLoop(
             model=model,
             diffusion=diffusion,
             data=load_data(
@@ -221,7 +219,8 @@ class Study:
             batch_size=BATCH_SIZE,
             microbatch=-1,
             lr=LEARNING_RATE,
-            ema_rate=EMA,
+            ema_rate="",
+            power_ema=WIDTH,
             log_interval=50,
             save_interval=step,
             resume_checkpoint=start,
@@ -272,15 +271,6 @@ class Study:
         return images[np.linspace(0, len(images) - 1, self.args.num_samples).astype(int)]
 
 
-class PowerAveraged(TrainLoop):
-    """`TrainLoop` with an average whose width grows with the run."""
-
-    def _update_ema(self) -> None:
-        keep = (1 - 1 / (self.global_step + 1)) ** (POWER + 1)
-        for params in self.ema_params:
-            torch._foreach_lerp_(params, [p.detach() for p in self.master_params], 1 - keep)
-
-
 def log_spaced(last: int, count: int) -> list[int]:
     """`count` steps up to `last`, the first a quarter of it."""
     return [round(last * 4 ** (i / (count - 1) - 1)) for i in range(count)]
@@ -299,13 +289,13 @@ def variant_arm(text: str) -> Arm:
 
 def steps_to(distance: float, steps: list[int], curve: np.ndarray) -> float:
     """Steps after which a curve has fallen to `distance`, in log(steps) linearly; else infinity."""
-    best = np.minimum.accumulate(curve)
+    best = np.minimum.accumulate(np.nan_to_num(curve, nan=math.inf))
     reached = np.flatnonzero(best <= distance)
     if not len(reached):
         return math.inf
     i = int(reached[0])
-    if i == 0:
-        return float(steps[0])
+    if i == 0 or not math.isfinite(best[i - 1]):  # where the curve begins
+        return float(steps[i])
     share = (best[i - 1] - distance) / (best[i - 1] - best[i])
     return float(np.exp(np.log(steps[i - 1]) * (1 - share) + np.log(steps[i]) * share))
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from esddpm_io.atomic import write_json
 from esddpm_io.download import download
-from esddpm_io.errors import UserError
+from esddpm_io.errors import UserError, check_choice
 from esddpm_io.files import open_binary, read_json
 from esddpm_io.images import ImageSource
 from esddpm_io.progress import Progress
@@ -166,7 +166,7 @@ def choose_engine(
     device is CUDA where there is one. resize: one of `RESIZES`.
     """
     check_engine(backend, precision, device)
-    _check_choice("--resize", resize, RESIZES)
+    check_choice("--resize", resize, RESIZES)
     graph.check(backend, precision, resize)
     if isinstance(graph, NetworkFile):
         _torch_backend()
@@ -189,8 +189,8 @@ def _graph_engine(graph: Graph, backend: str, precision: str, device: str) -> En
 
 def check_engine(backend: str, precision: str, device: str) -> None:
     """`UserError` for choices that no engine can meet here; loads torch if a device is named."""
-    _check_choice("--backend", backend, BACKENDS)
-    _check_choice("--precision", precision, PRECISIONS)
+    check_choice("--backend", backend, BACKENDS)
+    check_choice("--precision", precision, PRECISIONS)
     if backend == "tensorflow":
         if precision != "float32":
             raise UserError(
@@ -233,13 +233,6 @@ def _tensorflow_has_gpu() -> bool:
     from evaluations.backend_tensorflow import has_gpu
 
     return has_gpu()
-
-
-def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(
-            f"{flag} {value}: choose from {', '.join(choices)}", got=value, valid=choices
-        )
 
 
 def extract(

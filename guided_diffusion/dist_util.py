@@ -82,7 +82,8 @@ def setup_dist() -> Launch:
     if torch.cuda.is_available():
         torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        has_nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
+        backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
         place = {"rank": launch.rank, "world_size": launch.world_size}
         if launch.world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), **place)

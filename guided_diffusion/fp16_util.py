@@ -13,6 +13,7 @@ import torch.nn as nn
 
 from . import logger
 from .nn import convert_convolutions
+from .sharding import whole
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 # Bounds of the scale's binary logarithm. Below: 2^-14 is the smallest normal float16, and a smaller
@@ -133,6 +134,11 @@ def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
+def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Euclidean norm of all of them together, a scalar."""
+    return whole(torch.stack(torch._foreach_norm(tensors)).norm())
+
+
 class MixedPrecisionTrainer:
     """The parameters an optimiser works on, and the way of gradients to them.
 
@@ -184,7 +190,7 @@ class MixedPrecisionTrainer:
         gradients = [p.grad for p in self.master_params if p.grad is not None]
         if self.use_fp16:
             torch._foreach_mul_(gradients, 2.0**-self.lg_loss_scale)
-        return torch.stack(torch._foreach_norm(gradients)).norm()
+        return _norm(gradients)
 
     @torch.no_grad()
     def scale_gradients(self, factor: float) -> None:
@@ -224,7 +230,7 @@ class MixedPrecisionTrainer:
     @torch.no_grad()
     def param_norm(self) -> float:
         """Euclidean norm of all master parameters."""
-        return torch.stack(torch._foreach_norm(self.master_params)).norm().item()
+        return _norm(self.master_params).item()
 
     @torch.no_grad()
     def masters_to_model(self) -> None:
@@ -238,7 +244,7 @@ class MixedPrecisionTrainer:
         trained = dict(self.model.named_parameters())
         return {
             name: value.detach().float().contiguous() if name in trained else value.detach()
-            for name, value in state.items()
+            for name, value in whole(state).items()
         }
 
     def state_dict_to_master_params(self, state_dict: dict) -> list[torch.Tensor]:

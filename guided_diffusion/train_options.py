@@ -35,6 +35,7 @@ _LOOP = (
     "seed",
     "channels_last",
     "compile",
+    "shard",
 )
 _DATA = ("data_dir", "batch_size", "random_crop", "random_flip", "label_from", "seed")
 
@@ -50,6 +51,7 @@ def loop_defaults() -> dict:
         "keep_checkpoints": 0,
         "channels_last": False,
         "compile": False,
+        "shard": False,
         "seed": 0,
         "random_crop": False,
         "random_flip": True,
@@ -89,7 +91,7 @@ def training_parser(description: str, *defaults: dict) -> argparse.ArgumentParse
         merged.update(group)
     add_dict_to_argparser(parser, merged)
     for action in parser._actions:
-        if action.dest in ("compile", "start_anew"):
+        if action.dest in ("compile", "shard", "start_anew"):
             action.nargs, action.const = "?", True
     if "early_stop_steps" in merged:
         parser.set_defaults(early_stop_steps=None)  # told from 0, see `settle_early_stop`

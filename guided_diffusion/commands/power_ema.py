@@ -9,18 +9,14 @@ posthoc_0.15_NNNNNN.pt with its sidecar there, which sampling takes as any other
 import argparse
 import re
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from esddpm_io.errors import UserError, terminate_cleanly
 from esddpm_io.help import CommandLine
-from guided_diffusion.checkpoints import (
-    read_checkpoint,
-    read_sidecar,
-    save_checkpoint,
-    write_sidecar,
-)
 from guided_diffusion.power_ema import Profile, gamma_of, mixture
+
+if TYPE_CHECKING:
+    import torch
 
 _SAVED = re.compile(r"ema_power([\d.e-]+)_(\d{6,})\.pt")
 
@@ -38,6 +34,9 @@ def create_argparser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     terminate_cleanly()
     args = create_argparser().parse_args(argv)
+
+    from guided_diffusion.checkpoints import read_sidecar, save_checkpoint, write_sidecar
+
     try:
         gamma = gamma_of(args.sigma_rel)
     except ValueError as error:
@@ -69,8 +68,10 @@ def saved_averages(folder: Path) -> dict[Path, Profile]:
     return found
 
 
-def added_up(factors: dict[str, float], newest: str) -> dict[str, torch.Tensor]:
+def added_up(factors: dict[str, float], newest: str) -> "dict[str, torch.Tensor]":
     """The sum of the files' weights times their factors; whole numbers are those of `newest`."""
+    from guided_diffusion.checkpoints import read_checkpoint
+
     total: dict[str, torch.Tensor] = {}
     for path, factor in factors.items():
         for name, value in read_checkpoint(path, flag="FOLDER").items():

@@ -108,6 +108,8 @@ class Trainer(RunState):
         seed: see `Draws`; None leaves all random numbers to the global generators.
         channels_last: keep images and weights in NHWC memory; faster on GPUs in half precision.
         compile: torch.compile the model. A shorter last microbatch is filled up, see `Compiled`.
+        shard: split parameters, gradients, averages and moments over the processes (FSDP2); the
+            files are those of a run that does not. Not with float16 or `compile`.
         sidecar: keyword arguments of `checkpoints.write_sidecar` (flags, kind, early_stop_steps)
             for the JSON beside model and EMA files.
         num_timesteps: T (or T') of "t", for the figures by quarter.
@@ -146,6 +148,7 @@ class Trainer(RunState):
         seed: int | None = None,
         channels_last: bool = False,
         compile: bool = False,
+        shard: bool = False,
         sidecar: dict | None = None,
         num_timesteps: int | None = None,
         sample_interval: int = 0,
@@ -167,6 +170,9 @@ class Trainer(RunState):
         self.log_interval, self.save_interval = log_interval, save_interval
         self.resume_checkpoint = resume_checkpoint
         self.precision = _checked_precision(precision, use_fp16)
+        self.shard = shard and self.world_size > 1
+        if shard and (compile or self.precision == "float16"):
+            raise ValueError("shard goes with float32 and bfloat16, and without compile")
         self.keep_checkpoints = keep_checkpoints
         self.seed = seed
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -342,14 +348,15 @@ class Trainer(RunState):
 
     def save_samples(self) -> None:
         """Draw `draw_samples` with the averaged weights into samplesNNNNNN.png."""
-        if self.rank == 0:
+        if self.rank == 0 or self.shard:  # a split network runs on all processes or on none
             from esddpm_io.images import save_png
 
             # Named, for without a name the generators of all GPUs of the machine are saved.
             devices = [self.device] if self.device.type == "cuda" else []
             with self._averaged_weights(), torch.random.fork_rng(devices):
                 image = self.draw_samples(self.model)
-            save_png(Path(self._folder()) / f"samples{self.global_step:06d}.png", image)
+            if self.rank == 0:
+                save_png(Path(self._folder()) / f"samples{self.global_step:06d}.png", image)
 
     # Inside a step.
 
@@ -376,6 +383,9 @@ class Trainer(RunState):
 
     def _no_sync(self, hold: bool):
         """Synchronise gradients with the other processes in the last microbatch only."""
+        if self.shard:
+            self.model.set_requires_gradient_sync(not hold)
+            return contextlib.nullcontext()
         return (
             self._distributed.no_sync()
             if hold and self.world_size > 1

@@ -15,6 +15,7 @@ from ..checkpoint_sets import CheckpointSet, find_set, fit_optimizer_state, prun
 from ..checkpoints import check_fit, load_weights, network_state
 from ..fp16_util import MixedPrecisionTrainer
 from ..rng import random_state, restore_random_state
+from ..sharding import shard, split_like, whole
 
 
 class RunState:
@@ -37,6 +38,7 @@ class RunState:
     resume_checkpoint: str
     keep_checkpoints: int
     sidecar: dict | None
+    shard: bool
     step = 0  # done by this process …
     resume_step = 0  # … and before it started
     resume_samples = 0  # images of those steps
@@ -83,6 +85,14 @@ class RunState:
     def save(self) -> None:
         """Write a checkpoint set; only when its last file, the model's, is there does it count."""
         rng = dist_util.gather_objects(random_state() if self.seed is None else None)
+        to_state_dict = self.mp_trainer.master_params_to_state_dict
+        if self.shard or self.rank == 0:  # of split tensors all processes bring their parts
+            model = to_state_dict(self.master_params)
+            emas = {
+                name: to_state_dict(params)
+                for name, params in zip(self.ema_names, self.ema_params, strict=True)
+            }
+            opt = whole(self.opt.state_dict())
         if self.rank == 0:
             files = CheckpointSet(Path(self._folder()), self.global_step)
             logger.log(f"saving step {self.global_step}")
@@ -93,15 +103,7 @@ class RunState:
                 "sampler": self.sampler_state(),
                 "random": rng,
             }
-            to_state_dict = self.mp_trainer.master_params_to_state_dict
-            emas = zip(self.ema_names, self.ema_params, strict=True)
-            files.write(
-                model=to_state_dict(self.master_params),
-                emas={name: to_state_dict(params) for name, params in emas},
-                opt=self.opt.state_dict(),
-                state=state,
-                sidecar=self.sidecar,
-            )
+            files.write(model=model, emas=emas, opt=opt, state=state, sidecar=self.sidecar)
             if self.keep_checkpoints:
                 prune_sets(files.folder, self.keep_checkpoints, files.step)
         # Nobody goes on, or ends, before the files are there.
@@ -112,15 +114,18 @@ class RunState:
         """`averaged_params` in the model, in evaluation mode, for the length of a block."""
         before = [p.detach().clone() for p in self.model_params]
         training = self.model.training
-        with torch.no_grad():
-            torch._foreach_copy_(self.model_params, self.averaged_params)
+        self._set_weights(self.averaged_params)
         self.model.eval()
         try:
             yield
         finally:
             self.model.train(training)
-            with torch.no_grad():
-                torch._foreach_copy_(self.model_params, before)
+            self._set_weights(before)
+
+    @torch.no_grad()
+    def _set_weights(self, values: list[torch.Tensor]) -> None:
+        for param, value in zip(self.model_params, values, strict=True):
+            param.copy_(value)  # one by one: split tensors have no _foreach_copy_
 
     def _folder(self) -> str:
         folder = logger.get_dir()
@@ -134,6 +139,8 @@ class RunState:
         """Make all that training changes, with the values of the checkpoint if there is one."""
         self._resume_set = self._find_resume_set()
         self._load_weights()
+        if self.shard:
+            shard(self.model, self.device)
         self.mp_trainer = MixedPrecisionTrainer(
             model=self.model,
             use_fp16=self.precision == "float16",
@@ -179,7 +186,7 @@ class RunState:
             check_fit(self.model, state, path, flag="--resume_checkpoint")
             values = self.mp_trainer.state_dict_to_master_params(state)
             for target, value in zip(params, values, strict=True):
-                target.copy_(value)
+                target.copy_(split_like(value, target))
         elif self._resume_set:
             logger.warn(f"no {path}: this average starts from the model's weights")
         return params
@@ -199,7 +206,7 @@ class RunState:
             # and parameter as they lie in memory.
             moments["step"] = moments["step"].to(param.device)
             for name in ("exp_avg", "exp_avg_sq"):
-                moments[name] = torch.empty_like(param).copy_(moments[name])
+                moments[name] = torch.empty_like(param).copy_(split_like(moments[name], param))
         for group in self.opt.param_groups:  # what the user asks for now goes before what was saved
             group.update(lr=self.lr, weight_decay=self.weight_decay, fused=True, foreach=None)
 
@@ -231,7 +238,7 @@ class RunState:
         return dist_util.load_state_dict(path, flag="--resume_checkpoint")
 
     def _distribute(self) -> nn.Module:
-        if self.world_size == 1:
+        if self.world_size == 1 or self.shard:
             return self.model
         return nn.parallel.DistributedDataParallel(
             self.model,

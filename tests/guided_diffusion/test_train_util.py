@@ -308,6 +308,7 @@ def test_file_names_and_contents(log_folder):
     loop.run_loop()
     assert {p.name for p in log_folder.iterdir()} == {
         "progress.csv",
+        "progress.png",
         *(f"{name}000004.pt" for name in ("model", "opt", "state", "ema_0.9_", "ema_0.99_")),
         *(f"{name}000004.json" for name in ("model", "ema_0.9_", "ema_0.99_")),
     }
@@ -614,7 +615,8 @@ def test_sample_grids_use_the_average_and_disturb_nothing(log_folder):
     np.random.seed(1)
     sampling.run_loop()
     assert equal(everything(plain), everything(sampling)) and sampling.model.training
-    assert {p.name for p in log_folder.glob("*.png")} == {"samples000002.png", "samples000004.png"}
+    pictures = {p.name for p in log_folder.glob("samples*.png")}
+    assert pictures == {"samples000002.png", "samples000004.png"}
     weights, training = drawn[1]
     assert not training and equal([w.detach() for w in weights], sampling.ema_params[0])
 
@@ -628,6 +630,8 @@ def test_sample_grids_use_the_average_and_disturb_nothing(log_folder):
         ),
         ({"ema_rate": "1.5"}, "ema_rate must be"),
         ({"precision": "int8"}, "precision must be one of float32, bfloat16, float16"),
+        ({"shard": True, "compile": True}, "shard goes with float32 and bfloat16, and without"),
+        ({"shard": True, "precision": "float16"}, "shard goes with float32 and bfloat16"),
     ],
 )
 def test_impossible_arguments_are_named(options, message):
