@@ -10,23 +10,17 @@ import argparse
 import sys
 import warnings
 
-import numpy as np
-
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError, run_main, terminate_cleanly
 from esddpm_io.files import check_output_file, short_names
 from esddpm_io.help import CommandLine
-from esddpm_io.images import enlarge, image_grid, open_images, save_png, with_caption
-from evaluations.evaluation import Result, run
+from evaluations.evaluation import run
 from evaluations.features import BACKENDS, PRECISIONS
 from evaluations.neighbours import ARITHMETICS
-from evaluations.report import Names, as_json, lines, table
+from evaluations.report import Names, as_json, draw_suspicious, lines, table
 from evaluations.resizing import RESIZES
 from evaluations.scoring import METRICS
 from evaluations.settings import Settings
-
-_PAIR_WIDTH = 128  # pixels that an image of the memorization PNG has at least
-_PAIRS_A_ROW = 4
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -120,23 +114,6 @@ def create_argparser() -> argparse.ArgumentParser:
 def warn(text: str) -> None:
     """A warning on stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def draw_suspicious(path: str, result: Result, reference: str) -> None:
-    """A PNG of the samples nearest to the reference, each with the reference's image beside it."""
-    sets = open_images(result.sample, flag="SAMPLE"), open_images(reference, flag="REF")
-    pairs = []
-    for *indices, distance in result.suspicious:
-        both = [one.read(i, i + 1)[0] for one, i in zip(sets, indices, strict=True)]
-        size = max(max(image.shape[:2]) for image in both)
-        both = [
-            enlarge(image, max(round(max(size, _PAIR_WIDTH) / len(image)), 1)) for image in both
-        ]
-        height = max(map(len, both))
-        padded = [np.pad(one, ((0, height - len(one)), (0, 0), (0, 0))) for one in both]
-        caption = "{} | {}: {:.3g}".format(*indices, distance)
-        pairs.append(with_caption(np.concatenate(padded, axis=1), caption))
-    save_png(path, image_grid(pairs, min(_PAIRS_A_ROW, len(pairs))))
 
 
 def main(argv: list[str] | None = None) -> None:
