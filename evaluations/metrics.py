@@ -47,6 +47,7 @@ EXTRAPOLATION_SIZES, EXTRAPOLATION_SMALLEST = 15, 5000
 CLASS_FEWEST = 2  # images of a class on either side, for a covariance
 RBF_SIGMA, RBF_SCALE = 10.0, 1000.0  # of Jayasumana et al.
 MEMORIZED_QUANTILE = 0.01  # of held-out images as many pass for copies
+_DUPLICATE = 0.01  # of the typical distance: rounding alone makes as much of equal images
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]  # rows [n, D], [m, D] -> float64 [n, m]
 
 
@@ -216,16 +217,24 @@ def frechet_distance_per_class(
 class Memorization:
     """How near samples are to the reference: its row next to each, int64 [N], and the distances.
 
-    distances float32 [N]. limit: what a distance must be below to pass for a copy.
+    distances float32 [N]. limit: what a distance must be below to pass for a copy. typical: the
+    median distance of the reference's rows to their nearest other.
     """
 
     nearest: np.ndarray
     distances: np.ndarray
     limit: float
+    typical: float
 
     @property
-    def share(self) -> float:
-        return float(np.mean(self.distances < self.limit))
+    def share(self) -> Value:
+        notes = ()
+        if self.limit <= _DUPLICATE * self.typical:
+            notes = (
+                "so many of the reference's images are there twice that the limit of memorization "
+                f"is {self.limit:.2g}: no copy can be told; leave duplicates out of the reference",
+            )
+        return Value(float(np.mean(self.distances < self.limit)), notes=notes)
 
     def most_suspicious(self, count: int) -> list[tuple[int, int, float]]:
         """Sample, row of the reference and distance of the nearest pairs, from near to far."""
@@ -242,8 +251,8 @@ def memorization(reference: np.ndarray, samples: np.ndarray) -> Memorization:
     """
     own = np.sqrt(neighbour_radii(reference, 1, "float32"))
     rows, distances = nearest(reference, samples, 1)
-    limit = float(np.quantile(own, MEMORIZED_QUANTILE))
-    return Memorization(rows[:, 0], distances[:, 0], limit)
+    limit, typical = map(float, np.quantile(own, [MEMORIZED_QUANTILE, 0.5]))
+    return Memorization(rows[:, 0], distances[:, 0], limit, typical)
 
 
 def jackknife_interval(

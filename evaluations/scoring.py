@@ -220,7 +220,7 @@ METRICS = {
         "Memorization",
         "memorization",
         fewest=2,
-        value=lambda s: Value(s.memorization.share),
+        value=lambda s: s.memorization.share,
         needs=("images",),
     ),
 }
