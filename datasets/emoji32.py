@@ -140,7 +140,7 @@ def build(read: ReadMember, source: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = CommandLine(description=__doc__.splitlines()[0])
+    parser = CommandLine(description=__doc__)
     parser.add_argument(
         "--package",
         default="",

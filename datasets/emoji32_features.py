@@ -206,7 +206,7 @@ def read_data(path: str) -> tuple[np.ndarray, np.ndarray]:
 
 def create_argparser() -> argparse.ArgumentParser:
     precomputed = ROOT / "evaluations" / "precomputed"
-    parser = CommandLine(description=__doc__.splitlines()[0])
+    parser = CommandLine(description=__doc__)
     parser.add_argument("--data", default=str(ROOT / "datasets" / "emoji32.npz"), help="emoji32")
     parser.add_argument("--out", default=str(precomputed / "emoji32_features.pb"), help="graph")
     parser.add_argument("--epochs", type=int, default=25, help="passes over the drawings")

@@ -1,12 +1,13 @@
 """One line for the user instead of a traceback."""
 
 import contextlib
+import difflib
 import errno
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 EXIT_MAY_PASS = 1  # something that another try may mend, as any fault of the program is
 EXIT_USER_ERROR = 2
@@ -20,7 +21,15 @@ _MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY
 
 
 class UserError(ValueError):
-    """Something the user can put right: the message is one line that names the flag or the file."""
+    """Something the user can put right: the message is one line that names the flag or the file.
+
+    got, valid: names that are none of the valid ones; the message ends with what may be meant.
+    """
+
+    def __init__(
+        self, message: str, *, got: str | Iterable[str] = (), valid: Iterable[str] = ()
+    ) -> None:
+        super().__init__(message + did_you_mean(got, valid))
 
 
 @contextlib.contextmanager
@@ -48,8 +57,9 @@ def terminate_cleanly() -> None:
     Once: a second one, as from a job scheduler and from the parent, must not cut the clean-up.
     """
     signals = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
-        signals.append(signal.SIGHUP)
+    closes = getattr(signal, "SIGHUP", None)  # not on Windows
+    if closes and signal.getsignal(closes) is not signal.SIG_IGN:  # nohup ignores it
+        signals.append(closes)
 
     def handle(signum: int, frame: object) -> None:
         for number in signals:
@@ -58,6 +68,14 @@ def terminate_cleanly() -> None:
 
     for number in signals:
         signal.signal(number, handle)
+
+
+def did_you_mean(words: str | Iterable[str], known: Iterable[str]) -> str:
+    """`; did you mean X?` for the known names that are spelt like `words`, else nothing."""
+    names = {name.lower(): name for name in known}
+    wrong = [words] if isinstance(words, str) else words
+    near = [match for one in wrong for match in difflib.get_close_matches(one.lower(), names, n=1)]
+    return f"; did you mean {', '.join(names[match] for match in near)}?" if near else ""
 
 
 def check_at_least(args: object, lowest: dict[str, int]) -> None:
@@ -101,14 +119,21 @@ def first_line(error: Exception, most: int = 300) -> str:
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run a script's `main`, turning what the user can mend into one line and an exit code.
+    """Run a script's `main`; see `errors_in_one_line`."""
+    with errors_in_one_line():
+        main()
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """For a script's imports and its `main`: what the user can mend is one line and an exit code.
 
     `UserError` and files that cannot be used end in exit code 2, a full disk in 74, files and blob
     stores that fail for the moment and the end of another process in 1, Ctrl-C in 130, `Terminated`
     in 143; any other exception is a fault of the program and keeps its traceback.
     """
     try:
-        main()
+        yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)

@@ -8,7 +8,6 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -130,6 +129,8 @@ class _NpyImages(ImageSource):
 class _FolderImages(ImageSource):
     """A folder of image files: numbers in names count as numbers, `5_label_7.png` carries label 7.
 
+    Where all lie in subfolders, at any depth, and have no such names, labels are those of
+    torchvision's ImageFolder: the place of the first subfolder's name among all of them, in order.
     Grey becomes RGB, an alpha channel is dropped, every image must have the size of the first.
     """
 
@@ -142,9 +143,8 @@ class _FolderImages(ImageSource):
             )
         height, width = self._open(self._names[0]).shape[:2]
         self.shape = (len(self._names), height, width, 3)
-        labels = [_label_of(name) for name in self._names]
-        self.has_labels = None not in labels
-        self._labels = np.array(labels, np.int64) if self.has_labels else None
+        self._labels = _labels_of(self._names)
+        self.has_labels = self._labels is not None
 
     def read(self, start: int, stop: int) -> np.ndarray:
         out = np.empty((stop - start, *self.shape[1:]), np.uint8)
@@ -335,19 +335,37 @@ def check_image_array(
 
 
 def _image_names(path: str) -> list[str]:
+    """Images in a folder, or, where it has none itself, in its subfolders: `cats/1.png`."""
     names = blobfile().listdir(path) if is_blob(path) else os.listdir(path)
-    return [n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
+    if images := [name for name in names if _is_image(name)]:
+        return images
+    walk = blobfile().walk(path) if is_blob(path) else os.walk(path, followlinks=True)
+    for folder, _, files in walk:
+        below = str(folder)[len(path) :].strip("/")
+        if not any(part.startswith(".") for part in below.split("/")):
+            images += [f"{below}/{name}" for name in files if _is_image(name)]
+    return images
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 def _natural_key(name: str) -> list[tuple[int, int | str]]:
     """Sort key under which 2.png comes before 10.png."""
-    parts = re.split(r"(\d+)", Path(name).name)
+    parts = re.split(r"(\d+)", name)
     return [(0, int(part)) if part.isdigit() else (1, part) for part in parts if part]
 
 
-def _label_of(name: str) -> int | None:
-    match = _LABELLED_NAME.search(name)
-    return int(match.group(1)) if match else None
+def _labels_of(names: Sequence[str]) -> np.ndarray | None:
+    """Labels int64 [N], of the names if all have one, else of the subfolders, or None."""
+    found = [_LABELLED_NAME.search(name) for name in names]
+    labels = [int(match[1]) for match in found if match]
+    if len(labels) < len(names) and all("/" in name for name in names):
+        classes = [name.split("/")[0] for name in names]
+        places = {name: place for place, name in enumerate(sorted(set(classes)))}
+        labels = [places[name] for name in classes]
+    return np.array(labels, np.int64) if len(labels) == len(names) else None
 
 
 def _stamp(path: str) -> str:

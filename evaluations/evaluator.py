@@ -1,6 +1,6 @@
 """Score generated images against a reference: Inception Score, FID, sFID, Precision, Recall.
 
-    python evaluator.py REF.npz SAMPLE.npz [SAMPLE.npz ...]
+    python evaluations/evaluator.py REF.npz SAMPLE.npz [SAMPLE.npz ...]
 
 Results go to stdout, one a line, and with --json to a file; progress and warnings go to stderr.
 Exit code 0 is success, 2 something you can put right, which is named.

@@ -237,7 +237,9 @@ def _tensorflow_has_gpu() -> bool:
 
 def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UserError(f"{flag} {value}: choose from {', '.join(choices)}")
+        raise UserError(
+            f"{flag} {value}: choose from {', '.join(choices)}", got=value, valid=choices
+        )
 
 
 def extract(

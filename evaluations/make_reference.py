@@ -1,6 +1,6 @@
 """Make a reference batch of one's own images, in the published format.
 
-    python make_reference.py IMAGES OUT.npz
+    python evaluations/make_reference.py IMAGES OUT.npz
 
 OUT.npz gets `mu`, `sigma`, `mu_s`, `sigma_s` of all images and a random 10,000 of them as `arr_0`
 (with labels, if there are any, as `arr_1`).
@@ -113,7 +113,7 @@ def _write(
 def create_argparser() -> argparse.ArgumentParser:
     parser = CommandLine(description=__doc__)
     parser.add_argument("images", metavar="IMAGES", help="an .npz, an .npy or a folder of images")
-    parser.add_argument("out", metavar="OUT.npz")
+    parser.add_argument("out", metavar="OUT.npz", help="reference batch to write")
     parser.add_argument("--keep", type=int, default=10_000, help="images in arr_0")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of these")
     parser.add_argument(

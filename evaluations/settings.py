@@ -42,7 +42,11 @@ class Settings:
         """The settings of a call; `UserError` for a keyword that there is not."""
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := [name for name in keywords if name not in known]:
-            raise UserError(f"unknown setting {', '.join(unknown)}: choose from {', '.join(known)}")
+            raise UserError(
+                f"unknown setting {', '.join(unknown)}: choose from {', '.join(known)}",
+                got=unknown,
+                valid=known,
+            )
         return cls(**keywords)
 
     def __post_init__(self):
@@ -52,14 +56,18 @@ class Settings:
         if unknown or not metrics:
             raise UserError(
                 f"--metrics {', '.join(unknown) or '(none)'}: choose from "
-                f"{', '.join(METRICS)}, published, all"
+                f"{', '.join(METRICS)}, published, all",
+                got=unknown,
+                valid=(*METRICS, "published", "all"),
             )
         if self.resize not in RESIZES:
             raise UserError(f"--resize {self.resize}: choose from {', '.join(RESIZES)}")
         if self.neighbour_arithmetic not in ARITHMETICS:
             raise UserError(
                 f"--neighbour_arithmetic {self.neighbour_arithmetic}: choose from "
-                f"{', '.join(ARITHMETICS)}"
+                f"{', '.join(ARITHMETICS)}",
+                got=self.neighbour_arithmetic,
+                valid=ARITHMETICS,
             )
         for name, least in [
             ("batch_size", 1),

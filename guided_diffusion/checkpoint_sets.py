@@ -18,7 +18,8 @@ from .fp16_util import get_param_groups_and_shapes, unflatten_master_params
 _MODEL_NAME = re.compile(r"model(\d{6,})\.pt$")
 _SET_MEMBER = re.compile(r"(?:model|opt|state|ema_[\d.e+-]+_)(\d{6,})\.(?:pt|json)$")
 _OF_A_RUN = re.compile(
-    rf"{_SET_MEMBER.pattern}|(?:progress|log)[\w-]*\.(?:csv|json|png|txt)|samples\d+\.png"
+    rf"{_SET_MEMBER.pattern}|ema_power.*|posthoc_.*|samples\d+\.png"
+    r"|(?:progress|log)[\w-]*\.(?:csv|json|png|txt)"
 )
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -56,8 +57,8 @@ class CheckpointSet:
     def state(self) -> str:
         return self._path("state")
 
-    def ema(self, rate: float) -> str:
-        return self._path(f"ema_{rate}_")
+    def ema(self, name: float | str) -> str:
+        return self._path(f"ema_{name}_")
 
     def _path(self, prefix: str) -> str:
         return f"{self.folder}/{prefix}{self.step:06d}.pt"
@@ -66,7 +67,7 @@ class CheckpointSet:
         self,
         *,
         model: dict,
-        emas: dict[float, dict],
+        emas: dict[float | str, dict],
         opt: dict,
         state: dict[str, Any],
         sidecar: dict | None,
@@ -78,8 +79,8 @@ class CheckpointSet:
         """
         try:
             remove(self.model)  # of an earlier run: its set would be a mixture for a while
-            for rate, params in emas.items():
-                save_checkpoint(params, self.ema(rate))
+            for name, params in emas.items():
+                save_checkpoint(params, self.ema(name))
             save_checkpoint(opt, self.opt)
             save_checkpoint(state, self.state)
             if sidecar is not None:
@@ -179,7 +180,8 @@ def newest_set(folder: Path) -> CheckpointSet | None:
 def prune_sets(folder: Path, keep: int, written: int) -> None:
     """Remove all files of sets older than the newest `keep` up to step `written`, just saved.
 
-    Sets beyond `written` are of another run in the same folder, which went further: they stay.
+    Power-function averages stay: the more of them, the better is what is made of them. Sets beyond
+    `written` are of another run in the same folder, which went further: they stay, too.
     """
     steps = sorted((s.step for s in _sets(folder) if s.step <= written), reverse=True)
     if len(steps) <= keep:

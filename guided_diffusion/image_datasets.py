@@ -415,9 +415,16 @@ def _collate(
     return np.stack(pixels), np.array(indices), [pair for pairs in unreadable for pair in pairs]
 
 
+# macOS and Windows do not tell who sent a signal.
+_TELLS_SENDERS = hasattr(signal, "sigwaitinfo")
+
+
 @contextlib.contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
     """Start workers inside: they inherit the mask, so that no signal is early for them."""
+    if not _TELLS_SENDERS:
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -429,10 +436,11 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
     """Ctrl-C, Slurm and a launcher signal the whole group; the parent saves first.
 
     Only what the parent itself sends ends a worker, as PyTorch's own handler has it; where the
-    parent is gone PyTorch's watchdog does.
+    parent is gone PyTorch's watchdog does. On macOS and Windows any SIGTERM ends it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_when_the_parent_asks, daemon=True).start()
+    if _TELLS_SENDERS:
+        threading.Thread(target=_end_when_the_parent_asks, daemon=True).start()
 
 
 def _end_when_the_parent_asks() -> None:

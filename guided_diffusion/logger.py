@@ -207,7 +207,9 @@ def make_output_format(format: str, ev_dir: str | os.PathLike, log_suffix: str =
     if format == "wandb":
         return WandbOutputFormat(folder)
     raise UserError(
-        f'OPENAI_LOG_FORMAT: there is no format "{format}", choose from {", ".join(FORMATS)}'
+        f'OPENAI_LOG_FORMAT: there is no format "{format}", choose from {", ".join(FORMATS)}',
+        got=format,
+        valid=FORMATS,
     )
 
 

@@ -25,6 +25,7 @@ _LOOP = (
     "weight_decay",
     "lr_warmup",
     "grad_clip",
+    "power_ema",
     "log_interval",
     "save_interval",
     "resume_checkpoint",
@@ -44,6 +45,7 @@ def loop_defaults() -> dict:
         "start_anew": False,
         "lr_warmup": 0,
         "grad_clip": 0.0,
+        "power_ema": "",
         "precision": "",
         "keep_checkpoints": 0,
         "channels_last": False,
@@ -159,4 +161,7 @@ def explained_flags(names: Iterable[str]) -> Iterator[None]:
         raise
     except ValueError as error:
         first = re.match(r"\w*", str(error))[0]
-        raise UserError(f"--{error}" if first in names else str(error)) from error
+        text = f"--{error}" if first in names else str(error)
+        choices = re.search(r'must be one of (.+), not "(.*)"$', text)
+        valid, got = (choices[1].split(", "), choices[2]) if choices else ((), ())
+        raise UserError(text, got=got, valid=valid) from error

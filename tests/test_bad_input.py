@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from esddpm_io.errors import run_main
+from esddpm_io.errors import UserError, run_main
 from esddpm_io.images import save_png
 from evaluations import evaluator
 from guided_diffusion import logger
@@ -453,6 +453,38 @@ def test_bad_input_is_one_line(command_line, capsys, name, command, changes, nam
     for made in ("out/*/chunks", "out/*/samples_all.npz", "out/*/metrics.json", "out/sweep.*"):
         assert not list(Path().glob(made))
     assert not list(Path().glob("log/model*.pt")) and not list(Path().glob("log/samples*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "meant"),
+    [
+        (_driver, {"dataset": "emoji_32"}, "emoji32"),
+        (_driver, {"devices": "cpu,cpuu"}, "cpu"),
+        (_driver, {"sampler": "dpmp_2m"}, "dpmpp_2m"),
+        (_sweep, {"sampler": "ddpm,dimm"}, "ddim"),
+        (_sweep, {"t_prime": "scrach"}, "scratch"),
+        (_worker, {"device": "CPU"}, "cpu"),
+        (_gather, {"dataset": "LSUN_cat"}, "lsun_cat"),
+        (_image_train, {"schedule_sampler": "loss_second_moment"}, "loss-second-moment"),
+        (_evaluator, {"metrics": "recal"}, "recall"),
+        (_evaluator, {"backend": "troch"}, "torch"),
+        (_download, {"dataset": "imagenet_64"}, "imagenet64"),
+    ],
+)
+def test_a_misspelt_name_is_told_what_is_meant(command_line, capsys, command, changes, meant):
+    run, argv = command(**changes)
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: run(argv))
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1].removesuffix(" (--help explains all flags)")
+    assert line.endswith(f"; did you mean {meant}?")
+
+
+def test_no_name_is_meant_by_what_is_like_none(command_line):
+    run, argv = _driver(dataset="xyz")
+    with pytest.raises(UserError) as error:
+        run(argv)
+    assert "did you mean" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,16 @@ def test_every_flag_is_explained(monkeypatch, capsys):
         assert not bare, f"{script}: {bare}"
 
 
+def test_help_begins_with_a_sentence_and_an_example(monkeypatch, capsys):
+    for script in SCRIPTS:
+        usage, sentence, example = help_of(script, monkeypatch, capsys).split("\n\n")[:3]
+        assert usage.startswith(f"usage: {script.name} ") and "\n" not in usage, script
+        assert re.fullmatch(r"[A-Z][^\n]*[.]", sentence), f"{script}: {sentence}"
+        assert example.startswith("    ") and "python " in example, f"{script}: {example}"
+        written = re.search(r"(\w+)[.]py", example)[1]
+        assert written == script.stem.replace("classifier_sample_diff", "image_sample_diff"), script
+
+
 def anchors(text: str) -> set[str]:
     """The names that headings of a page can be linked by."""
     titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)

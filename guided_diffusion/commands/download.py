@@ -1,6 +1,6 @@
 """Fetch the published files of a data set into the folders where the other commands look for them.
 
-    python download.py imagenet64
+    python scripts/download.py imagenet64
 
 Files that are there already are kept; a download that was cut off goes on where it stopped.
 """

@@ -1,5 +1,8 @@
 """Carry a generator's images to T' and back on all devices, gather the samples, evaluate them.
 
+    python scripts/generate_processes_diffusion_and_reverse.py --dataset emoji32 --devices cpu \\
+        --t_prime 500 --steps 5 --sampler dpmpp_2m_sde --execute
+
 Prints the command of each sampling process; with --execute runs them. Run on several machines
 with one shared folder by giving each --num_machines and its --machine_idx.
 """
@@ -19,7 +22,7 @@ from esddpm_io.errors import EXIT_USER_ERROR, UserError, check_at_least, termina
 from esddpm_io.files import absolute, check_output_folder, is_blob, join, read_json, sha256
 from esddpm_io.help import CommandLine
 from esddpm_io.hub import fetched
-from guided_diffusion.commands import scoring
+from guided_diffusion.commands import scoring, slurm
 from guided_diffusion.commands.sampler_flags import (
     AUTO,
     COMPILE_HELP,
@@ -91,7 +94,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--model_path", help="checkpoint instead of the preset's")
     add("--output_dir", help="folder for samples, logs and metrics instead of exps/…")
     add("--save_png_files", action="store_true", help="also one PNG a sample")
-    add("--print_settings", action="store_true", help="show the run with origins, do nothing")
+    add("--print_settings", action="store_true", help="show the run and each setting's origin")
     add("--again", metavar="METRICS", help="repeat the run of a metrics.json in --output_dir")
     add_shared_flags(add)
     return parser
@@ -116,6 +119,7 @@ def add_shared_flags(add: Callable[..., object]) -> None:
     override = "a preset's flags win over those of the checkpoint's sidecar"
     truth = {"nargs": "?", "const": True, "default": False, "type": str2bool}
     add("--override_checkpoint_flags", help=override, **truth)
+    slurm.add_flags(add)
     scoring.add_flags(add)
 
 
@@ -145,9 +149,21 @@ class Plan:
 def main(argv: list[str] | None = None) -> None:
     args, typed = parse(create_argparser(), argv)
     check_place(args)
-    plan = _plan_again(args, typed) if args.again else _plan(args, typed)
-    if plan is not None and args.execute:
-        _execute(plan, sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if slurm.is_wanted(args):
+        args.execute = True  # though not here: all that the jobs need has to be right
+        slurm.check(args, typed)
+    with slurm.only_the_script(args):
+        plan = _plan_again(args, typed) if args.again else _plan(args, typed)
+    if plan is None or not args.execute:
+        return
+    if slurm.is_wanted(args):
+        open_folder(plan.output, plan.run, plan.machine_idx)
+        [worker] = plan.commands
+        argv = ["--execute", *argv]
+        slurm.hand_over(args, worker.argv, DRIVER, argv, plan.output, worker.log.parent)
+    else:
+        _execute(plan, argv)
 
 
 def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
@@ -224,8 +240,13 @@ def _measured_t_prime(
         choose_devices(args, typed)[0],
         args.batch_size,
         join(output, scoring.PROPOSAL_FILE),
-        may_measure=args.execute and args.machine_idx == 0,
+        may_measure=may_measure(args),
     )
+
+
+def may_measure(args: argparse.Namespace) -> bool:
+    """Whether this is the process, and the machine, to measure an unknown T' on."""
+    return args.execute and args.machine_idx == 0 and not slurm.is_wanted(args)
 
 
 def _settle(request: "Request", output: str) -> "Settled":
@@ -574,7 +595,10 @@ def choose_devices(args: argparse.Namespace, typed: set[str]) -> list[str]:
     """The devices to use, one a process; UserError, naming the valid ones, if one is not there.
 
     Commands that are only printed may be for another machine: there, typed devices need not exist.
+    Where Slurm chooses it is one without a name.
     """
+    if slurm.is_wanted(args):
+        return [""]
     import torch
 
     there = [str(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
@@ -589,7 +613,9 @@ def choose_devices(args: argparse.Namespace, typed: set[str]) -> list[str]:
     if absent and (args.execute or "" in absent):
         raise UserError(
             f"--devices {text}: there is no device {absent[0] or '(empty)'}; valid on this "
-            f"machine: {', '.join([*there, 'cpu', 'none'])}"
+            f"machine: {', '.join([*there, 'cpu', 'none'])}",
+            got=absent,
+            valid=[*there, "cpu", "none"],
         )
     return devices
 
@@ -609,11 +635,12 @@ def worker_commands(
 ) -> "list[WorkerCommand]":
     """The command of every process of this machine: where the settings of runs are, and its place.
 
-    log: of the process of rank {rank}.
+    log: of the process of rank {rank}. A device without a name, and the place of its process, is
+    whatever the launcher that starts the command says.
     """
     from guided_diffusion.sampling.launcher import WorkerCommand
 
-    if args.compile and args.execute:
+    if args.compile and args.execute and all(devices):
         from guided_diffusion.compiling import check_compiler
 
         for device in devices:
@@ -622,13 +649,9 @@ def worker_commands(
     commands = []
     for local, device in enumerate(devices):
         rank = local + len(devices) * args.machine_idx
-        flags = {
-            "device": device,
-            "global_rank": rank,
-            "world_size": len(devices) * args.num_machines,
-            "any_chunk": True,
-            "batch_size": args.batch_size,
-        }
+        size = len(devices) * args.num_machines
+        place = {"device": device, "global_rank": rank, "world_size": size} if device else {}
+        flags = {**place, "any_chunk": True, "batch_size": args.batch_size}
         for switch in ("save_png_files", "compile"):
             if getattr(args, switch):
                 flags[switch] = True

@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from esddpm_io.errors import errors_in_one_line
 from guided_diffusion.settings.presets import SCRIPTS_FOLDER
 
 _EVALUATIONS = Path(__file__).parents[2] / "evaluations"
@@ -28,4 +29,5 @@ COMMANDS = {
 def main() -> None:
     """Run the script that the command's name stands for."""
     name = os.path.basename(sys.argv[0]).removesuffix(".exe")
-    runpy.run_path(str(COMMANDS[name]), run_name="__main__")
+    with errors_in_one_line():
+        runpy.run_path(str(COMMANDS[name]), run_name="__main__")

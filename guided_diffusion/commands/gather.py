@@ -1,5 +1,7 @@
 """Gather finished samples into samples_all.npz, draw samples_grid.png, evaluate into metrics.json.
 
+    python scripts/gather_numpyz_and_compute_fid.py --dir FOLDER --dataset imagenet64
+
 --dir is a folder that sampling processes write to, finished or not yet, or one with the
 samples_…_rank_R.npz files that they write with --save_numpy_array.
 """

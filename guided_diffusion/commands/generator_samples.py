@@ -19,7 +19,6 @@ from esddpm_io.help import CommandLine
 from esddpm_io.images import check_image_array
 from esddpm_io.npz import NpzWriter
 from esddpm_io.progress import Progress
-from guided_diffusion.sampling.generators import load_function
 
 
 def batch_seed(seed: int, batch: int) -> int:
@@ -82,7 +81,7 @@ def write_samples(
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = CommandLine(description=__doc__.splitlines()[0])
+    parser = CommandLine(description=__doc__)
     parser.add_argument("function", metavar="MODULE:FUNCTION", help="f(n, seed) -> images")
     parser.add_argument("--num_samples", type=int, default=10000, help="how many images")
     parser.add_argument("--batch_size", type=int, default=64, help="most images asked for at once")
@@ -98,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     check_at_least(args, {"num_samples": 1, "batch_size": 1, "seed": 0})
     check_output_file(args.out, flag="--out")
+    from guided_diffusion.sampling.generators import load_function
+
     function = load_function(args.function, "MODULE:FUNCTION")
     write_samples(function, args.function, args.out, args.num_samples, args.batch_size, args.seed)
     print(f"{args.out}: {args.num_samples} images of {args.function}")

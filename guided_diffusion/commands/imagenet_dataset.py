@@ -71,9 +71,9 @@ def read_labels(path: str) -> dict[str, int]:
 def create_argparser() -> argparse.ArgumentParser:
     parser = CommandLine(description=__doc__)
     parser.add_argument("--folder", required=True, help="folder of the validation images")
-    parser.add_argument("--labels", default="imagenet_val_labels.txt", help="default: %(default)s")
-    parser.add_argument("--image_size", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--output", help="default: imagenet_val_SIZE.npz")
+    parser.add_argument("--labels", default="imagenet_val_labels.txt", help="table of classes")
+    parser.add_argument("--image_size", type=int, default=64, help="height and width, pixels")
+    parser.add_argument("--output", help="npz to write; default: imagenet_val_SIZE.npz")
     return parser
 
 

@@ -14,6 +14,7 @@ from guided_diffusion.commands.sample import (
     sampling_defaults,
 )
 from guided_diffusion.commands.sampler_flags import COMPILE_HELP, add_precision_flag
+from guided_diffusion.flag_help import FLAG_HELP
 from guided_diffusion.flags import add_dict_to_argparser
 from guided_diffusion.sampling import outputs, worker
 from guided_diffusion.sampling.chunks import ChunkFolder
@@ -40,8 +41,7 @@ def build_parser(description: str, defaults: dict) -> argparse.ArgumentParser:
     eta = "with --use_ddim True: 0 (default) adds no noise, 1 that of DDPM"
     parser.add_argument("--eta", type=float, help=eta)
     add_precision_flag(parser.add_argument)
-    show = "show the run with the origin of its settings, and do nothing else"
-    add_switch(parser, "print_settings", show)
+    add_switch(parser, "print_settings", FLAG_HELP["print_settings"])
     add_switch(parser, "compile", COMPILE_HELP)
     return parser
 

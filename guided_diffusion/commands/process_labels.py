@@ -27,7 +27,7 @@ def create_argparser() -> argparse.ArgumentParser:
     source.add_argument("--valprep", help="the script valprep.sh")
     source.add_argument("--ground_truth", help="ILSVRC2012_validation_ground_truth.txt")
     parser.add_argument("--meta", help="meta.mat, with --ground_truth")
-    parser.add_argument("--output", default="imagenet_val_labels.txt", help="default: %(default)s")
+    parser.add_argument("--output", default="imagenet_val_labels.txt", help="table to write")
     return parser
 
 

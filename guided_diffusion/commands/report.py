@@ -1,5 +1,7 @@
 """Put finished runs on one page: a table, plots, samples at every T', how to repeat them.
 
+    python scripts/report.py DIR
+
 DIR is a folder of a finished run, a sweep's, or one that has folders of runs in it. Nothing is
 sampled again. Writes report.html, which needs no other file, and sweep.png and strip.png.
 """

@@ -15,8 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from esddpm_io.errors import check_at_least, terminate_cleanly
 from esddpm_io.files import join, read_json
 from esddpm_io.help import CommandLine
@@ -44,6 +42,8 @@ from guided_diffusion.settings.layers import parse, require, without_effect
 from guided_diffusion.settings.record import Run
 
 if TYPE_CHECKING:
+    import torch
+
     from guided_diffusion.commands.request import Request
     from guided_diffusion.sampling.sources import Source
 
@@ -182,7 +182,7 @@ def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
 
 
 def _recorded(
-    args: argparse.Namespace, typed: set[str], device: torch.device
+    args: argparse.Namespace, typed: set[str], device: "torch.device"
 ) -> tuple[Run, "Source", list[str]]:
     """The run that --settings FILE says, its start images found unchanged."""
     from guided_diffusion.sampling.sources import check_source, open_source

@@ -1,4 +1,9 @@
-"""Show where a folder of samples, or a sweep's, stands: done, rate, time left, who does what."""
+"""Show where a folder of samples, or a sweep's, stands: done, rate, time left, who does what.
+
+    python scripts/status.py FOLDER --watch
+
+It only reads, so it may be asked at any time and from any machine that has the folder.
+"""
 
 import argparse
 import os

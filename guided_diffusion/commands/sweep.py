@@ -1,5 +1,7 @@
 """Sweep T', steps, samplers and more: sample a point for each combination, score and compare them.
 
+    python scripts/sweep.py --dataset emoji32 --t_prime 0,250,500 --steps 5,10 --output_dir sweep
+
 Flags that take lists (a,b,c) span the points. All of them are checked before the first is sampled;
 the same command goes on where it was stopped, and another one with the same --output_dir adds its
 points to those that are there.
@@ -23,7 +25,7 @@ from esddpm_io.files import (
     read_json,
 )
 from esddpm_io.help import CommandLine
-from guided_diffusion.commands import driver, report, scoring
+from guided_diffusion.commands import driver, report, scoring, slurm
 from guided_diffusion.commands.sampler_flags import AUTO, SPACINGS
 from guided_diffusion.commands.sweep_points import (
     LISTS,
@@ -55,7 +57,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--output_dir", required=True, help="folder of the sweep, with a folder for each point")
     start = "list of T', in original timesteps; 0: the generator's images themselves, "
     start += f"{SCRATCH}: from pure noise, {AUTO}: T' from data"
-    add("--t_prime", required=True, help=start)
+    add("--t_prime", required=True, metavar="T'", help=start)
     add("--steps", help="list of K, how many times the network is evaluated")
     add("--sampler", default="dpmpp_2m_sde", help=f"list of {', '.join(SAMPLERS)}")
     add("--eta", help="list of shares of the noise, 0 … 1, for ddim and dpmpp_2m_sde")
@@ -85,13 +87,19 @@ class Sweep:
 
 def main(argv: list[str] | None = None) -> None:
     args, typed = parse(create_argparser(), argv)
-    sweep = _plan(args, typed)
+    argv = sys.argv[1:] if argv is None else argv
+    if slurm.is_wanted(args):
+        slurm.check(args, typed)
+    with slurm.only_the_script(args):
+        sweep = _plan(args, typed)
+        print("\n".join(_describe(sweep)), flush=True)
     if args.print_points:
-        print("\n".join(_describe(sweep)))
+        return
+    if slurm.is_wanted(args):
+        _hand_over(sweep, argv)
         return
     terminate_cleanly()
-    with driver.telling_how_to_continue([str(SWEEP), *(sys.argv[1:] if argv is None else argv)]):
-        print("\n".join(_describe(sweep)), flush=True)
+    with driver.telling_how_to_continue([str(SWEEP), *argv]):
         failed = _execute(sweep)
     for error in failed:
         print(f"error: {error}", file=sys.stderr)
@@ -186,6 +194,15 @@ def _execute(sweep: Sweep) -> list[str]:
     else:
         _score(sweep, [point for point in left if point.folder not in failed])
     return list(failed.values())
+
+
+def _hand_over(sweep: Sweep, argv: Sequence[str]) -> None:
+    """Have Slurm sample all points, then do the rest by this command."""
+    folders = list(_open_all(sweep).values())
+    require(bool(folders), "--submit: there is nothing to sample: leave it out")
+    [worker] = _commands(sweep, folders)
+    logs = worker.log.parent
+    slurm.hand_over(sweep.args, worker.argv, SWEEP, argv, sweep.output, logs)
 
 
 def _open_all(sweep: Sweep) -> "dict[str, ChunkFolder]":

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from esddpm_io.errors import UserError
+from esddpm_io.errors import UserError, did_you_mean
 from esddpm_io.files import exists, join, list_names, read_json
 from guided_diffusion.commands import driver, scoring
 from guided_diffusion.commands.sampler_flags import AUTO, OWN_ETA
@@ -67,7 +67,8 @@ def combinations_of(args: argparse.Namespace) -> list[Values]:
             try:
                 values.append(convert(part.strip()))
             except ValueError:
-                problems.append(f"--{name}: '{part.strip()}' is none of: {valid}")
+                meant = did_you_mean(part.strip(), valid.split(", "))
+                problems.append(f"--{name}: '{part.strip()}' is none of: {valid}{meant}")
         return values or [None]
 
     lists = {
@@ -201,7 +202,7 @@ def _measured_t_prime(
         driver.choose_devices(args, typed)[0],
         args.batch_size,
         path,
-        may_measure=args.execute and args.machine_idx == 0,
+        may_measure=driver.may_measure(args),
     )
     return t_prime, path
 

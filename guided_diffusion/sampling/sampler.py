@@ -297,8 +297,12 @@ def choose_device(text: str) -> torch.device:
         return torch.device("cpu")
     index = text.removeprefix("cuda:")
     if not index.isdecimal() or int(index) >= count:
-        valid = ", ".join(["cpu", *map(str, range(count))])
-        raise UserError(f"--device {text} is not there; valid on this machine: {valid}")
+        valid = ["cpu", *map(str, range(count))]
+        raise UserError(
+            f"--device {text} is not there; valid on this machine: {', '.join(valid)}",
+            got=text,
+            valid=valid,
+        )
     device = torch.device("cuda", int(index))
     torch.cuda.set_device(device)
     return device

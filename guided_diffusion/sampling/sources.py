@@ -98,8 +98,8 @@ class _ImageFile(Source):
         if not self.has_labels:
             raise UserError(
                 f"{self._flag}: {self.path} has no labels, which a class-conditional model needs: "
-                "arr_1 in an .npz, names such as 27987_label_762.png in a folder, num_classes of "
-                "a generator"
+                "arr_1 in an .npz, names such as 27987_label_762.png or a subfolder for each "
+                "class in a folder, num_classes of a generator"
             )
         for start in range(0, self.available, _LABELS_AT_ONCE):
             labels = self._images.labels(start, min(start + _LABELS_AT_ONCE, self.available))

@@ -9,6 +9,7 @@ from typing import TextIO
 from esddpm_io.progress import progress_text
 from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.heartbeat import Observer
+from guided_diffusion.sampling.queue import JobQueue
 
 _SCREEN_EVERY_S = 0.5
 _LOG_EVERY_S = 30.0
@@ -24,6 +25,7 @@ class Overview:
     rate: float
     workers: list[dict]
     unit: str = "images"
+    queue: str = ""  # on the Slurm jobs that are left
 
     @property
     def complete(self) -> bool:
@@ -38,12 +40,15 @@ class Overview:
         """All in one line, for a log."""
         live = sum(worker["alive"] for worker in self.workers)
         workers = "" if self.complete else f"; {live} worker{'' if live == 1 else 's'}"
-        return f"{self.headline()}{workers}"
+        queue = f"; {self.queue}" if self.queue else ""
+        return f"{self.headline()}{workers}{queue}"
 
     def table(self) -> list[str]:
         """One line on all, and one for each worker."""
         missing = self.total - self.done
         lines = [f"done {self.headline()}" + (f", {missing} missing" if missing else "")]
+        if self.queue:
+            lines.append(self.queue)
         if self.workers:
             titles = ("rank", "host", "device", "state", "images", "images/s", "at")
             lines.append(_COLUMNS.format(*titles))
@@ -75,6 +80,7 @@ class Monitor:
         several = len(folders) > 1
         self._weights = [len(f.run.sampler.timesteps) if several else 1 for f in folders]
         self._observers = [Observer(folder.folder) for folder in folders]
+        self._queue = JobQueue(folder.folder for folder in folders)
         self._began, self._done_then = time.monotonic(), self._done()
 
     def look(self) -> Overview:
@@ -97,7 +103,7 @@ class Monitor:
             for name, workers in zip(where, found, strict=True)
             for worker in workers
         ]
-        return Overview(total, done, rate, all_workers, self._unit)
+        return Overview(total, done, rate, all_workers, self._unit, self._queue.look())
 
     def _done(self) -> int:
         pairs = zip(self._folders, self._weights, strict=True)

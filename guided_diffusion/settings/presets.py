@@ -102,7 +102,9 @@ def load_preset(name_or_path: str | os.PathLike, *, flag: str = "--dataset") -> 
     if path.suffix != ".toml":
         raise UserError(
             f"{flag}: unknown data set '{text}'; valid are {', '.join(preset_names())}, "
-            "or the path of a preset file ending in .toml"
+            "or the path of a preset file ending in .toml",
+            got=text,
+            valid=preset_names(),
         )
     return _read_preset(path, path.parent, os.path.abspath(path))
 
@@ -156,7 +158,9 @@ def _require_known(path: Path, what: str, given: Mapping, known: list[str]) -> N
     unknown = [key for key in given if key not in known]
     if unknown:
         raise UserError(
-            f"preset {path}: unknown {what} {', '.join(unknown)}; valid are {', '.join(known)}"
+            f"preset {path}: unknown {what} {', '.join(unknown)}; valid are {', '.join(known)}",
+            got=unknown,
+            valid=known,
         )
 
 
@@ -195,7 +199,9 @@ def _add_published(path: Path, key: str, kind: str, fields: dict) -> None:
     if not isinstance(name, str) or name not in table:
         raise UserError(
             f"preset {path}: {key} must be a published network, not {name!r}; valid are "
-            f"{', '.join(table)}"
+            f"{', '.join(table)}",
+            got=str(name),
+            valid=table,
         )
     for flag, value in table[name]["flags"].items():
         for group, defaults in _flag_groups().items():

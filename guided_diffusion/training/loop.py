@@ -41,6 +41,7 @@ from .. import dist_util, logger
 from ..compiling import Compiled
 from ..fp16_util import INITIAL_LOG_LOSS_SCALE
 from ..nn import update_ema
+from ..power_ema import gamma_of, kept_share, widths
 from ..rng import Draws
 from .progress_plot import draw_progress
 from .state import RunState
@@ -96,6 +97,8 @@ class Trainer(RunState):
         grad_clip: a gradient whose norm is larger is scaled down to it (0: never).
         iterations: steps in all, resumed ones included (0: lr_anneal_steps; both 0: no end).
         ema_rate: one rate, or a comma list of rates ("": no averages).
+        power_ema: a comma list of widths of power-function averages, saved as
+            ema_powerWIDTH_NNNNNN.pt beside the others (see `power_ema`; "": none).
         log_interval, save_interval: in steps.
         resume_checkpoint: a modelNNNNNN.pt with its siblings beside it, "auto" for the newest
             complete set in the log folder (none: start anew), any other checkpoint for its weights.
@@ -131,6 +134,7 @@ class Trainer(RunState):
         grad_clip: float = 0.0,
         iterations: int = 0,
         ema_rate: float | str = "0.9999",
+        power_ema: str = "",
         log_interval: int = 10,
         save_interval: int = 10000,
         resume_checkpoint: str = "",
@@ -159,6 +163,7 @@ class Trainer(RunState):
         self.grad_clip = grad_clip
         self.iterations = iterations or lr_anneal_steps
         self.ema_rate = parse_rates(ema_rate)
+        self.power_ema = widths(power_ema)
         self.log_interval, self.save_interval = log_interval, save_interval
         self.resume_checkpoint = resume_checkpoint
         self.precision = _checked_precision(precision, use_fp16)
@@ -432,7 +437,9 @@ class Trainer(RunState):
             group["lr"] = lr
 
     def _update_ema(self) -> None:
-        for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
+        step = self.global_step + 1
+        powers = [kept_share(step, gamma_of(width)) for width in self.power_ema]
+        for rate, params in zip([*self.ema_rate, *powers], self.ema_params, strict=True):
             update_ema(params, self.master_params, rate=rate)
 
     def _log_losses(self, figures: dict[str, np.ndarray], prefix: str) -> None:

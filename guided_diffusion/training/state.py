@@ -31,6 +31,7 @@ class RunState:
     lr: float
     weight_decay: float
     ema_rate: list[float]
+    power_ema: list[float]
     precision: str
     seed: int | None
     resume_checkpoint: str
@@ -66,6 +67,11 @@ class RunState:
         return self.mp_trainer.master_params
 
     @property
+    def ema_names(self) -> list[float | str]:
+        """What the files of `ema_params` are called by."""
+        return [*self.ema_rate, *(f"power{width}" for width in self.power_ema)]
+
+    @property
     def averaged_params(self) -> list[torch.Tensor]:
         """The first EMA's values; the master parameters themselves where there are no EMAs."""
         return self.ema_params[0] if self.ema_params else self.master_params
@@ -88,10 +94,10 @@ class RunState:
                 "random": rng,
             }
             to_state_dict = self.mp_trainer.master_params_to_state_dict
-            emas = zip(self.ema_rate, self.ema_params, strict=True)
+            emas = zip(self.ema_names, self.ema_params, strict=True)
             files.write(
                 model=to_state_dict(self.master_params),
-                emas={rate: to_state_dict(params) for rate, params in emas},
+                emas={name: to_state_dict(params) for name, params in emas},
                 opt=self.opt.state_dict(),
                 state=state,
                 sidecar=self.sidecar,
@@ -137,7 +143,7 @@ class RunState:
         self.opt = torch.optim.AdamW(
             self.master_params, lr=self.lr, weight_decay=self.weight_decay, fused=True
         )
-        self.ema_params = [self._load_ema(rate) for rate in self.ema_rate]
+        self.ema_params = [self._load_ema(name) for name in self.ema_names]
         self._load_optimizer()
         self._load_state()
         self.ddp_model = self._distribute()
@@ -165,10 +171,10 @@ class RunState:
             )
         dist_util.sync_params([*self.model.parameters(), *self.model.buffers()])
 
-    def _load_ema(self, rate: float) -> list[torch.Tensor]:
-        """This rate's average from the set, or a copy of the parameters."""
+    def _load_ema(self, name: float | str) -> list[torch.Tensor]:
+        """The average of this name from the set, or a copy of the parameters."""
         params = [p.detach().clone() for p in self.master_params]
-        if self._resume_set and self._is_there(path := self._resume_set.ema(rate)):
+        if self._resume_set and self._is_there(path := self._resume_set.ema(name)):
             state = network_state(self._read(path), path, flag="--resume_checkpoint")
             check_fit(self.model, state, path, flag="--resume_checkpoint")
             values = self.mp_trainer.state_dict_to_master_params(state)

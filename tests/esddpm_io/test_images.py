@@ -105,6 +105,28 @@ def test_numbers_in_names_count_as_numbers_and_come_before_letters(tmp_path):
     assert source.read(0, 5)[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_classes_are_subfolders_in_the_order_of_their_names(tmp_path):
+    names = ["n02/9.png", "n02/10.png", "n10/deep/3.jpg", "n1/1.png", ".cache/x/1.png"]
+    for index, name in enumerate(names):
+        save_png(tmp_path / name, np.full((1, 1, 3), index, np.uint8))
+    source = open_images(tmp_path, flag="--d")
+    assert source.read(0, 4)[:, 0, 0, 0].tolist() == [3, 0, 1, 2]
+    assert source.labels(0, 4).tolist() == [1, 0, 0, 2] and source.labels(0, 4).dtype == np.int64
+    source.check()
+    first = source.fingerprint()
+    (tmp_path / "n02").rename(tmp_path / "n3")
+    assert open_images(tmp_path, flag="--d").fingerprint() != first
+
+
+def test_labels_in_names_win_over_subfolders_and_images_beside_them(tmp_path):
+    for name in ("a/0_label_7.png", "b/1_label_3.png"):
+        save_png(tmp_path / name, np.zeros((1, 1, 3), np.uint8))
+    assert open_images(tmp_path, flag="--d").labels(0, 2).tolist() == [7, 3]
+    save_png(tmp_path / "2.png", np.zeros((1, 1, 3), np.uint8))
+    source = open_images(tmp_path, flag="--d")
+    assert len(source) == 1 and source.labels(0, 1) is None
+
+
 SIXTEEN_BITS = np.array([[0, 128, 129], [257, 32768, 65535]], np.uint16)
 EIGHT_BITS = [[0, 0, 1], [1, 128, 255]]
 

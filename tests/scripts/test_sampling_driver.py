@@ -483,7 +483,10 @@ def test_commands_are_printed_for_devices_of_another_machine(capsys):
 @pytest.mark.parametrize(
     ("argv", "warnings"),
     [
-        ("--num_samples 7", ["--num_samples has no effect without --start_from_scratch"]),
+        (
+            "--num_samples 7",
+            ["--num_samples has no effect without --start_from_scratch or --generator"],
+        ),
         (
             "--start_from_scratch --limit 3 --reverse_steps 25",
             [

@@ -16,7 +16,7 @@ import pytest
 
 from esddpm_io import files
 from esddpm_io.errors import UserError, run_main
-from esddpm_io.images import open_images
+from esddpm_io.images import open_images, save_png
 from guided_diffusion.commands import report, sample
 from guided_diffusion.sampling import outputs
 from guided_diffusion.sampling.chunks import ChunkFolder
@@ -55,6 +55,10 @@ def bucket(tmp_path, monkeypatch) -> Path:
     store.exists = lambda path: local(path).exists()
     store.isdir = lambda path: local(path).is_dir()
     store.listdir = lambda path: os.listdir(local(path))
+    store.walk = lambda path: (
+        (f"gs://bucket/{Path(folder).relative_to(root)}", below, names)
+        for folder, below, names in os.walk(local(path))
+    )
     store.stat = lambda path: types.SimpleNamespace(size=local(path).stat().st_size)
     store.remove = lambda path: local(path).unlink()
     store.read_text = lambda path: local(path).read_text()
@@ -100,6 +104,13 @@ def test_a_report_of_runs_in_a_bucket(bucket):
         "strip.png",
         "sweep.png",
     }
+
+
+def test_subfolders_of_a_bucket_are_classes(bucket):
+    for name in ("b/1.png", "a/2.png"):
+        save_png(bucket / "images" / name, np.zeros((2, 2, 3), np.uint8))
+    images = open_images("gs://bucket/images/", flag="--dataset_path")
+    assert images.read(0, 2).shape == (2, 2, 2, 3) and images.labels(0, 2).tolist() == [0, 1]
 
 
 def test_a_missing_blob_is_named(bucket):

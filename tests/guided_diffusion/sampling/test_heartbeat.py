@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -36,6 +37,13 @@ def test_a_killed_process_is_dead_at_once_even_as_a_zombie(tmp_path):
     assert observer.workers() == []
     process.wait()
     process.stdout.close()
+
+
+def test_on_windows_no_signal_asks_for_a_process(monkeypatch):
+    """There signal 0 is Ctrl-C, for all of the console."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.delattr(os, "kill")
+    assert process_runs(os.getpid())
 
 
 def test_who_ends_well_leaves_no_record_and_who_fails_leaves_one(tmp_path, fast_beats):

@@ -213,7 +213,7 @@ def test_flags_typed_in_vain_are_remarked(tiny, tmp_path):
         return read_job(tiny.worker_flags(tmp_path, **changes), guided=False).remarks[1:]
 
     assert remarks(num_samples=7, eta=0.5) == (
-        "--num_samples has no effect without --start_from_scratch",
+        "--num_samples has no effect without --start_from_scratch or --generator",
         "--eta has no effect without --use_ddim True, --sampler ddim or dpmpp_2m_sde",
     )
     assert remarks(start_from_scratch=True, num_samples=7, limit=3) == tuple(

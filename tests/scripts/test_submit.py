@@ -1,0 +1,81 @@
+"""--print_sbatch and the refusals of --submit slurm, which need no Slurm."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from esddpm_io.errors import UserError
+from guided_diffusion.commands import driver, sweep
+from guided_diffusion.sampling.queue import JobQueue
+from tests.tiny_sampling import TinyFiles, run_script
+
+COMMANDS = {
+    "generate_processes_diffusion_and_reverse.py": driver.main,
+    "sweep.py": sweep.main,
+}
+
+
+def flags(tiny: TinyFiles, output: Path) -> list[str]:
+    named = ["--t_prime", "400", "--steps", "3", "--sampler", "dpmpp_2m"]
+    where = ["--dataset", str(tiny.root / "tiny.toml"), "--output_dir", str(output)]
+    return [*named, *where, "--eval_backend", "torch"]
+
+
+def lint(script: str) -> None:
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    for command in (["bash", "-n"], [shellcheck, "-"]):
+        done = subprocess.run(command, input=script, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_the_printed_script_is_clean_shell(script, tiny, tmp_path):
+    output = tmp_path / "a folder"
+    more = ["--print_sbatch", "--num_machines", "4", "--slurm_args=--comment='a b' --gres=gpu:1"]
+    printed = run_script(script, *flags(tiny, output), *more)
+    assert printed.returncode == 0, printed.stderr
+    jobs = re.findall(r"<<'END'\n(.*?)^END$", printed.stdout, re.MULTILINE | re.DOTALL)
+    assert len(jobs) == 2
+    for one in (printed.stdout, *jobs):
+        assert one.startswith("#!/usr/bin/env bash\n")
+        lint(one)
+    assert "options=('--comment=a b' --gres=gpu:1)" in printed.stdout
+    assert "--array=0-3 --requeue" in printed.stdout
+    worker, gather = jobs
+    assert "settings.json" in worker and "--any_chunk True" in worker and "--device" not in worker
+    # The job after them is this command, in one process, and does not submit again.
+    assert script in gather
+    assert not re.search("--(print_sbatch|submit|num_machines|slurm_args)", gather)
+
+
+@pytest.mark.parametrize("main", COMMANDS.values())
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--submit", "slurm"], "--submit slurm: there is no sbatch here; --print_sbatch"),
+        (["--print_sbatch", "--devices", "0"], "--devices: leave it out"),
+        (["--print_sbatch", "--num_machines", "2", "--machine_idx", "1"], "--machine_idx: leave"),
+        (["--print_sbatch", "--slurm_args", "'"], "--slurm_args ': No closing quotation"),
+        (["--print_sbatch", "--t_prime", "auto"], "--t_prime auto: T' is not known yet"),
+    ],
+)
+def test_what_slurm_says_is_not_to_be_typed(main, more, message, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=re.escape(message)):
+        main([*flags(tiny, tmp_path / "out"), *more])
+
+
+def test_what_sbatch_refuses_is_one_line(tiny, tmp_path, monkeypatch):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(UserError, match="^--submit slurm: sbatch: error: invalid partition$"):
+        driver.main([*flags(tiny, tmp_path / "out"), "--submit", "slurm"])
+
+
+def test_a_folder_without_jobs_says_nothing_of_slurm(tmp_path):
+    assert JobQueue([str(tmp_path), "gs://bucket/folder"]).look() == ""
