@@ -8,7 +8,6 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -130,6 +129,7 @@ class _NpyImages(ImageSource):
 class _FolderImages(ImageSource):
     """A folder of image files: numbers in names count as numbers, `5_label_7.png` carries label 7.
 
+    A folder without images may have subfolders of them, one a class: their names are no labels.
     Grey becomes RGB, an alpha channel is dropped, every image must have the size of the first.
     """
 
@@ -213,7 +213,8 @@ class _FolderImages(ImageSource):
 
 
 def open_images(path: str | os.PathLike, *, flag: str) -> ImageSource:
-    """Open the images at `path`: an .npz (`arr_0`, `arr_1`), an .npy or a folder of image files.
+    """Open the images at `path`: an .npz (`arr_0`, `arr_1`), an .npy or a folder of image files
+    or of such folders.
 
     Raises `UserError`, naming `flag` and the file, if there is nothing there, no image in it, or
     an array that is not uint8 [N, H, W, 3].
@@ -335,13 +336,34 @@ def check_image_array(
 
 
 def _image_names(path: str) -> list[str]:
-    names = blobfile().listdir(path) if is_blob(path) else os.listdir(path)
+    """Image files of a folder or, where it has none, of its subfolders: `class/name`."""
+    names = _names(path)
+    if images := _images_among(names):
+        return images
+    folders = sorted(name.rstrip("/") for name in names if not name.startswith("."))
+    return [
+        f"{folder}/{name}"
+        for folder in folders
+        if _is_folder(f"{path}/{folder}")
+        for name in _images_among(_names(f"{path}/{folder}"))
+    ]
+
+
+def _names(path: str) -> list[str]:
+    return list(blobfile().listdir(path)) if is_blob(path) else os.listdir(path)
+
+
+def _is_folder(path: str) -> bool:
+    return blobfile().isdir(path) if is_blob(path) else os.path.isdir(path)
+
+
+def _images_among(names: list[str]) -> list[str]:
     return [n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and not n.startswith(".")]
 
 
 def _natural_key(name: str) -> list[tuple[int, int | str]]:
     """Sort key under which 2.png comes before 10.png."""
-    parts = re.split(r"(\d+)", Path(name).name)
+    parts = re.split(r"(\d+)", name)
     return [(0, int(part)) if part.isdigit() else (1, part) for part in parts if part]
 
 

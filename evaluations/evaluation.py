@@ -9,9 +9,11 @@ import numpy as np
 
 from esddpm_io.errors import UserError, speaking_of_arguments
 from esddpm_io.files import check_output_folder, short_names
+from esddpm_io.launch import ALONE, Launch
 from esddpm_io.progress import quiet
-from evaluations.devices import extract_on_devices
+from evaluations.devices import device_of_rank, extract_among_ranks, extract_on_devices
 from evaluations.features import (
+    GRAPH_NAME,
     Engine,
     Features,
     check_engine,
@@ -19,6 +21,7 @@ from evaluations.features import (
     extract,
     graph_identity,
     load_graph,
+    published_graph,
 )
 from evaluations.graph_file import Graph
 from evaluations.inputs import FeatureCache, Images, ImageSet, open_set
@@ -76,34 +79,31 @@ def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
         return run(reference, *samples, tell=lambda warning: None, **settings)
 
 
-def run(reference: Images, *samples: Images, tell: Callable[[str], None], **settings) -> Evaluation:
-    """`evaluate` with progress on stderr and errors that speak of flags; `tell` gets warnings."""
+def run(
+    reference: Images,
+    *samples: Images,
+    tell: Callable[[str], None],
+    launch: Launch = ALONE,
+    **settings,
+) -> Evaluation:
+    """`evaluate` with progress on stderr and errors that speak of flags; `tell` gets warnings.
+
+    launch: our place among processes that extract features together, of which we are the first;
+    the others call `assist`.
+    """
     chosen = Settings.of(settings)
-    if not samples:
-        raise UserError("SAMPLE: give at least one sample batch")
-    reference_set = open_set(reference, flag="REF")
-    sample_sets = [open_set(sample, flag="SAMPLE") for sample in samples]
-    graph = _checked_graph(chosen, reference_set, *sample_sets)
-    _check_not_swapped(reference_set, sample_sets)
-    for image_set in (reference_set, *sample_sets):
-        image_set.source.check()
-    for device in chosen.device_list:
-        check_engine("torch", chosen.precision, device)
-    backend = "torch" if chosen.devices else chosen.backend
-    engine = choose_engine(graph, backend, chosen.precision, chosen.device)
+    reference_set, sample_sets, extractor = _prepared(reference, samples, chosen, launch)
     told = _Warnings(tell)
     about_reference = told(_doubts_about_images(reference_set, reference_set))
     early = [
         [*about_reference, *told(_doubts_about_images(one, reference_set))] for one in sample_sets
     ]
-    names = [image_set.name for image_set in (reference_set, *sample_sets)]
-    extractor = _Extractor(engine, graph, chosen, names)
-    statistics_do = not any(METRICS[name].needs_images for name in chosen.metrics)
-    reference_features = extractor(reference_set, statistics_do=statistics_do)
+    reference_features = extractor(reference_set, **_asked_of_reference(chosen))
     singular = told(_doubts_about_covariances(reference_set.name, reference_features, chosen))
     results = []
+    graph = extractor.graph
     for image_set, notes in zip(sample_sets, early, strict=True):
-        features = extractor(image_set, keep_spatial=chosen.bootstrap > 0)
+        features = extractor(image_set, **_asked_of_samples(chosen))
         notes += singular + told(_doubts_about_covariances(image_set.name, features, chosen))
         weights = graph.softmax_weights
         results.append(_result(image_set, reference_features, features, weights, chosen, notes))
@@ -114,8 +114,64 @@ def run(reference: Images, *samples: Images, tell: Callable[[str], None], **sett
         graph=graph.path,
         graph_sha256=graph.digest,
         identity=graph_identity(graph),
-        backend=engine.name,
+        backend=extractor.engine.name,
     )
+
+
+def assist(reference: Images, *samples: Images, launch: Launch, **settings) -> None:
+    """What a process that is not the first of a launch does for the `run` of that one."""
+    chosen = Settings.of(settings)
+    reference_set, sample_sets, extractor = _prepared(reference, samples, chosen, launch)
+    extractor.assist(reference_set, **_asked_of_reference(chosen))
+    for image_set in sample_sets:
+        extractor.assist(image_set, **_asked_of_samples(chosen))
+
+
+def _asked_of_reference(chosen: Settings) -> dict[str, bool]:
+    return {"statistics_do": not any(METRICS[name].needs_images for name in chosen.metrics)}
+
+
+def _asked_of_samples(chosen: Settings) -> dict[str, bool]:
+    return {"keep_spatial": chosen.bootstrap > 0}
+
+
+def _prepared(
+    reference: Images, samples: tuple[Images, ...], chosen: Settings, launch: Launch
+) -> tuple[ImageSet, list[ImageSet], "_Extractor"]:
+    """All sets, checked, and what gets their features: nothing has gone through the graph yet."""
+    if not samples:
+        raise UserError("SAMPLE: give at least one sample batch")
+    _check_launch(chosen, launch)
+    reference_set = open_set(reference, flag="REF")
+    sample_sets = [open_set(sample, flag="SAMPLE") for sample in samples]
+    image_sets = [reference_set, *sample_sets]
+    graph = _checked_graph(chosen, *image_sets)
+    _check_not_swapped(reference_set, sample_sets)
+    for image_set in image_sets:
+        image_set.source.check()
+    for device in chosen.device_list:
+        check_engine("torch", chosen.precision, device)
+    backend = "torch" if chosen.devices else chosen.backend
+    device = device_of_rank(chosen.device, backend, launch)
+    engine = choose_engine(graph, backend, chosen.precision, device)
+    names = [image_set.name for image_set in image_sets]
+    return reference_set, sample_sets, _Extractor(engine, graph, chosen, names, launch)
+
+
+def _check_launch(chosen: Settings, launch: Launch) -> None:
+    """`UserError` for what several processes of a launcher cannot do."""
+    if launch.world_size == 1:
+        return
+    among = f"{launch.world_size} processes of {launch.launcher}"
+    if chosen.devices is not None:
+        raise UserError(f"--devices starts processes of its own: leave it out among {among}")
+    if chosen.cache_dir is None:
+        raise UserError(f"--cache_dir: {among} need one folder that all see, where features meet")
+    if chosen.inception_path is None and published_graph() is None:
+        raise UserError(
+            f"--inception_path: {GRAPH_NAME} is not in the cache, and {among} cannot all download "
+            "it: run scripts/download.py first"
+        )
 
 
 def reference_gaussian(reference: Images, engine: Engine) -> Gaussian:
@@ -284,8 +340,15 @@ class _Extractor:
     names: of all sets, which the progress tells apart.
     """
 
-    def __init__(self, engine: Engine, graph: Graph, settings: Settings, names: list[str]):
-        self._engine, self._graph, self._settings = engine, graph, settings
+    def __init__(
+        self,
+        engine: Engine,
+        graph: Graph,
+        settings: Settings,
+        names: list[str],
+        launch: Launch = ALONE,
+    ):
+        self.engine, self.graph, self._settings, self._launch = engine, graph, settings, launch
         self._short = dict(zip(names, short_names(names), strict=True))
         self._cache = None
         if settings.cache_dir is not None:
@@ -296,7 +359,7 @@ class _Extractor:
         self, image_set: ImageSet, keep_spatial: bool = False, statistics_do: bool = False
     ) -> Features:
         """`statistics_do`: where both Gaussians are given, leave out the images."""
-        if statistics_do and image_set.pool_gaussian and image_set.spatial_gaussian:
+        if statistics_do and image_set.has_both_gaussians:
             none = np.empty((0, image_set.pool_gaussian.dimensions), np.float32)
             return Features(none, image_set.pool_gaussian, image_set.spatial_gaussian)
         features = self._images(image_set, keep_spatial)
@@ -309,16 +372,27 @@ class _Extractor:
             _check_dimensions(image_set, gaussian, getattr(features, name).dimensions)
         return dataclasses.replace(features, **given)
 
+    def assist(
+        self, image_set: ImageSet, keep_spatial: bool = False, statistics_do: bool = False
+    ) -> None:
+        """Our share of what the first process of the launch gets by calling this."""
+        if statistics_do and image_set.has_both_gaussians:
+            return
+        path = self._cache.path(image_set.source, keep_spatial)
+        if not path.exists():
+            self._extract(image_set, keep_spatial, path)
+
     def _images(self, image_set: ImageSet, keep_spatial: bool) -> Features:
         if self._cache is None:
             return self._extract(image_set, keep_spatial)
         path = self._cache.path(image_set.source, keep_spatial)
-        features = self._cache.load(path, len(image_set.source), len(self._graph.softmax_weights))
+        features = self._cache.load(path, len(image_set.source), len(self.graph.softmax_weights))
         if features is None:
+            path.unlink(missing_ok=True)  # others would take what cannot be read for done
             features = self._extract(image_set, keep_spatial, path)
             self._cache.save(path, features)
             for share in path.parent.glob(f"{path.stem}-*{path.suffix}"):
-                share.unlink()
+                share.unlink(missing_ok=True)
         return features
 
     def _extract(
@@ -330,14 +404,17 @@ class _Extractor:
             "batch_size": settings.batch_size,
             "keep_spatial": keep_spatial,
         }
+        stored = {"dimensions": len(self.graph.softmax_weights), "store": store}
+        source = image_set.source
+        if self._launch.world_size > 1:
+            return extract_among_ranks(self.engine, source, self._launch, **stored, **options)
         if not settings.devices:
-            return extract(self._engine, image_set.source, **options)
+            return extract(self.engine, source, **options)
         return extract_on_devices(
             image_set.images,
             settings.device_list,
-            {"path": self._graph.path, "backend": "torch", "precision": settings.precision},
-            count=len(image_set.source),
-            dimensions=len(self._graph.softmax_weights),
-            store=store,
+            {"path": self.graph.path, "backend": "torch", "precision": settings.precision},
+            count=len(source),
+            **stored,
             **options,
         )

@@ -55,6 +55,10 @@ class ImageSet:
     def has_statistics(self) -> bool:
         return self.pool_gaussian is not None or self.spatial_gaussian is not None
 
+    @property
+    def has_both_gaussians(self) -> bool:
+        return self.pool_gaussian is not None and self.spatial_gaussian is not None
+
 
 def open_set(images: Images, *, flag: str) -> ImageSet:
     """Open an .npz, an .npy, a folder, or an array in memory; `UserError` naming `flag` if bad.

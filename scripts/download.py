@@ -11,7 +11,7 @@ import os
 from esddpm_io.download import download
 from esddpm_io.errors import UserError, run_main
 from esddpm_io.help import CommandLine
-from evaluations.features import GRAPH_URL, cached_graph_path
+from evaluations.features import GRAPH_URL, cached_graph_path, remember_graph
 from guided_diffusion.settings.presets import Download, Preset, load_preset, preset_names
 
 PUBLISHED_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{file.url} -> {file.path}")
             continue
         fetched = download(file.url, file.path, expected_bytes=file.bytes)
+        if fetched and file.url == GRAPH_URL:  # a mirror's may be any graph
+            remember_graph(file.path)
         print(f"{file.path}: {'fetched' if fetched else 'already there'}", flush=True)
 
 

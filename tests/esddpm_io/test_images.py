@@ -105,6 +105,29 @@ def test_numbers_in_names_count_as_numbers_and_come_before_letters(tmp_path):
     assert source.read(0, 5)[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_subfolders_are_read_where_a_folder_has_no_images_of_its_own(tmp_path):
+    for index, name in enumerate(["ant/2.png", "ant/10.png", "bee/1_label_4.png"]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (2, 2), index).save(tmp_path / name)
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "notes.txt").write_text("no image")
+    Image.new("L", (2, 2), 9).save(tmp_path / ".hidden" / "9.png")
+    source = open_images(tmp_path, flag="--d")
+    source.check()
+    assert source.read(0, 3)[:, 0, 0, 0].tolist() == [0, 1, 2] and len(source) == 3
+    assert not source.has_labels
+    before = source.fingerprint(), source.stamp()
+    (tmp_path / "bee").rename(tmp_path / "bug")
+    after = open_images(tmp_path, flag="--d")
+    assert after.fingerprint() != before[0] and after.stamp() != before[1]
+    (tmp_path / "bug" / "broken.png").write_bytes(b"no png")
+    with pytest.raises(UserError, match=r"--d: cannot read the image .*bug/broken\.png"):
+        open_images(tmp_path, flag="--d").check()
+    # Its own images go first: what lies in folders beside them may be anything.
+    Image.new("L", (2, 2), 7).save(tmp_path / "0.png")
+    assert len(open_images(tmp_path, flag="--d")) == 1
+
+
 SIXTEEN_BITS = np.array([[0, 128, 129], [257, 32768, 65535]], np.uint16)
 EIGHT_BITS = [[0, 0, 1], [1, 128, 255]]
 
