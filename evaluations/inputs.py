@@ -201,4 +201,5 @@ def _has_shape(gaussian: Gaussian) -> bool:
     if gaussian.rows is None:
         covariance = gaussian.covariance
         return covariance is not None and covariance.shape == (width, width)
-    return gaussian.rows.shape == (gaussian.count, width)
+    # Those of sets that were merged have a row more for each.
+    return gaussian.rows.shape[1:] == (width,) and len(gaussian.rows) >= gaussian.count
