@@ -380,3 +380,23 @@ def test_intervals_of_paired_differences_cover_what_they_say(change, widest):
     width = np.mean([high - low for low, high in paired])
     assert 0.85 < width / (2 * 2.02 * np.std(differences)) < widest
     assert np.mean(unpaired) > 2 * width
+
+
+def test_replicates_are_computed_with_one_thread_of_blas_each():
+    """Threads of BLAS spin while they wait, which a busy machine takes 40 times as long over."""
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    def threads() -> set[int]:
+        return {one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"}
+
+    seen = []
+    with threadpool_limits(2, user_api="blas"):
+        before = threads()
+        replicates = jackknife_replicates(
+            lambda rows: seen.append(threads()) or float(rows.sum()), 10, groups=5
+        )
+        assert threads() == before
+    assert seen[0] == before == {2} and seen[1:] == [{1}] * 5
+    # In the order of the groups, whichever was done first.
+    order = np.random.default_rng(0).permutation(10).reshape(5, 2)
+    np.testing.assert_array_equal(replicates, [45.0, *(45.0 - order.sum(axis=1))])
