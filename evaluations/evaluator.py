@@ -3,7 +3,8 @@
     python evaluations/evaluator.py REF.npz SAMPLE.npz [SAMPLE.npz ...]
 
 Results go to stdout, one a line, and with --json to a file; progress and warnings go to stderr.
-Exit code 0 is success, 2 something you can put right, which is named.
+Exit code 0 is success, 2 something you can put right, which is named. Under torchrun, mpiexec or
+srun the processes share the images and meet in --cache_dir; the first one prints.
 """
 
 import argparse
@@ -14,7 +15,9 @@ from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError, run_main, terminate_cleanly
 from esddpm_io.files import check_output_file, short_names
 from esddpm_io.help import CommandLine
-from evaluations.evaluation import run
+from esddpm_io.launch import Launch, find_launch
+from esddpm_io.progress import quiet
+from evaluations.evaluation import assist, run
 from evaluations.features import BACKENDS, PRECISIONS
 from evaluations.neighbours import ARITHMETICS
 from evaluations.report import Names, as_json, draw_suspicious, lines, table
@@ -129,7 +132,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--memorization_png takes --metrics memorization and one SAMPLE")
     args["metrics"] = tuple(args["metrics"])
 
-    evaluation = run(reference, *samples, tell=warn, **args)
+    launch = find_launch()
+    if launch.rank > 0:
+        _assist(launch, reference, *samples, **args)
+        return
+    evaluation = run(reference, *samples, tell=warn, launch=launch, **args)
 
     names = Names(evaluation, metric_name)
     if json_path is not None:
@@ -144,6 +151,15 @@ def main(argv: list[str] | None = None) -> None:
         if len(samples) > 1:
             print(f"{sample}:")
         print("\n".join(lines(result, names)))
+
+
+def _assist(launch: Launch, *images: str, **settings) -> None:
+    """The part of a process that prints nothing, unless something goes wrong in it."""
+    try:
+        with quiet(), warnings.catch_warnings(action="ignore"):
+            assist(*images, launch=launch, **settings)
+    except UserError as error:
+        raise UserError(f"process {launch.rank}: {error}") from error
 
 
 if __name__ == "__main__":
