@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import lapack
+from scipy.linalg import blas, lapack
 
 _TOLERANCE = 1e-9  # relative error of a distance that is good enough
 
@@ -89,23 +89,32 @@ class RunningMoments:
             return Gaussian(mean, rows=spread, count=len(rows))
         if self._pending:
             self._fold()
-        return Gaussian(self._mean, self._products / (self._count - 1), count=self._count)
+        covariance = np.triu(self._products)
+        covariance += np.triu(covariance, 1).T
+        covariance /= self._count - 1
+        return Gaussian(self._mean, covariance, count=self._count)
 
     def _fold(self) -> None:
-        rows = np.concatenate(self._pending).astype(np.float64)
+        # One row more, for what the new mean lies off the one so far.
+        rows = np.zeros((self._pending_rows + 1, self._pending[0].shape[1]))
+        new = rows[:-1]
+        np.concatenate(self._pending, out=new)
         self._pending, self._pending_rows = [], 0
-        mean = rows.mean(axis=0)
-        rows -= mean
-        products = rows.T @ rows
-        if self._count == 0:
-            self._count, self._mean, self._products = len(rows), mean, products
+        mean = new.mean(axis=0)
+        new -= mean
+        if self._products is None:
+            self._count, self._mean = len(new), mean
+            self._products = np.zeros((len(mean), len(mean)), order="F")
+        else:
+            total = self._count + len(new)
+            shift = mean - self._mean
+            rows[-1] = shift * np.sqrt(self._count * len(new) / total)
+            self._mean = self._mean + shift * (len(new) / total)
+            self._count = total
+        if rows.shape[1] == 0:  # no spatial features, which BLAS does not take
             return
-        total = self._count + len(rows)
-        shift = mean - self._mean
-        self._products += products
-        self._products += np.outer(shift, shift * (self._count * len(rows) / total))
-        self._mean = self._mean + shift * (len(rows) / total)
-        self._count = total
+        # The upper triangle only, added in place: half the work of a product.
+        self._products = blas.dsyrk(1.0, rows.T, beta=1.0, c=self._products, overwrite_c=True)
 
 
 def merged(gaussians: list[Gaussian]) -> Gaussian:
