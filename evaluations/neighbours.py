@@ -300,13 +300,12 @@ def _radii(points: Points, k: int) -> np.ndarray:
         else:
             near = block.candidates(bound[rows, None])
             keep(rows, _table(near[0], block.at(*near), rows.stop - rows.start))
-        if rows == columns:
-            continue
-        if np.isinf(bound[columns]).any():
+        if rows != columns and np.isinf(bound[columns]).any():
             keep(columns, block.mirror())
-        else:
+        elif rows != columns:
             near = block.candidates(bound[columns])
             keep(columns, _table(near[1], block.mirror_at(*near), columns.stop - columns.start))
+        del block  # before there is the next one
     return bound
 
 
@@ -339,6 +338,7 @@ def precision_recall(
         distances = block.at(*near)
         precise[columns][near[1][distances <= outer[near[0]]]] = True
         recalled[rows][near[0][distances <= inner[near[1]]]] = True
+        del block  # before there is the next one
     return precise, recalled
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from esddpm_io.launch import Launch
 from evaluations import devices, evaluate
 from evaluations.devices import extract_among_ranks, shares_of
 from evaluations.evaluation import assist, run
-from evaluations.features import choose_engine, load_graph
+from evaluations.features import choose_engine, load_graph, read_ahead
 from evaluations.inputs import ArrayImages
 from evaluations.moments import gaussian_of, merged
 from evaluations.scoring import METRICS
@@ -102,6 +103,21 @@ def workers_of(parent):
 def test_a_device_that_is_not_there_is_named(here):
     with pytest.raises(UserError, match="^device cuda:99"):
         evaluate("reference.npz", "samples.npz", devices="cpu,99", inception_path="small.pb")
+
+
+def test_the_next_images_are_read_while_the_network_is_busy():
+    """It is at the first batch until the second has been read."""
+    read = [threading.Event() for _ in range(3)]
+
+    class Source(ArrayImages):
+        def read(self, start, stop):
+            read[start // 4].set()
+            return super().read(start, stop)
+
+    source = Source(np.zeros((12, 2, 2, 3), np.uint8), flag="REF")
+    for start, batch in read_ahead(source, 0, 12, 4):
+        following = read[min(start // 4 + 1, 2)]
+        assert following.wait(PATIENCE_S) and len(batch) == 4
 
 
 MPIEXEC = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or "mpiexec"
