@@ -43,9 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     require(from_folder or not os.path.isdir(source), f"A: {source} is no folder of diffusers")
     if is_file:
         check_output_file(target, flag="B")
+    surplus = sorted(typed & {*flags, "drop_variance"}) if is_file else []
+    require(not surplus, f"{', '.join(f'--{name}' for name in surplus)}: only for a folder B")
     if from_folder:
         require(is_file, f"B: {target} must be a file, {' or '.join(FILES)}, for A is a folder")
-        require(not args.drop_variance, "--drop_variance: only for a folder B")
         to_file(source, target)
     elif is_file:
         copy(source, target)

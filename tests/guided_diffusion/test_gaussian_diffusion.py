@@ -148,6 +148,24 @@ def test_the_bound_does_not_train_the_mean():
     assert gradient[:, 3:].abs().max() > 0
 
 
+@pytest.mark.parametrize("steps", [50, 1000])
+def test_rescaled_losses_are_of_the_sum_over_all_steps(steps):
+    """The bound times T, and beside the squared error a thousandth of that."""
+
+    def terms(**flags):
+        diffusion = toy_diffusion(steps=steps, learn_sigma=True, **flags)
+        x = torch.linspace(-1, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
+        t = torch.tensor([3, 40])
+        model = lambda x, t: torch.cat([0.5 * x, 0.1 * x], dim=1)  # noqa: E731
+        return diffusion.training_losses(model, x, t, noise=x.flip(1))
+
+    plain, rescaled = terms(), terms(rescale_learned_sigmas=True)
+    torch.testing.assert_close(rescaled["vb"], plain["vb"] * steps / 1000)
+    torch.testing.assert_close(rescaled["loss"], plain["mse"] + rescaled["vb"])
+    bound = terms(use_kl=True)["loss"]
+    torch.testing.assert_close(bound, plain["vb"] * steps, rtol=1e-4, atol=1e-4)
+
+
 def test_early_stop_is_the_tail_of_the_chain():
     """Diffusing by hand to K-1 and running the last K steps equals denoise_steps=K."""
     diffusion = toy_diffusion()
