@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from guided_diffusion.dist_util import find_launch
+from esddpm_io.launch import find_launch
 from guided_diffusion.sampling.sources import Source
 from guided_diffusion.settings.record import Run
 
