@@ -1,6 +1,9 @@
 """One line of help for each flag that several command lines share."""
 
-GENERATOR_HELP = "MODULE:FACTORY, FILE.py:FACTORY, .pt or .pt2 that makes the start images"
+GENERATOR_HELP = (
+    "MODULE:FACTORY, FILE.py:FACTORY, .pt, .pt2, or pipeline of diffusers that makes the start "
+    "images"
+)
 FLAG_HELP = {
     # networks
     "image_size": "height and width of the images, pixels",
