@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import log_softmax, stdtrit
+import scipy
 
 from evaluations.moments import Gaussian, RunningMoments, frechet_distance, gaussian_of
 from evaluations.neighbours import (
@@ -77,7 +77,9 @@ def inception_score(
     """
     scores = []
     for start in range(0, len(pool), split):
-        log_p = log_softmax((pool[start : start + split] @ softmax_weights).astype(float), axis=1)
+        log_p = scipy.special.log_softmax(
+            (pool[start : start + split] @ softmax_weights).astype(float), axis=1
+        )
         p = np.exp(log_p)
         marginal = p.mean(axis=0)
         # A class that no image has adds nothing: p log p -> 0.
@@ -322,5 +324,5 @@ def interval_of_replicates(
     whole, without = scale(replicates[0]), scale(replicates[1:])
     groups = len(without)
     deviation = np.sqrt((groups - 1) * np.var(without))
-    half_width = float(stdtrit(groups - 1, (1.0 + level) / 2.0) * deviation)
+    half_width = float(scipy.special.stdtrit(groups - 1, (1.0 + level) / 2.0) * deviation)
     return float(back(whole - half_width)), float(back(whole + half_width))

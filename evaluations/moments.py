@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import blas, eigvalsh, lapack
+import scipy  # its parts are loaded when they are used
 
 _TOLERANCE = 1e-9  # relative error of a distance that is good enough
 
@@ -54,7 +54,7 @@ class Gaussian:
         """L float64 [D, D], lower triangle, with covariance = L L^T; None without such."""
         if self.covariance is None:
             return None
-        lower, status = lapack.dpotrf(self.covariance, lower=1)
+        lower, status = scipy.linalg.lapack.dpotrf(self.covariance, lower=1)
         return None if status else lower
 
     @functools.cached_property
@@ -65,7 +65,7 @@ class Gaussian:
         """
         if self.rows is not None:
             return self.rows
-        upper, pivots, rank, status = lapack.dpstrf(self.covariance)
+        upper, pivots, rank, status = scipy.linalg.lapack.dpstrf(self.covariance)
         if status < 0:
             raise ValueError(f"dpstrf refused its argument {-status}")
         return np.triu(upper[:rank])[:, np.argsort(pivots)]
@@ -127,7 +127,9 @@ class RunningMoments:
         if rows.shape[1] == 0:  # no spatial features, which BLAS does not take
             return
         # The upper triangle only, added in place: half the work of a product.
-        self._products = blas.dsyrk(1.0, rows.T, beta=1.0, c=self._products, overwrite_c=True)
+        self._products = scipy.linalg.blas.dsyrk(
+            1.0, rows.T, beta=1.0, c=self._products, overwrite_c=True
+        )
 
 
 def merged(gaussians: list[Gaussian]) -> Gaussian:
@@ -189,10 +191,12 @@ def _trace_of_root(a: Gaussian, b: Gaussian, total: float) -> float:
     exact enough, the sum of the singular values of R S^T.
     """
     if b.covariance is not None and (lower := a.cholesky) is not None:
-        product, status = lapack.dsygst(b.covariance, lower, itype=2, lower=1)
+        product, status = scipy.linalg.lapack.dsygst(b.covariance, lower, itype=2, lower=1)
         if status:
             raise ValueError(f"dsygst refused its argument {-status}")
-        squares = eigvalsh(product, lower=True, driver="ev", overwrite_a=True, check_finite=False)
+        squares = scipy.linalg.eigvalsh(
+            product, lower=True, driver="ev", overwrite_a=True, check_finite=False
+        )
         if (trace := _sum_of_roots(squares, total)) is not None:
             return trace
     return _sum_of_singular_values(a.root @ b.root.T, total)
