@@ -95,7 +95,7 @@ install_torch() {
 # $1: the file of requirements. Its stamp changes with all that decides what is installed.
 install() {
     local stamp="$VENV/.installed-$1" wanted
-    wanted=$(cat requirements.txt "$1" pyproject.toml setup_env.sh | sha256sum)
+    wanted=$(cat requirements.txt "$1" pyproject.toml setup_env.sh | cksum)
     if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
         return
     fi

@@ -78,6 +78,13 @@ def did_you_mean(words: str | Iterable[str], known: Iterable[str]) -> str:
     return f"; did you mean {', '.join(names[match] for match in near)}?" if near else ""
 
 
+def check_choice(flag: str, value: str, valid: Iterable[str]) -> None:
+    """UserError unless the value of `flag` is one of the valid ones."""
+    names = list(valid)
+    if value not in names:
+        raise UserError(f"{flag} {value}: choose from {', '.join(names)}", got=value, valid=names)
+
+
 def check_at_least(args: object, lowest: dict[str, int]) -> None:
     """UserError for the first flag of parsed `args` whose value is below its lowest one."""
     for name, least in lowest.items():

@@ -12,21 +12,23 @@ from esddpm_io.errors import EXIT_USER_ERROR, did_you_mean
 # them is shown first. A script of a few flags shows them in one list.
 GROUPS = {
     "files": """
-        data_dir val_data_dir dataset dataset_path limit model_path classifier_path base_samples
-        settings again resume_checkpoint output_dir save_dir save_dir_suffix save_png_files
-        save_numpy_array json plot""",
+        data_dir val_data_dir dataset dataset_path generator limit model_path classifier_path
+        base_samples settings again resume_checkpoint start_anew output_dir save_dir
+        save_dir_suffix save_png_files save_numpy_array json plot""",
     "sampling": """
         num_samples t_prime steps sampler spacing eta variance clip_denoised chain_length
         reverse_steps denoise_steps use_ddim start_from_scratch
         classifier_guidance_scale classifier_scale""",
     "training": """
-        iterations lr_anneal_steps lr anneal_lr weight_decay ema_rate schedule_sampler
-        early_stop_steps noised kl_weight prior_components prior_images fp16_scale_growth
-        log_interval eval_interval save_interval sample_interval keep_checkpoints""",
+        iterations lr lr_warmup lr_anneal_steps anneal_lr weight_decay grad_clip ema_rate power_ema
+        schedule_sampler early_stop_steps noised kl_weight prior_components prior_images
+        fp16_scale_growth log_interval eval_interval save_interval sample_interval
+        keep_checkpoints""",
     "training images": "random_crop random_flip label_from num_workers",
     "devices and processes": """
         device devices batch_size microbatch precision use_fp16 channels_last compile machine_idx
-        num_machines global_rank world_size any_chunk chunk_size""",
+        num_machines global_rank world_size any_chunk chunk_size shard""",
+    "Slurm": "submit print_sbatch slurm_args",
     "network": """
         override_checkpoint_flags image_size large_size small_size num_channels num_res_blocks
         num_heads num_heads_upsample num_head_channels attention_resolutions channel_mult dropout

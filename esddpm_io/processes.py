@@ -2,18 +2,20 @@
 
 import os
 import subprocess
+from collections.abc import Mapping
 
 _PATIENCE_S = 15.0  # for a child to end by itself after SIGTERM
 
 
-def run_to_end(argv: list[str]) -> int:
+def run_to_end(argv: list[str], env: Mapping[str, str] | None = None) -> int:
     """Run `argv` and return its exit code (128 + N if signal N ended it, as a shell has it).
 
+    Its environment is `env`, or ours.
     If we are interrupted or terminated meanwhile, the child gets SIGTERM, time to clean up, and
     in the end SIGKILL; then the exception goes on. It has a session of its own, so that Ctrl-C
     comes to us alone and reaches it once, through us.
     """
-    process = subprocess.Popen(argv, start_new_session=True)
+    process = subprocess.Popen(argv, start_new_session=True, env=env)
     try:
         code = process.wait()
     except BaseException:

@@ -1,4 +1,7 @@
-"""Features by several processes, one on each device, from shares of the images that are merged."""
+"""Features by several processes, from shares of the images that are merged.
+
+Either we start one on each device (`--devices`), or torchrun, mpiexec or srun has started several.
+"""
 
 import contextlib
 import math
@@ -16,8 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from esddpm_io.errors import UserError
+from esddpm_io.images import ImageSource
+from esddpm_io.launch import Launch
 from esddpm_io.progress import Progress
-from evaluations.features import Features, choose_engine, extract, load_graph
+from evaluations.features import Engine, Features, choose_engine, extract, load_graph
 from evaluations.inputs import FeatureCache, Images, open_set
 from evaluations.moments import merged
 
@@ -55,9 +60,7 @@ def extract_on_devices(
     from there by a run that starts again. `UserError` as `extract`, or if a process dies.
     """
     shares = shares_of(count, len(devices), batch_size)
-    paths = (
-        {} if store is None else {s: store.with_stem(f"{store.stem}-{s[0]}-{s[1]}") for s in shares}
-    )
+    paths = {} if store is None else _paths(store, shares)
     done = {
         share: features
         for share, path in paths.items()
@@ -68,8 +71,10 @@ def extract_on_devices(
         if share not in done:
             waiting.put(share)
     lock = threading.Lock()
-    with Progress(count, "images", f"features of {name}") as progress:
-        progress.update(sum(stop - start for start, stop in done))
+    kept = sum(stop - start for start, stop in done)
+    note = f", {kept} of them stored by an earlier run" if kept else ""
+    with Progress(count, "images", f"features of {name}{note}") as progress:
+        progress.update(kept)
 
         def keep(share: Share, features: Features) -> None:
             if store is not None:
@@ -81,6 +86,73 @@ def extract_on_devices(
         arguments = images, engine, name, batch_size, keep_spatial
         _work_through(waiting, devices[: waiting.qsize()], arguments, keep)
     return merge([done[share] for share in shares])
+
+
+def extract_among_ranks(
+    engine: Engine,
+    source: ImageSource,
+    launch: Launch,
+    *,
+    store: Path,
+    dimensions: int,
+    **options,
+) -> Features | None:
+    """One process's part in the features of `source`; the first process gets all of them.
+
+    Every process that a launcher started calls this with the same arguments, `options` those of
+    `extract`. They meet in `store`, the name of a file of the feature cache beside which each puts
+    the shares that it has done. Nobody waits: after its own shares a process does whatever is
+    missing of others', and lets go of one as soon as another has stored it. So the end of a process
+    costs time only, and a run that starts again goes on from the shares there are.
+    """
+    shares = shares_of(len(source), launch.world_size, options["batch_size"])
+    paths = _paths(store, shares)
+    own = shares[launch.rank :: launch.world_size]
+    for share in own + [share for share in reversed(shares) if share not in own]:
+        with contextlib.suppress(_DoneElsewhere):
+            _extract_share(engine, source, share, paths[share], store, options)
+    if launch.rank > 0:
+        return None
+    parts = []
+    for share in shares:
+        size = share[1] - share[0]
+        stored = FeatureCache.load(paths[share], size, dimensions)
+        parts.append(stored or extract(engine, source, share=share, **options))
+    return merge(parts)
+
+
+def device_of_rank(device: str, backend: str, launch: Launch) -> str:
+    """What `device` is to one process of several: `auto` shares out the CUDA devices there are."""
+    if device != "auto" or backend == "tensorflow" or launch.world_size == 1:
+        return device
+    import torch
+
+    count = torch.cuda.device_count()
+    return f"cuda:{launch.local_rank % count}" if count else device
+
+
+class _DoneElsewhere(Exception):
+    """Another process has stored the share that this one is at."""
+
+
+def _extract_share(
+    engine: Engine, source: ImageSource, share: Share, path: Path, store: Path, options: dict
+) -> None:
+    def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # In this order: shares are removed when the whole has been stored.
+        if path.exists() or store.exists():
+            raise _DoneElsewhere
+        return engine(images)
+
+    options = {**options, "name": f"{options['name']}, from {share[0]} on"}
+    FeatureCache.save(path, extract(run, source, share=share, **options))
+    if store.exists():
+        path.unlink(missing_ok=True)
+
+
+def _paths(store: Path, shares: list[Share]) -> dict[Share, Path]:
+    """Where the shares of the set of `store` are kept."""
+    return {share: store.with_stem(f"{store.stem}-{share[0]}-{share[1]}") for share in shares}
 
 
 def merge(parts: list[Features]) -> Features:

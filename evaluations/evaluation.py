@@ -9,9 +9,11 @@ import numpy as np
 
 from esddpm_io.errors import UserError, speaking_of_arguments
 from esddpm_io.files import check_output_folder, short_names
+from esddpm_io.launch import ALONE, Launch
 from esddpm_io.progress import quiet
-from evaluations.devices import extract_on_devices
+from evaluations.devices import device_of_rank, extract_among_ranks, extract_on_devices
 from evaluations.features import (
+    GRAPH_NAME,
     Engine,
     Features,
     Network,
@@ -20,6 +22,7 @@ from evaluations.features import (
     extract,
     graph_identity,
     load_graph,
+    published_graph,
 )
 from evaluations.inputs import FeatureCache, Images, ImageSet, open_set
 from evaluations.metrics import Value, interval_of_replicates
@@ -86,38 +89,32 @@ def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
         return run(reference, *samples, tell=lambda warning: None, **settings)
 
 
-def run(reference: Images, *samples: Images, tell: Callable[[str], None], **settings) -> Evaluation:
-    """`evaluate` with progress on stderr and errors that speak of flags; `tell` gets warnings."""
+def run(
+    reference: Images,
+    *samples: Images,
+    tell: Callable[[str], None],
+    launch: Launch = ALONE,
+    **settings,
+) -> Evaluation:
+    """`evaluate` with progress on stderr and errors that speak of flags; `tell` gets warnings.
+
+    launch: our place among processes that extract features together, of which we are the first;
+    the others call `assist`.
+    """
     chosen = Settings.of(settings)
-    if not samples:
-        raise UserError("SAMPLE: give at least one sample batch")
-    reference_set = open_set(reference, flag="REF")
-    sample_sets = [open_set(sample, flag="SAMPLE") for sample in samples]
-    graph, chosen = _checked_graph(chosen, reference_set, *sample_sets)
-    _check_not_swapped(reference_set, sample_sets)
+    reference_set, sample_sets, extractor = _prepared(reference, samples, chosen, launch)
+    chosen, graph = extractor.settings, extractor.graph
     told = _Warnings(tell)
     foreign = told(_foreign_statistics(reference_set, graph))
-    reference_set, *sample_sets = (
-        _with_own_statistics(one, graph) for one in (reference_set, *sample_sets)
-    )
-    for image_set in (reference_set, *sample_sets):
-        image_set.source.check()
-    for device in chosen.device_list:
-        check_engine("torch", chosen.precision, device)
-    backend = "torch" if chosen.devices else chosen.backend
-    engine = choose_engine(graph, backend, chosen.precision, chosen.device, chosen.resize)
     about_reference = foreign + told(_doubts_about_images(reference_set, reference_set))
     early = [
         [*about_reference, *told(_doubts_about_images(one, reference_set))] for one in sample_sets
     ]
-    names = [image_set.name for image_set in (reference_set, *sample_sets)]
-    extractor = _Extractor(engine, graph, chosen, names)
-    statistics_do = not any("images" in METRICS[name].needs for name in chosen.metrics)
-    reference_features = extractor(reference_set, statistics_do=statistics_do)
+    reference_features = extractor(reference_set, **_asked_of_reference(chosen))
     singular = told(_doubts_about_covariances(reference_set.name, reference_features, chosen))
     results = []
     for image_set, notes in zip(sample_sets, early, strict=True):
-        features = extractor(image_set, keep_spatial=chosen.bootstrap > 0)
+        features = extractor(image_set, **_asked_of_samples(chosen))
         notes += singular + told(_doubts_about_covariances(image_set.name, features, chosen))
         scorer = _scorer(graph, chosen, (reference_set, reference_features), (image_set, features))
         results.append(_result(image_set, scorer, chosen, notes, told))
@@ -128,9 +125,69 @@ def run(reference: Images, *samples: Images, tell: Callable[[str], None], **sett
         graph=graph.path,
         graph_sha256=graph.digest,
         identity=graph_identity(graph),
-        backend=engine.name,
+        backend=extractor.engine.name,
         network=graph.description.name if isinstance(graph, NetworkFile) else None,
     )
+
+
+def assist(reference: Images, *samples: Images, launch: Launch, **settings) -> None:
+    """What a process that is not the first of a launch does for the `run` of that one."""
+    chosen = Settings.of(settings)
+    reference_set, sample_sets, extractor = _prepared(reference, samples, chosen, launch)
+    chosen = extractor.settings
+    extractor.assist(reference_set, **_asked_of_reference(chosen))
+    for image_set in sample_sets:
+        extractor.assist(image_set, **_asked_of_samples(chosen))
+
+
+def _asked_of_reference(chosen: Settings) -> dict[str, bool]:
+    return {"statistics_do": not any("images" in METRICS[name].needs for name in chosen.metrics)}
+
+
+def _asked_of_samples(chosen: Settings) -> dict[str, bool]:
+    return {"keep_spatial": chosen.bootstrap > 0}
+
+
+def _prepared(
+    reference: Images, samples: tuple[Images, ...], chosen: Settings, launch: Launch
+) -> tuple[ImageSet, list[ImageSet], "_Extractor"]:
+    """All sets, checked, and what gets their features: nothing has gone through the graph yet.
+
+    The extractor's settings have the metrics spelt out.
+    """
+    if not samples:
+        raise UserError("SAMPLE: give at least one sample batch")
+    _check_launch(chosen, launch)
+    reference_set = open_set(reference, flag="REF")
+    sample_sets = [open_set(sample, flag="SAMPLE") for sample in samples]
+    image_sets = [reference_set, *sample_sets]
+    graph, chosen = _checked_graph(chosen, *image_sets)
+    _check_not_swapped(reference_set, sample_sets)
+    for image_set in image_sets:
+        image_set.source.check()
+    for device in chosen.device_list:
+        check_engine("torch", chosen.precision, device)
+    backend = "torch" if chosen.devices else chosen.backend
+    device = device_of_rank(chosen.device, backend, launch)
+    engine = choose_engine(graph, backend, chosen.precision, device, chosen.resize)
+    names = [image_set.name for image_set in image_sets]
+    return reference_set, sample_sets, _Extractor(engine, graph, chosen, names, launch)
+
+
+def _check_launch(chosen: Settings, launch: Launch) -> None:
+    """`UserError` for what several processes of a launcher cannot do."""
+    if launch.world_size == 1:
+        return
+    among = f"{launch.world_size} processes of {launch.launcher}"
+    if chosen.devices is not None:
+        raise UserError(f"--devices starts processes of its own: leave it out among {among}")
+    if chosen.cache_dir is None:
+        raise UserError(f"--cache_dir: {among} need one folder that all see, where features meet")
+    if chosen.inception_path is None and published_graph() is None:
+        raise UserError(
+            f"--inception_path: {GRAPH_NAME} is not in the cache, and {among} cannot all download "
+            "it: run scripts/download.py first"
+        )
 
 
 def reference_gaussian(reference: Images, graph: Network, engine: Engine) -> Gaussian:
@@ -165,7 +222,6 @@ def nearest_in_reference(
     chosen = Settings.of(settings)
     graph = load_graph(chosen.inception_path)
     sets = [open_set(reference, flag="REF"), open_set(samples, flag="SAMPLE")]
-    sets = [_with_own_statistics(image_set, graph) for image_set in sets]
     engine = choose_engine(graph, chosen.backend, chosen.precision, chosen.device, chosen.resize)
     extractor = _Extractor(engine, graph, chosen, [image_set.name for image_set in sets])
     return nearest(*(extractor(image_set).pool for image_set in sets), k)
@@ -333,13 +389,20 @@ def _check_making(image_set: ImageSet, chosen: Settings) -> None:
 
 
 class _Extractor:
-    """Features of image sets, from the cache where there is one; given statistics stand.
+    """Features of image sets, from the cache where there is one; given statistics of `graph` stand.
 
     names: of all sets, which the progress tells apart.
     """
 
-    def __init__(self, engine: Engine, graph: Network, settings: Settings, names: list[str]):
-        self._engine, self._graph, self._settings = engine, graph, settings
+    def __init__(
+        self,
+        engine: Engine,
+        graph: Network,
+        settings: Settings,
+        names: list[str],
+        launch: Launch = ALONE,
+    ):
+        self.engine, self.graph, self.settings, self._launch = engine, graph, settings, launch
         self._short = dict(zip(names, short_names(names), strict=True))
         self._cache = None
         if settings.cache_dir is not None:
@@ -352,7 +415,8 @@ class _Extractor:
         self, image_set: ImageSet, keep_spatial: bool = False, statistics_do: bool = False
     ) -> Features:
         """`statistics_do`: where both Gaussians are given, leave out the images."""
-        if statistics_do and image_set.pool_gaussian and image_set.spatial_gaussian:
+        image_set = _with_own_statistics(image_set, self.graph)
+        if statistics_do and image_set.has_both_gaussians:
             none = np.empty((0, image_set.pool_gaussian.dimensions), np.float32)
             return Features(none, image_set.pool_gaussian, image_set.spatial_gaussian)
         features = self._images(image_set, keep_spatial)
@@ -365,40 +429,55 @@ class _Extractor:
             _check_dimensions(image_set, gaussian, getattr(features, name).dimensions)
         return dataclasses.replace(features, **given)
 
+    def assist(
+        self, image_set: ImageSet, keep_spatial: bool = False, statistics_do: bool = False
+    ) -> None:
+        """Our share of what the first process of the launch gets by calling this."""
+        image_set = _with_own_statistics(image_set, self.graph)
+        if statistics_do and image_set.has_both_gaussians:
+            return
+        path = self._cache.path(image_set.source, keep_spatial)
+        if not path.exists():
+            self._extract(image_set, keep_spatial, path)
+
     def _images(self, image_set: ImageSet, keep_spatial: bool) -> Features:
         if self._cache is None:
             return self._extract(image_set, keep_spatial)
         path = self._cache.path(image_set.source, keep_spatial)
-        features = self._cache.load(path, len(image_set.source), self._graph.dimensions)
+        features = self._cache.load(path, len(image_set.source), self.graph.dimensions)
         if features is None:
+            path.unlink(missing_ok=True)  # others would take what cannot be read for done
             features = self._extract(image_set, keep_spatial, path)
             self._cache.save(path, features)
             for share in path.parent.glob(f"{path.stem}-*{path.suffix}"):
-                share.unlink()
+                share.unlink(missing_ok=True)
         return features
 
     def _extract(
         self, image_set: ImageSet, keep_spatial: bool, store: Path | None = None
     ) -> Features:
-        settings = self._settings
+        settings = self.settings
         options = {
             "name": self._short[image_set.name],
             "batch_size": settings.batch_size,
             "keep_spatial": keep_spatial,
         }
+        stored = {"dimensions": self.graph.dimensions, "store": store}
+        source = image_set.source
+        if self._launch.world_size > 1:
+            return extract_among_ranks(self.engine, source, self._launch, **stored, **options)
         if not settings.devices:
-            return extract(self._engine, image_set.source, **options)
+            return extract(self.engine, source, **options)
         return extract_on_devices(
             image_set.images,
             settings.device_list,
             {
-                "path": self._graph.path,
+                "path": self.graph.path,
                 "backend": "torch",
                 "precision": settings.precision,
                 "resize": settings.resize,
             },
-            count=len(image_set.source),
-            dimensions=self._graph.dimensions,
-            store=store,
+            count=len(source),
+            **stored,
             **options,
         )

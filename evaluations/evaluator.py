@@ -3,30 +3,27 @@
     python evaluations/evaluator.py REF.npz SAMPLE.npz [SAMPLE.npz ...]
 
 Results go to stdout, one a line, and with --json to a file; progress and warnings go to stderr.
-Exit code 0 is success, 2 something you can put right, which is named.
+Exit code 0 is success, 2 something you can put right, which is named. Under torchrun, mpiexec or
+srun the processes share the images and meet in --cache_dir; the first one prints.
 """
 
 import argparse
 import sys
 import warnings
 
-import numpy as np
-
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError, run_main, terminate_cleanly
 from esddpm_io.files import check_output_file, short_names
 from esddpm_io.help import CommandLine
-from esddpm_io.images import enlarge, image_grid, open_images, save_png, with_caption
-from evaluations.evaluation import Result, run
+from esddpm_io.launch import Launch, find_launch
+from esddpm_io.progress import quiet
+from evaluations.evaluation import assist, run
 from evaluations.features import BACKENDS, PRECISIONS
 from evaluations.neighbours import ARITHMETICS
-from evaluations.report import Names, as_json, lines, table
+from evaluations.report import Names, as_json, draw_suspicious, lines, table
 from evaluations.resizing import RESIZES
 from evaluations.scoring import METRICS
 from evaluations.settings import Settings
-
-_PAIR_WIDTH = 128  # pixels that an image of the memorization PNG has at least
-_PAIRS_A_ROW = 4
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -122,23 +119,6 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def draw_suspicious(path: str, result: Result, reference: str) -> None:
-    """A PNG of the samples nearest to the reference, each with the reference's image beside it."""
-    sets = open_images(result.sample, flag="SAMPLE"), open_images(reference, flag="REF")
-    pairs = []
-    for *indices, distance in result.suspicious:
-        both = [one.read(i, i + 1)[0] for one, i in zip(sets, indices, strict=True)]
-        size = max(max(image.shape[:2]) for image in both)
-        both = [
-            enlarge(image, max(round(max(size, _PAIR_WIDTH) / len(image)), 1)) for image in both
-        ]
-        height = max(map(len, both))
-        padded = [np.pad(one, ((0, height - len(one)), (0, 0), (0, 0))) for one in both]
-        caption = "{} | {}: {:.3g}".format(*indices, distance)
-        pairs.append(with_caption(np.concatenate(padded, axis=1), caption))
-    save_png(path, image_grid(pairs, min(_PAIRS_A_ROW, len(pairs))))
-
-
 def main(argv: list[str] | None = None) -> None:
     args = vars(create_argparser().parse_args(argv))
     reference, samples = args.pop("ref_batch"), args.pop("sample_batch")
@@ -152,7 +132,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--memorization_png takes --metrics memorization and one SAMPLE")
     args["metrics"] = tuple(args["metrics"])
 
-    evaluation = run(reference, *samples, tell=warn, **args)
+    launch = find_launch()
+    if launch.rank > 0:
+        _assist(launch, reference, *samples, **args)
+        return
+    evaluation = run(reference, *samples, tell=warn, launch=launch, **args)
 
     names = Names(evaluation, metric_name)
     if json_path is not None:
@@ -167,6 +151,15 @@ def main(argv: list[str] | None = None) -> None:
         if len(samples) > 1:
             print(f"{sample}:")
         print("\n".join(lines(result, names)))
+
+
+def _assist(launch: Launch, *images: str, **settings) -> None:
+    """The part of a process that prints nothing, unless something goes wrong in it."""
+    try:
+        with quiet(), warnings.catch_warnings(action="ignore"):
+            assist(*images, launch=launch, **settings)
+    except UserError as error:
+        raise UserError(f"process {launch.rank}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ def create_argparser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    terminate_cleanly()
     args = create_argparser().parse_args(argv)
     if not is_network_file(args.out):
         raise UserError(f"OUT: {args.out} must end in {' or '.join(SUFFIXES)}")
@@ -104,5 +105,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    terminate_cleanly()
     run_main(main)

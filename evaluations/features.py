@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 
 from esddpm_io.atomic import write_json
 from esddpm_io.download import download
-from esddpm_io.errors import UserError
+from esddpm_io.errors import UserError, check_choice
 from esddpm_io.files import open_binary, read_json
 from esddpm_io.images import ImageSource
 from esddpm_io.progress import Progress
@@ -80,20 +80,23 @@ def find_graph(path: str | None = None) -> str:
     The graph is downloaded into the cache (96 MB) if it is in neither place. `UserError` says
     where to put the file if that fails.
     """
-    if path is not None:
-        return path
-    if os.path.exists(GRAPH_NAME):
-        return GRAPH_NAME
+    if found := path or published_graph():
+        return found
     cached = cached_graph_path()
-    if not cached.exists():
-        try:
-            download(GRAPH_URL, cached)
-            remember_graph(cached)
-        except UserError as error:
-            raise UserError(
-                f"{error}; the working directory or --inception_path will do as well"
-            ) from error
+    try:
+        download(GRAPH_URL, cached)
+        remember_graph(cached)
+    except UserError as error:
+        raise UserError(
+            f"{error}; the working directory or --inception_path will do as well"
+        ) from error
     return str(cached)
+
+
+def published_graph() -> str | None:
+    """The published graph in the working directory or the cache; None if it is in neither."""
+    places = GRAPH_NAME, str(cached_graph_path())
+    return next((place for place in places if os.path.exists(place)), None)
 
 
 def remember_graph(path: str | os.PathLike) -> None:
@@ -166,7 +169,7 @@ def choose_engine(
     device is CUDA where there is one. resize: one of `RESIZES`.
     """
     check_engine(backend, precision, device)
-    _check_choice("--resize", resize, RESIZES)
+    check_choice("--resize", resize, RESIZES)
     graph.check(backend, precision, resize)
     if isinstance(graph, NetworkFile):
         _torch_backend()
@@ -189,8 +192,8 @@ def _graph_engine(graph: Graph, backend: str, precision: str, device: str) -> En
 
 def check_engine(backend: str, precision: str, device: str) -> None:
     """`UserError` for choices that no engine can meet here; loads torch if a device is named."""
-    _check_choice("--backend", backend, BACKENDS)
-    _check_choice("--precision", precision, PRECISIONS)
+    check_choice("--backend", backend, BACKENDS)
+    check_choice("--precision", precision, PRECISIONS)
     if backend == "tensorflow":
         if precision != "float32":
             raise UserError(
@@ -235,15 +238,8 @@ def _tensorflow_has_gpu() -> bool:
     return has_gpu()
 
 
-def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(
-            f"{flag} {value}: choose from {', '.join(choices)}", got=value, valid=choices
-        )
-
-
 def extract(
-    engine: Engine,
+    engine: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     source: ImageSource,
     *,
     name: str,
@@ -254,7 +250,8 @@ def extract(
 ) -> Features:
     """Features of the images of `source`, all or those from `share[0]` to `share[1]` - 1.
 
-    `batch_size` images at a time are read, in the background while the network is busy.
+    engine: an `Engine`, or a function that calls one. `batch_size` images at a time are read, in
+    the background while the network is busy.
 
     Memory: the pool features (and spatial ones) that are kept, and two covariances. `UserError`
     naming the image if a feature is NaN or infinite.

@@ -60,6 +60,10 @@ class ImageSet:
     def has_statistics(self) -> bool:
         return self.pool_gaussian is not None or self.spatial_gaussian is not None
 
+    @property
+    def has_both_gaussians(self) -> bool:
+        return self.pool_gaussian is not None and self.spatial_gaussian is not None
+
 
 def open_set(images: Images, *, flag: str) -> ImageSet:
     """Open an .npz, an .npy, a folder, or an array in memory; `UserError` naming `flag` if bad.
@@ -204,4 +208,5 @@ def _has_shape(gaussian: Gaussian) -> bool:
     if gaussian.rows is None:
         covariance = gaussian.covariance
         return covariance is not None and covariance.shape == (width, width)
-    return gaussian.rows.shape == (gaussian.count, width)
+    # Those of sets that were merged have a row more for each.
+    return gaussian.rows.shape[1:] == (width,) and len(gaussian.rows) >= gaussian.count

@@ -4,12 +4,15 @@ The distance of Gaussians is in `moments`, what counts neighbours in `neighbours
 here as well, so that this module has every metric.
 """
 
+import contextlib
 import itertools
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import log_softmax, stdtrit
+import scipy
 
 from evaluations.moments import Gaussian, RunningMoments, frechet_distance, gaussian_of
 from evaluations.neighbours import (
@@ -41,12 +44,14 @@ __all__ = [
 ]
 
 INCEPTION_SPLIT = 5000  # images a block of the published Inception score
+_AT_ONCE = 4  # replicates: 300 MB each with Inception features
 _KERNEL_ROWS = 1024  # of pairs at a time, which bounds the memory of a kernel's sum
 # Of Chong and Forsyth: 15 sets of samples, from 5,000 up (fewer where there are not twice as many)
 EXTRAPOLATION_SIZES, EXTRAPOLATION_SMALLEST = 15, 5000
 CLASS_FEWEST = 2  # images of a class on either side, for a covariance
 RBF_SIGMA, RBF_SCALE = 10.0, 1000.0  # of Jayasumana et al.
 MEMORIZED_QUANTILE = 0.01  # of held-out images as many pass for copies
+_DUPLICATE = 0.01  # of the typical distance: rounding alone makes as much of equal images
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]  # rows [n, D], [m, D] -> float64 [n, m]
 
 
@@ -72,7 +77,9 @@ def inception_score(
     """
     scores = []
     for start in range(0, len(pool), split):
-        log_p = log_softmax((pool[start : start + split] @ softmax_weights).astype(float), axis=1)
+        log_p = scipy.special.log_softmax(
+            (pool[start : start + split] @ softmax_weights).astype(float), axis=1
+        )
         p = np.exp(log_p)
         marginal = p.mean(axis=0)
         # A class that no image has adds nothing: p log p -> 0.
@@ -216,16 +223,24 @@ def frechet_distance_per_class(
 class Memorization:
     """How near samples are to the reference: its row next to each, int64 [N], and the distances.
 
-    distances float32 [N]. limit: what a distance must be below to pass for a copy.
+    distances float32 [N]. limit: what a distance must be below to pass for a copy. typical: the
+    median distance of the reference's rows to their nearest other.
     """
 
     nearest: np.ndarray
     distances: np.ndarray
     limit: float
+    typical: float
 
     @property
-    def share(self) -> float:
-        return float(np.mean(self.distances < self.limit))
+    def share(self) -> Value:
+        notes = ()
+        if self.limit <= _DUPLICATE * self.typical:
+            notes = (
+                "so many of the reference's images are there twice that the limit of memorization "
+                f"is {self.limit:.2g}: no copy can be told; leave duplicates out of the reference",
+            )
+        return Value(float(np.mean(self.distances < self.limit)), notes=notes)
 
     def most_suspicious(self, count: int) -> list[tuple[int, int, float]]:
         """Sample, row of the reference and distance of the nearest pairs, from near to far."""
@@ -242,8 +257,8 @@ def memorization(reference: np.ndarray, samples: np.ndarray) -> Memorization:
     """
     own = np.sqrt(neighbour_radii(reference, 1, "float32"))
     rows, distances = nearest(reference, samples, 1)
-    limit = float(np.quantile(own, MEMORIZED_QUANTILE))
-    return Memorization(rows[:, 0], distances[:, 0], limit)
+    limit, typical = map(float, np.quantile(own, [MEMORIZED_QUANTILE, 0.5]))
+    return Memorization(rows[:, 0], distances[:, 0], limit, typical)
 
 
 def jackknife_interval(
@@ -281,10 +296,24 @@ def jackknife_replicates(
     groups = min(groups, count)
     order = np.random.default_rng(seed).permutation(count)
     bounds = np.linspace(0, count, groups + 1).astype(int)
-    without = [
-        estimate(np.sort(np.delete(order, slice(*bound)))) for bound in itertools.pairwise(bounds)
-    ]
-    return np.array([estimate(np.arange(count)), *without])
+    whole = estimate(np.arange(count))  # first: what the others share is computed with it
+
+    def without(bound: tuple[int, int]) -> float:
+        return estimate(np.sort(np.delete(order, slice(*bound))))
+
+    with _one_blas_thread(), ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
+        return np.array([whole, *pool.map(without, itertools.pairwise(bounds))])
+
+
+def _one_blas_thread() -> contextlib.AbstractContextManager:
+    """BLAS computes in the thread that calls it.
+
+    Its own threads wait for each other after every small step of a decomposition, by spinning:
+    where other programs have the cores, that takes up to 40 times as long as one thread.
+    """
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1, user_api="blas")
 
 
 def interval_of_replicates(
@@ -295,5 +324,5 @@ def interval_of_replicates(
     whole, without = scale(replicates[0]), scale(replicates[1:])
     groups = len(without)
     deviation = np.sqrt((groups - 1) * np.var(without))
-    half_width = float(stdtrit(groups - 1, (1.0 + level) / 2.0) * deviation)
+    half_width = float(scipy.special.stdtrit(groups - 1, (1.0 + level) / 2.0) * deviation)
     return float(back(whole - half_width)), float(back(whole + half_width))

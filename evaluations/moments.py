@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import lapack
+import scipy  # its parts are loaded when they are used
 
 _TOLERANCE = 1e-9  # relative error of a distance that is good enough
 
@@ -44,6 +44,19 @@ class Gaussian:
         """The covariance as a float64 [D, D] matrix."""
         return self.rows.T @ self.rows if self.covariance is None else self.covariance
 
+    @property
+    def trace(self) -> float:
+        """The sum of the variances."""
+        return np.trace(self.covariance) if self.rows is None else np.sum(self.rows**2)
+
+    @functools.cached_property
+    def cholesky(self) -> np.ndarray | None:
+        """L float64 [D, D], lower triangle, with covariance = L L^T; None without such."""
+        if self.covariance is None:
+            return None
+        lower, status = scipy.linalg.lapack.dpotrf(self.covariance, lower=1)
+        return None if status else lower
+
     @functools.cached_property
     def root(self) -> np.ndarray:
         """R float64 [rank, D] with covariance = R^T R.
@@ -52,7 +65,7 @@ class Gaussian:
         """
         if self.rows is not None:
             return self.rows
-        upper, pivots, rank, status = lapack.dpstrf(self.covariance)
+        upper, pivots, rank, status = scipy.linalg.lapack.dpstrf(self.covariance)
         if status < 0:
             raise ValueError(f"dpstrf refused its argument {-status}")
         return np.triu(upper[:rank])[:, np.argsort(pivots)]
@@ -89,23 +102,34 @@ class RunningMoments:
             return Gaussian(mean, rows=spread, count=len(rows))
         if self._pending:
             self._fold()
-        return Gaussian(self._mean, self._products / (self._count - 1), count=self._count)
+        covariance = np.triu(self._products)
+        covariance += np.triu(covariance, 1).T
+        covariance /= self._count - 1
+        return Gaussian(self._mean, covariance, count=self._count)
 
     def _fold(self) -> None:
-        rows = np.concatenate(self._pending).astype(np.float64)
+        # One row more, for what the new mean lies off the one so far.
+        rows = np.zeros((self._pending_rows + 1, self._pending[0].shape[1]))
+        new = rows[:-1]
+        np.concatenate(self._pending, out=new)
         self._pending, self._pending_rows = [], 0
-        mean = rows.mean(axis=0)
-        rows -= mean
-        products = rows.T @ rows
-        if self._count == 0:
-            self._count, self._mean, self._products = len(rows), mean, products
+        mean = new.mean(axis=0)
+        new -= mean
+        if self._products is None:
+            self._count, self._mean = len(new), mean
+            self._products = np.zeros((len(mean), len(mean)), order="F")
+        else:
+            total = self._count + len(new)
+            shift = mean - self._mean
+            rows[-1] = shift * np.sqrt(self._count * len(new) / total)
+            self._mean = self._mean + shift * (len(new) / total)
+            self._count = total
+        if rows.shape[1] == 0:  # no spatial features, which BLAS does not take
             return
-        total = self._count + len(rows)
-        shift = mean - self._mean
-        self._products += products
-        self._products += np.outer(shift, shift * (self._count * len(rows) / total))
-        self._mean = self._mean + shift * (len(rows) / total)
-        self._count = total
+        # The upper triangle only, added in place: half the work of a product.
+        self._products = scipy.linalg.blas.dsyrk(
+            1.0, rows.T, beta=1.0, c=self._products, overwrite_c=True
+        )
 
 
 def merged(gaussians: list[Gaussian]) -> Gaussian:
@@ -154,29 +178,54 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
         )
     if not (a.is_finite() and b.is_finite()):
         raise ValueError("a mean or covariance holds NaN or infinite values")
-    root_a, root_b = a.root, b.root
     shift = a.mean - b.mean
-    total = shift @ shift + np.sum(root_a**2) + np.sum(root_b**2)
-    distance = total - 2.0 * _sum_of_singular_values(root_a @ root_b.T, total)
+    total = shift @ shift + a.trace + b.trace
+    distance = total - 2.0 * _trace_of_root(a, b, total)
     return max(float(distance), 0.0)  # rounding can leave -1e-14 of equal sets
+
+
+def _trace_of_root(a: Gaussian, b: Gaussian, total: float) -> float:
+    """tr((A B)^(1/2)), such that `total` minus twice that is right to 1e-9.
+
+    For A = L L^T it is that of (L^T B L)^(1/2), the least work; where A is singular, or this not
+    exact enough, the sum of the singular values of R S^T.
+    """
+    if b.covariance is not None and (lower := a.cholesky) is not None:
+        product, status = scipy.linalg.lapack.dsygst(b.covariance, lower, itype=2, lower=1)
+        if status:
+            raise ValueError(f"dsygst refused its argument {-status}")
+        squares = scipy.linalg.eigvalsh(
+            product, lower=True, driver="ev", overwrite_a=True, check_finite=False
+        )
+        if (trace := _sum_of_roots(squares, total)) is not None:
+            return trace
+    return _sum_of_singular_values(a.root @ b.root.T, total)
+
+
+def _sum_of_roots(squares: np.ndarray, total: float) -> float | None:
+    """Sum of the roots of eigenvalues in rising order, None if it may not be right to 1e-9.
+
+    An eigenvalue carries an error of some 1e-16 of the largest, its root s that over 2 s. A
+    singular matrix has eigenvalues near zero, of which the roots would be roots of rounding
+    errors, 1e-8.
+    """
+    roots = np.sqrt(np.maximum(squares, 0.0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = np.finfo(float).eps * squares[-1] * np.sum(0.5 / roots)
+    return roots.sum() if error <= _TOLERANCE * (total - 2.0 * roots.sum()) else None
 
 
 def _sum_of_singular_values(matrix: np.ndarray, total: float) -> float:
     """Sum of the singular values, such that `total` minus twice the sum is right to 1e-9.
 
     As roots of the eigenvalues of the smaller Gram matrix, which takes a quarter of the time,
-    where these are far enough from zero: an eigenvalue carries an error of some 1e-16 of the
-    largest, its root s that over 2 s. A singular matrix has eigenvalues near zero, of which
-    the roots would be roots of rounding errors, 1e-8: its singular values are computed as such.
+    where these are exact enough; else as such.
     """
     if matrix.size == 0:  # a set without any spread
         return 0.0
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
-    squares = np.maximum(np.linalg.eigvalsh(matrix @ matrix.T), 0.0)
-    roots = np.sqrt(squares)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        error = np.finfo(float).eps * squares[-1] * np.sum(0.5 / roots)
-    if error <= _TOLERANCE * (total - 2.0 * roots.sum()):
-        return roots.sum()
+    total_of_roots = _sum_of_roots(np.linalg.eigvalsh(matrix @ matrix.T), total)
+    if total_of_roots is not None:
+        return total_of_roots
     return np.linalg.svd(matrix, compute_uv=False).sum()

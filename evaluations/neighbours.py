@@ -18,6 +18,7 @@ import numpy as np
 ARITHMETICS = ("float16", "float32")
 PUBLISHED_TILE = 10_000  # rows on a side of the tiles in which one infinity turns all to float32
 _BLOCK = 2048  # rows on a side of the blocks held in memory: 16 MB of distances
+_BLOCKS_KEPT = 6  # rounded, of a row and the columns of a tile: 100 MB of Inception features
 _NORM_ROWS = 256  # rows whose norms are summed at a time: 2 MB of features stay in the cache
 _LANES, _ACCUMULATORS, _LEAF = 8, 4, 1024  # of Eigen's half-precision sums
 _HALF_TINY = 2.0**-14  # below it, half precision has fewer than 11 bits
@@ -41,17 +42,23 @@ class _Rows:
 class Points:
     """Rows of `features` [N, D] in an arithmetic, ready for any number of distances.
 
-    `full` is what float32 needs, `half` what float16 needs, and None with float32.
+    `full` is what float32 needs. `half_norms` are the squared norms that float16 needs, float32
+    [N], and None with float32; its rows are rounded when they are used, a copy of all of them
+    would be as large as the features.
     """
 
     def __init__(self, features: np.ndarray, arithmetic: str = "float16"):
         if arithmetic not in ARITHMETICS:
             raise ValueError(f"arithmetic {arithmetic!r}: choose from {', '.join(ARITHMETICS)}")
         self.full = _full_rows(features)
-        self.half = _half_rows(features) if arithmetic == "float16" else None
+        self.half_norms = _half_norms(self.full.values) if arithmetic == "float16" else None
 
     def __len__(self) -> int:
         return len(self.full)
+
+    def half(self, start: int, stop: int) -> _Rows:
+        """Rows start … stop-1 rounded to half precision."""
+        return _Rows(_half(self.full.values[start:stop]), self.half_norms[start:stop])
 
 
 class PairwiseDistances:
@@ -64,6 +71,8 @@ class PairwiseDistances:
     def __init__(self, u: Points, v: Points | None = None):
         self._symmetric = v is None
         self._points = u, u if v is None else v
+        # Blocks come tile by tile, so each is rounded twice a tile at the most.
+        self._half = functools.lru_cache(_BLOCKS_KEPT)(lambda points, *part: points.half(*part))
 
     def blocks(self) -> Iterator[tuple[slice, slice, "Block"]]:
         """Rows, columns and the block of distances between them, those on the diagonal first."""
@@ -73,7 +82,9 @@ class PairwiseDistances:
             for left in range(top if self._symmetric else 0, sizes[1], PUBLISHED_TILE):
                 rows = slice(top, min(top + PUBLISHED_TILE, sizes[0]))
                 columns = slice(left, min(left + PUBLISHED_TILE, sizes[1]))
-                half = self._points[0].half is not None and self._half_is_finite(rows, columns)
+                half = self._points[0].half_norms is not None and self._half_is_finite(
+                    rows, columns
+                )
                 parts += [(*part, half) for part in self._block_slices(rows, columns)]
         parts.sort(key=lambda part: part[0] != part[1])
         for rows, columns, half in parts:
@@ -90,13 +101,15 @@ class PairwiseDistances:
                 )
 
     def _block(self, part: slice, other: slice, half: bool) -> "Block":
-        first, second = (points.half if half else points.full for points in self._points)
-        return Block(first[part], second[other], half)
+        sides = zip(self._points, (part, other), strict=True)
+        if half:
+            return Block(*(self._half(points, own.start, own.stop) for points, own in sides), half)
+        return Block(*(points.full[own] for points, own in sides), half)
 
     def _half_is_finite(self, rows: slice, columns: slice) -> bool:
         """Whether no step of a tile's distances overflows half precision."""
         u, v = self._points
-        largest = max(u.half.norms[rows].max(), v.half.norms[columns].max())
+        largest = max(u.half_norms[rows].max(), v.half_norms[columns].max())
         if 4.2 * largest < _HALF_OVERFLOW:  # |u|^2 + 2|uv| + |v|^2 <= 4 max, and some rounding
             return True
         if not np.isfinite(largest):
@@ -206,19 +219,22 @@ def _full_rows(features: np.ndarray) -> _Rows:
     return _Rows(values, np.einsum("nd,nd->n", values, values))
 
 
-def _half_rows(features: np.ndarray) -> _Rows:
-    values = np.array(features, np.float32, order="C")
+def _half(values: np.ndarray) -> np.ndarray:
+    """float32 `values` rounded to half precision, as float32; infinite from 65520 on."""
+    # Infinities are looked for, and lead to float32.
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16).astype(np.float32)
+
+
+def _half_norms(values: np.ndarray) -> np.ndarray:
     norms = np.empty(len(values), np.float32)
-    # Infinities are looked for, and lead to float32; an infinite value may give NaN on its way.
+    # An infinite value may give NaN on its way.
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, len(values), _NORM_ROWS):
-            part = values[start : start + _NORM_ROWS]
-            _round_half(part)
-            squares = part**2
-            _round_half(squares)
+            squares = _half(_half(values[start : start + _NORM_ROWS]) ** 2)
             norms[start : start + _NORM_ROWS] = _half_sum(squares)
     norms[norms >= _HALF_OVERFLOW] = np.inf
-    return _Rows(values, norms)
+    return norms
 
 
 def _half_sum(terms: np.ndarray) -> np.ndarray:
@@ -284,13 +300,12 @@ def _radii(points: Points, k: int) -> np.ndarray:
         else:
             near = block.candidates(bound[rows, None])
             keep(rows, _table(near[0], block.at(*near), rows.stop - rows.start))
-        if rows == columns:
-            continue
-        if np.isinf(bound[columns]).any():
+        if rows != columns and np.isinf(bound[columns]).any():
             keep(columns, block.mirror())
-        else:
+        elif rows != columns:
             near = block.candidates(bound[columns])
             keep(columns, _table(near[1], block.mirror_at(*near), columns.stop - columns.start))
+        del block  # before there is the next one
     return bound
 
 
@@ -323,6 +338,7 @@ def precision_recall(
         distances = block.at(*near)
         precise[columns][near[1][distances <= outer[near[0]]]] = True
         recalled[rows][near[0][distances <= inner[near[1]]]] = True
+        del block  # before there is the next one
     return precise, recalled
 
 

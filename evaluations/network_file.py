@@ -13,6 +13,7 @@ give features [N, D]. The TOML has the same name and these entries, all of them 
 """
 
 import hashlib
+import json
 import math
 import os
 import tomllib
@@ -66,8 +67,10 @@ class Description:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in entries.items()})
 
     def as_toml(self) -> str:
-        text = {str: lambda v: f'"{v}"', int: str, tuple: lambda v: str(list(v))}
-        return "".join(f"{k} = {text[type(v)](v)}\n" for k, v in vars(self).items())
+        return "".join(
+            f"{name} = {json.dumps(value, ensure_ascii=False)}\n"
+            for name, value in vars(self).items()
+        )
 
     def prepared(self, images: np.ndarray) -> np.ndarray:
         """Images uint8 [N, H, W, 3] as the network takes them: float32 [N, 3, height, width]."""

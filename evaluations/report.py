@@ -1,15 +1,27 @@
-"""How results are printed and saved: under what names, as lines, JSON or a Markdown table."""
+"""How results are printed and saved: their names, as lines, JSON, a Markdown table, a PNG."""
 
 import dataclasses
 import os
 import re
 
+import numpy as np
+
 from esddpm_io.files import short_names
+from esddpm_io.images import (
+    ImageSource,
+    enlarge,
+    image_grid,
+    open_images,
+    save_png,
+    with_caption,
+)
 from evaluations.evaluation import Evaluation, Result
 from evaluations.features import OTHER, PUBLISHED
 from evaluations.resizing import PUBLISHED_RESIZE
 from evaluations.scoring import METRICS
 
+_PAIR_WIDTH = 128  # pixels of an image of the PNG, at least
+_PAIRS_A_ROW = 4
 _IS_FID = re.compile(r"\s*s?FID\s*", re.IGNORECASE)
 
 
@@ -122,3 +134,29 @@ def _result_json(result: Result, names: Names) -> dict:
         out["intervals"] = {names.key(m): list(i) for m, i in result.intervals.items()}
         out["replicates"] = {names.key(m): r.tolist() for m, r in result.replicates.items()}
     return out
+
+
+def draw_suspicious(path: str, result: Result, reference: str) -> None:
+    """A PNG of the samples nearest to the reference, each with the reference's image beside it.
+
+    Captions are the two indices and the distance.
+    """
+    samples, rows, distances = zip(*result.suspicious, strict=True)
+    sides = [
+        _enlarged(open_images(result.sample, flag="SAMPLE"), samples),
+        _enlarged(open_images(reference, flag="REF"), rows),
+    ]
+    height = max(image.shape[0] for side in sides for image in side.values())
+    pairs = []
+    for *indices, distance in zip(samples, rows, distances, strict=True):
+        both = [side[index] for side, index in zip(sides, indices, strict=True)]
+        padded = [np.pad(one, ((0, height - len(one)), (0, 0), (0, 0))) for one in both]
+        caption = f"{indices[0]} | {indices[1]}: {distance:.3g}"
+        pairs.append(with_caption(np.concatenate(padded, axis=1), caption))
+    save_png(path, image_grid(pairs, min(_PAIRS_A_ROW, len(pairs))))
+
+
+def _enlarged(source: ImageSource, indices: tuple[int, ...]) -> dict[int, np.ndarray]:
+    """Images by index, `_PAIR_WIDTH` wide or more; read in order, for files that are unpacked."""
+    times = -(-_PAIR_WIDTH // source.shape[2])
+    return {i: enlarge(source.read(i, i + 1)[0], times) for i in sorted(set(indices))}

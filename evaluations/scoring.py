@@ -220,7 +220,7 @@ METRICS = {
         "Memorization",
         "memorization",
         fewest=2,
-        value=lambda s: Value(s.memorization.share),
+        value=lambda s: s.memorization.share,
         needs=("images",),
     ),
 }
@@ -233,19 +233,16 @@ _LACKS = {
 
 
 def chosen_metrics(asked: tuple[str, ...], there: frozenset[str], network: str) -> tuple[str, ...]:
-    """The names of the metrics to compute: those asked for, `all` or `published` ones.
+    """The names of the metrics to compute: those asked for, with `all` and `published` spelt out.
 
     there: what of the `needs` network and files have. `all` and `published` leave out what needs
     more; `UserError` for such a metric that was asked for by its name.
     """
     possible = [name for name, metric in METRICS.items() if there.issuperset(metric.needs)]
-    if "all" in asked:
-        return tuple(possible)
-    if "published" in asked:
-        return tuple(name for name in PUBLISHED_METRICS if name in possible)
+    groups = {"all": possible, "published": [n for n in PUBLISHED_METRICS if n in possible]}
     for name in asked:
-        for need in METRICS[name].needs:
-            if need not in there:
-                why = _LACKS[need].format(network=network)
-                raise UserError(f"--metrics {name}: {why}: choose from {', '.join(possible)}")
-    return asked
+        if name not in (*groups, *possible):
+            need = next(need for need in METRICS[name].needs if need not in there)
+            why = _LACKS[need].format(network=network)
+            raise UserError(f"--metrics {name}: {why}: choose from {', '.join(possible)}")
+    return tuple(dict.fromkeys(one for name in asked for one in groups.get(name, [name])))

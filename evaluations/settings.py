@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from esddpm_io.errors import UserError
+from esddpm_io.errors import UserError, check_choice
 from evaluations.neighbours import ARITHMETICS
 from evaluations.resizing import PUBLISHED_RESIZE, RESIZES
 from evaluations.scoring import METRICS
@@ -52,23 +52,16 @@ class Settings:
     def __post_init__(self):
         metrics = (self.metrics,) if isinstance(self.metrics, str) else tuple(self.metrics)
         object.__setattr__(self, "metrics", metrics)  # frozen, but this is its making
-        unknown = [str(name) for name in metrics if name not in (*METRICS, "published", "all")]
+        choices = (*METRICS, "published", "all")
+        unknown = [str(name) for name in metrics if name not in choices]
         if unknown or not metrics:
             raise UserError(
-                f"--metrics {', '.join(unknown) or '(none)'}: choose from "
-                f"{', '.join(METRICS)}, published, all",
+                f"--metrics {', '.join(unknown) or '(none)'}: choose from {', '.join(choices)}",
                 got=unknown,
-                valid=(*METRICS, "published", "all"),
+                valid=choices,
             )
-        if self.resize not in RESIZES:
-            raise UserError(f"--resize {self.resize}: choose from {', '.join(RESIZES)}")
-        if self.neighbour_arithmetic not in ARITHMETICS:
-            raise UserError(
-                f"--neighbour_arithmetic {self.neighbour_arithmetic}: choose from "
-                f"{', '.join(ARITHMETICS)}",
-                got=self.neighbour_arithmetic,
-                valid=ARITHMETICS,
-            )
+        check_choice("--resize", self.resize, RESIZES)
+        check_choice("--neighbour_arithmetic", self.neighbour_arithmetic, ARITHMETICS)
         for name, least in [
             ("batch_size", 1),
             ("bootstrap", 0),

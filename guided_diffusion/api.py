@@ -1,7 +1,7 @@
 """Early stop as a Python call: the engine's sampler on images in memory, without folders."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,11 +13,12 @@ from guided_diffusion.commands.request import (
     LARGEST_SEED,
     Request,
     classes_of,
+    least_side,
     network_of,
     sampler_of,
 )
 from guided_diffusion.denoiser import Denoiser
-from guided_diffusion.diffusers_models import KIND as DIFFUSERS
+from guided_diffusion.diffusers_folder import KIND as DIFFUSERS
 from guided_diffusion.pixels import to_float
 from guided_diffusion.sampling.generators import GeneratedImages, generator_of
 from guided_diffusion.sampling.job import Job
@@ -97,15 +98,8 @@ def early_stop(
     network's precision is. ValueError, naming the argument, for all that cannot be.
     """
     with speaking_of_arguments():
-        classes = classes_of(network.resolved, bool(guidance_scale))
         require(batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
         require(0 <= seed <= LARGEST_SEED, f"seed must be in 0 … {LARGEST_SEED}, not {seed}")
-        if isinstance(images, np.ndarray) or not callable(images):
-            require(not num_samples, "num_samples: leave it out with an array of images")
-            source: Source = _arrays(images, labels, network, classes)
-        else:
-            require(labels is None, "labels: leave them out with a generator, which has its own")
-            source = _generated(images, num_samples, seed, network, classes)
         guidance, networks = None, [network.resolved]
         if guidance_scale:
             require(classifier is not None, "classifier: guidance_scale needs one")
@@ -113,6 +107,18 @@ def early_stop(
             check_same_noise(network.resolved, classifier.resolved)
             guidance = Guidance(classifier.record, guidance_scale)
             networks.append(classifier.resolved)
+        classes, size = classes_of(networks), int(network.record.flags["image_size"])
+        source: _Arrays | GeneratorImages
+        if isinstance(images, np.ndarray) or not callable(images):
+            require(not num_samples, "num_samples: leave it out with an array of images")
+            _check_images(images, size, networks)
+            _check_labels(labels, len(images), classes)
+            source = _Arrays(images, labels)
+        else:
+            require(labels is None, "labels: leave them out with a generator, which has its own")
+            source = _generated(images, num_samples, seed, network.device)
+            source.check(size, "image_size", classes, least_side(networks))
+        height, width = source.shape
         request = Request(
             kind="model",
             model_path=network.record.path,
@@ -125,7 +131,8 @@ def early_stop(
             eta=eta,
             clip_denoised=clip_denoised,
         )
-        start = StartSettings("images", num_classes=classes)
+        shape = None if height == width else (height, width)
+        start = StartSettings("images", num_classes=classes, shape=shape)
         run = Run(
             network=network.record,
             process=network.resolved.process,
@@ -149,6 +156,7 @@ class _Arrays(Source):
 
     def __init__(self, images: np.ndarray, labels: np.ndarray | None):
         self._images, self._labels = images, labels
+        self.shape = images.shape[1:3]
 
     def __len__(self) -> int:
         return len(self._images)
@@ -158,22 +166,10 @@ class _Arrays(Source):
         return Start(to_float(np.ascontiguousarray(self._images[start:stop])), labels)
 
 
-def _arrays(
-    images: np.ndarray, labels: np.ndarray | None, network: LoadedNetwork, classes: int | None
-) -> _Arrays:
-    _check_images(images, int(network.record.flags["image_size"]))
-    _check_labels(labels, len(images), classes)
-    return _Arrays(images, labels)
-
-
-def _generated(
-    function: Callable, count: int, seed: int, network: LoadedNetwork, num_classes: int | None
-) -> GeneratorImages:
+def _generated(function: Callable, count: int, seed: int, device: torch.device) -> GeneratorImages:
     require(count >= 1, f"num_samples must be at least 1 with a generator, not {count}")
-    images = GeneratedImages(generator_of(function, network.device, "images"), count, seed)
-    source = GeneratorImages(images, "the generator", "images")
-    source.check(int(network.record.flags["image_size"]), "image_size", num_classes)
-    return source
+    images = GeneratedImages(generator_of(function, device, "images"), count, seed)
+    return GeneratorImages(images, "the generator", "images")
 
 
 def _kind_of(path: str) -> str:
@@ -185,13 +181,18 @@ def _kind_of(path: str) -> str:
     return "model" if any(name.startswith("output_blocks.") for name in names) else "classifier"
 
 
-def _check_images(images: np.ndarray, size: int) -> None:
+def _check_images(images: np.ndarray, size: int, networks: Sequence[Resolved]) -> None:
     is_uint8 = isinstance(images, np.ndarray) and images.dtype == np.uint8
     require(is_uint8, "images must be a NumPy array of uint8 [N, H, W, 3]")
+    right = images.ndim == 4 and images.shape[3] == 3 and images.size > 0
+    if right and images.shape[1] != images.shape[2] and (multiple := least_side(networks)):
+        right = images.shape[1] % multiple == images.shape[2] % multiple == 0
+    else:
+        right = right and images.shape[1:3] == (size, size)
     require(
-        images.ndim == 4 and images.shape[1:] == (size, size, 3) and len(images) > 0,
-        f"images must have shape [N, {size}, {size}, 3] for this network, N at least 1, not "
-        f"{list(images.shape)}",
+        right,
+        f"images must have shape [N, {size}, {size}, 3] for this network, or other sides that it "
+        f"can halve and that differ, N at least 1, not {list(images.shape)}",
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from guided_diffusion.diffusers_models import log_sigmas
+from guided_diffusion.diffusers_network import log_sigmas
 from guided_diffusion.gaussian_diffusion import MODEL_TIME_SPAN, GaussianDiffusion, ModelMeanType
 
 

@@ -15,13 +15,13 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from esddpm_io.errors import UserError
+from esddpm_io.launch import Launch, find_launch
 
 T = TypeVar("T")
 
@@ -37,38 +37,6 @@ SETUP_RETRY_COUNT = 3
 _launch: "Launch | None" = None
 
 
-@dataclass(frozen=True)
-class Launch:
-    """This process's place among those that were started together."""
-
-    launcher: str  # "alone", "torchrun", "mpi" or "slurm"
-    rank: int
-    world_size: int
-    local_rank: int  # among the processes of this machine
-
-
-def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
-    """Read rank, size and local rank from the variables of whichever launcher started us.
-
-    MPI goes before Slurm because mpiexec inside a Slurm job starts its daemons with srun. Only
-    srun sets SLURM_STEP_NUM_TASKS together with a local rank for us; a batch script's own process
-    also has SLURM_PROCID and SLURM_NTASKS, though it is alone.
-    """
-    layouts = {
-        "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        "mpi (hydra)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-        "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-    }
-    for launcher, names in layouts.items():
-        if all(name in environ for name in names):
-            rank, size, local_rank = (int(environ[name]) for name in names)
-            if launcher == "slurm" and size == 1:
-                break  # an interactive shell under srun: what is started in it is alone
-            return Launch(launcher.split()[0], rank, size, local_rank)
-    return Launch("alone", 0, 1, 0)
-
-
 def setup_dist() -> Launch:
     """Join the processes that were started with us; a second call changes nothing.
 
@@ -82,7 +50,8 @@ def setup_dist() -> Launch:
     if torch.cuda.is_available():
         torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        has_nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
+        backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
         place = {"rank": launch.rank, "world_size": launch.world_size}
         if launch.world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), **place)

@@ -1,6 +1,9 @@
 """One line of help for each flag that several command lines share."""
 
-GENERATOR_HELP = "MODULE:FACTORY, FILE.py:FACTORY, .pt or .pt2 that makes the start images"
+GENERATOR_HELP = (
+    "MODULE:FACTORY, FILE.py:FACTORY, .pt, .pt2, or pipeline of diffusers that makes the start "
+    "images"
+)
 FLAG_HELP = {
     # networks
     "image_size": "height and width of the images, pixels",
@@ -33,7 +36,7 @@ FLAG_HELP = {
     "classifier_scale": "factor of the classifier's gradient; 0: no guidance",
     # the process
     "diffusion_steps": "T, timesteps of the whole process",
-    "noise_schedule": "linear or cosine",
+    "noise_schedule": "linear or cosine; or the ends, as linear 0.0001 0.02, scaled_linear …",
     "timestep_respacing": "steps kept of the process: 250, ddim25, or counts of parts as 10,10,5",
     "use_kl": "train on the variational bound",
     "predict_xstart": "the network predicts the clean image, not the noise",
@@ -44,7 +47,7 @@ FLAG_HELP = {
     "num_samples": "how many samples",
     "batch_size": "images a step; in training of each process",
     "use_ddim": "DDIM in place of DDPM",
-    "model_path": "checkpoint of the network",
+    "model_path": "checkpoint, or folder or hf://owner/name[@revision] of diffusers",
     "device": "cpu, a GPU's index or cuda:INDEX; empty: one by the local rank",
     "seed": "the same seed gives the same result",
     "override_checkpoint_flags": "typed flags win over those of the checkpoint's sidecar",

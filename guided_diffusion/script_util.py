@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 
 from . import gaussian_diffusion as gd
-from .diffusers_models import DiffusersNetwork, create_diffusers
+from .diffusers_network import DiffusersNetwork, create_diffusers
 from .flags import (  # noqa: F401 -- their published names are here
     add_dict_to_argparser,
     args_to_dict,
@@ -69,6 +69,7 @@ def create_model(
     resblock_updown: bool = False,
     use_fp16: bool = False,
     use_new_attention_order: bool = False,
+    num_classes: int = NUM_CLASSES,
 ) -> UNetModel:
     """A U-Net for RGB images; `attention_resolutions` is a comma list of image sizes.
 
@@ -99,7 +100,7 @@ def create_model(
         attention_resolutions=levels.attention_factors,
         dropout=dropout,
         channel_mult=levels.mult,
-        num_classes=NUM_CLASSES if class_cond else None,
+        num_classes=num_classes if class_cond else None,
         use_checkpoint=use_checkpoint,
         use_fp16=use_fp16,
         num_heads=num_heads,
@@ -126,8 +127,9 @@ def create_classifier(
     classifier_use_scale_shift_norm: bool,
     classifier_resblock_updown: bool,
     classifier_pool: str,
+    num_classes: int = NUM_CLASSES,
 ) -> EncoderUNetModel:
-    """The encoder that gives logits of NUM_CLASSES classes for a noisy RGB image."""
+    """The encoder that gives logits of `num_classes` classes for a noisy RGB image."""
     levels = plan_levels(
         size=("image_size", image_size),
         width=("classifier_width", classifier_width),
@@ -146,7 +148,7 @@ def create_classifier(
         image_size=image_size,
         in_channels=3,
         model_channels=classifier_width,
-        out_channels=NUM_CLASSES,
+        out_channels=num_classes,
         num_res_blocks=classifier_depth,
         attention_resolutions=levels.attention_factors,
         channel_mult=levels.mult,
@@ -191,6 +193,7 @@ def sr_create_model(
     dropout: float,
     resblock_updown: bool,
     use_fp16: bool,
+    num_classes: int = NUM_CLASSES,
 ) -> SuperResModel:
     """A U-Net that enlarges RGB images from `small_size` to `large_size`.
 
@@ -219,7 +222,7 @@ def sr_create_model(
         attention_resolutions=levels.attention_factors,
         dropout=dropout,
         channel_mult=levels.mult,
-        num_classes=NUM_CLASSES if class_cond else None,
+        num_classes=num_classes if class_cond else None,
         use_checkpoint=use_checkpoint,
         num_heads=num_heads,
         num_head_channels=num_head_channels,
@@ -243,7 +246,8 @@ def create_network(
         "classifier": create_classifier,
         "sr": sr_create_model,
     }
-    create, known = constructors[kind], {**flag_defaults(kind), **flags}
+    create = constructors[kind]
+    known = {"num_classes": NUM_CLASSES, **flag_defaults(kind), **flags}
     return create(**{name: known[name] for name in inspect.signature(create).parameters})
 
 

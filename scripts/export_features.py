@@ -1,10 +1,11 @@
 """Export a feature network for the evaluator; see `evaluations.export_features`."""
 
-from esddpm_io.errors import run_main, terminate_cleanly
-from evaluations.export_features import create_argparser, main
+from esddpm_io.errors import errors_in_one_line
+
+with errors_in_one_line():
+    from evaluations.export_features import create_argparser, main
+
+    if __name__ == "__main__":
+        main()
 
 __all__ = ["create_argparser", "main"]
-
-if __name__ == "__main__":
-    terminate_cleanly()
-    run_main(main)

@@ -17,7 +17,7 @@ NEEDS_TENSORFLOW = {"evaluations.backend_tensorflow"}
 # Written as one file, layers and command line.
 IS_A_NETWORK = {"emoji32_features"}
 OPTIONAL = ("mpi4py", "tensorflow", "matplotlib", "blobfile", "requests", "tensorboard", "lmdb")
-OPTIONAL += ("wandb",)
+OPTIONAL += ("diffusers", "huggingface_hub", "safetensors", "wandb")
 
 
 def modules_of(*packages):

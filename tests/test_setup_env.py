@@ -36,7 +36,7 @@ def clone(tmp_path):
     shutil.copy(ROOT / "setup_env.sh", tmp_path)
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name in ("dirname", "sed", "grep", "cat", "sha256sum"):
+    for name in ("dirname", "sed", "grep", "cat", "cksum"):
         (tools / name).symlink_to(shutil.which(name))
     return tmp_path
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "es-ddpm-report": SCRIPTS_FOLDER / "report.py",
     "es-ddpm-status": SCRIPTS_FOLDER / "status.py",
     "es-ddpm-gather": SCRIPTS_FOLDER / "gather_numpyz_and_compute_fid.py",
+    "es-ddpm-convert": SCRIPTS_FOLDER / "convert_checkpoint.py",
     "es-ddpm-download": SCRIPTS_FOLDER / "download.py",
     "es-ddpm-train": SCRIPTS_FOLDER / "image_train.py",
     "es-ddpm-train-classifier": SCRIPTS_FOLDER / "classifier_train.py",

@@ -34,6 +34,7 @@ def create_argparser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     terminate_cleanly()
     args = create_argparser().parse_args(argv)
+
     from guided_diffusion.checkpoints import read_sidecar, save_checkpoint, write_sidecar
 
     try:

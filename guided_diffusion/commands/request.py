@@ -26,6 +26,7 @@ from guided_diffusion.script_util import (
 )
 from guided_diffusion.settings.layers import require
 from guided_diffusion.settings.presets import Preset
+from guided_diffusion.settings.recognition import outline_of
 from guided_diffusion.settings.record import (
     SAMPLERS,
     Guidance,
@@ -160,7 +161,7 @@ def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None
     classifier = _resolve_classifier(request, model, read) if request.classifier_scale else None
     resolved = [network for network in (model, classifier) if network]
     sampler = sampler_of(request, resolved)
-    start, source = _start(request, model, classes_of(model, classifier is not None), save_dir)
+    start, source = _start(request, resolved, save_dir)
     run = Run(
         network=read.record(model, request.flag("model_path"), request.precision),
         process=model.process,
@@ -176,7 +177,7 @@ def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None
     return Settled(
         run=run,
         source=source,
-        remarks=[remark for network in resolved for remark in network.remarks],
+        remarks=[remark for network in resolved for remark in network.remarks] + _of_shape(run),
         highest_t_prime=min([int(model.process["diffusion_steps"]), *trained]),
     )
 
@@ -220,15 +221,10 @@ def _resolve_classifier(request: Request, model: Resolved, read: ReadNetworks) -
     return classifier
 
 
-def classes_of(model: Resolved, guided: bool) -> int | None:
-    """How many labels the network and, if it is guided, the classifier know; None without labels.
-
-    The classifier knows NUM_CLASSES, as all networks but those of diffusers.
-    """
-    if not model.flags["class_cond"]:
-        return NUM_CLASSES if guided else None
-    own = int(model.flags.get("num_classes", NUM_CLASSES))
-    return min(own, NUM_CLASSES) if guided else own
+def classes_of(networks: Sequence[Resolved]) -> int | None:
+    """How many labels all networks that take any know; None if none does."""
+    told = [one for one in networks if one.kind == "classifier" or one.flags["class_cond"]]
+    return min((int(one.flags.get("num_classes", NUM_CLASSES)) for one in told), default=None)
 
 
 def network_of(network: Resolved, flag: str) -> Network:
@@ -340,10 +336,11 @@ def _check_trained(
 
 
 def _size_of_images(request: Request) -> int | None:
-    """Height of the start images, a guess for the network's where nothing says it."""
+    """Of square start images, a guess for the network's where nothing says it."""
     if request.kind == "sr" or request.from_noise:
         return None
-    return open_start(request).size
+    height, width = open_start(request).shape
+    return height if height == width else None
 
 
 def open_start(request: Request) -> GeneratorImages:
@@ -359,20 +356,47 @@ def open_start(request: Request) -> GeneratorImages:
     return open_generator(target, count, request.seed, choose_device(request.device))
 
 
+def least_side(networks: Sequence[Resolved]) -> int:
+    """What height and width must be multiples of if they differ, or 0 if they may not.
+
+    A U-Net of convolutions takes all that it can halve; attention as a classifier's last layer
+    has weights for each place, and what halves diffusers' U-Nets is not known here.
+    """
+    multiples = []
+    for network in networks:
+        built = outline_of(network.kind, network.network_flags)
+        fixed = getattr(built, "pool", None) == "attention"
+        multiples.append(0 if fixed else getattr(built, "downsampling", 0))
+    return max(multiples) if all(multiples) else 0
+
+
+def _of_shape(run: Run) -> list[str]:
+    if run.start.shape is None:
+        return []
+    height, width = run.image_shape
+    size = run.network.flags["image_size"]
+    return [f"the images are {width}x{height}; the network was made for {size}x{size}"]
+
+
 def _start(
-    request: Request, model: Resolved, num_classes: int | None, save_dir: str
+    request: Request, networks: Sequence[Resolved], save_dir: str
 ) -> tuple[StartSettings, Source]:
+    model = networks[0]
+    num_classes = classes_of(networks)
     if request.kind != "sr" and request.from_noise:
         start = StartSettings("noise", num_classes=num_classes)
         return start, open_source(start, request.num_samples, request.seed)
     images: GeneratorImages | ImagesToEnlarge
     if request.kind == "sr":
         kind, size_flag, flag = "enlarge", "small_size", request.flag("base_samples")
+        multiple = 0
         images = open_images_to_enlarge(request.images, request.num_samples, flag=flag)
     else:
         kind, size_flag = "generator" if request.generator else "images", "image_size"
         images = open_start(request)
-    images.check(int(model.flags[size_flag]), size_flag, num_classes)
+        multiple = least_side(networks) if len({*images.shape}) > 1 else 0
+    images.check(int(model.flags[size_flag]), size_flag, num_classes, multiple)
     contents = noted_contents(images, save_dir)
     path = images.path if request.generator else absolute(images.path)
-    return StartSettings(kind, path, contents, images.available, num_classes), images
+    shape = images.shape if multiple else None
+    return StartSettings(kind, path, contents, images.available, num_classes, shape), images

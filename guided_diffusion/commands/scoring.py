@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError
 from esddpm_io.files import absolute, exists, join, read_json, sha256
+from esddpm_io.launch import without_launch
 from esddpm_io.processes import run_to_end
 from guided_diffusion.sampling.point import generator_of, point_of_run
 from guided_diffusion.settings.presets import Preset
@@ -74,7 +75,7 @@ class Evaluation:
             flags = {"inception_path": self.graph, "metric_name": self.metric_name, **self.engine}
             for flag, value in flags.items():
                 argv += [f"--{flag}", str(value)] if value else []
-            code = run_to_end(argv)
+            code = run_to_end(argv, without_launch())
             if code:
                 where = ", ".join(samples)
                 print(f"error: the evaluation failed; the samples are in {where}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """Generators as functions of latents: their images are made, by index, when they are needed.
 
-A target names one: MODULE:FACTORY or FILE.py:FACTORY, which is called once with the device, or a
-TorchScript .pt or torch.export .pt2 file. docs/bring_your_own.md says what it takes and gives.
+A target names one: MODULE:FACTORY or FILE.py:FACTORY, which is called once with the device, a
+TorchScript .pt or torch.export .pt2 file, or a pipeline of diffusers (a folder, hf://owner/name).
+docs/bring_your_own.md says what it takes and gives.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from esddpm_io.images import ImageSource, check_image_array
 from guided_diffusion.checkpoints import fingerprint
 from guided_diffusion.pixels import to_uint8
 from guided_diffusion.rng import RandomStreams, derived_seed, random_labels
+from guided_diffusion.sampling.pipelines import is_pipeline, load_pipeline
 
 FLAG = "--generator"
 ABOUT_FILE = "generator.json"  # beside the network, in a .pt or .pt2 archive
@@ -144,7 +146,8 @@ def full_target(target: str) -> str:
     file, colon, factory = target.rpartition(":")
     if colon and file.endswith(".py"):
         return f"{absolute(file)}:{factory}"
-    return absolute(target) if target.endswith(_FILE_ENDINGS) else target
+    on_disk = target.endswith(_FILE_ENDINGS) or os.path.isdir(target)
+    return absolute(target) if on_disk else target
 
 
 @functools.cache
@@ -155,6 +158,10 @@ def load_generator(target: str, device: torch.device) -> Generator:
     the place in the user's file.
     """
     name = f"{FLAG} {target}"
+    if is_pipeline(target):
+        with _telling_where(name):
+            function, seen = load_pipeline(target, device, FLAG)
+        return generator_of(function, device, name, seen)
     if target.endswith(_FILE_ENDINGS):
         with _telling_where(name):
             function = _load_file(target, device)

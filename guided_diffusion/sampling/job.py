@@ -50,7 +50,7 @@ def rank_from_environment(environ: Mapping[str, str]) -> tuple[int, int, bool]:
 
     The tasks of a Slurm job array count as one world: task a of process p has rank a × size + p.
     """
-    from guided_diffusion.dist_util import find_launch
+    from esddpm_io.launch import find_launch
 
     launch = find_launch(environ)
     rank, size = launch.rank, launch.world_size

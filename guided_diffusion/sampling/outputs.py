@@ -107,8 +107,8 @@ def rank_file(folder: ChunkFolder, start: int, stop: int, rank: int) -> str:
 
 
 def _samples_name(folder: ChunkFolder, count: int) -> str:
-    size = folder.run.image_size
-    return f"samples_{count}x{size}x{size}x3"
+    height, width = folder.run.image_shape
+    return f"samples_{count}x{height}x{width}x3"
 
 
 def export_pngs(folder: ChunkFolder, start: int, stop: int) -> str:

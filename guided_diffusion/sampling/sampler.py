@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from esddpm_io.errors import UserError
+from esddpm_io.launch import find_launch
 from guided_diffusion.checkpoints import check_fit, fingerprint, read_checkpoint
 from guided_diffusion.compiling import Compiled, compile_for_sampling
-from guided_diffusion.diffusers_models import DiffusersNetwork
-from guided_diffusion.dist_util import cpu_has_bfloat16, find_launch
+from guided_diffusion.diffusers_network import DiffusersNetwork
+from guided_diffusion.dist_util import cpu_has_bfloat16
 from guided_diffusion.pixels import to_uint8
 from guided_diffusion.rng import DrawnAhead, RandomStreams
 from guided_diffusion.sampling.job import Job
@@ -66,7 +67,7 @@ class Sampler:
         `report` is told the number of steps done. Raises UserError, naming index and step, if a
         sample is NaN or infinite.
         """
-        sampler, size = self._run.sampler, self._run.image_size
+        sampler = self._run.sampler
         begin = self._source.start(start, stop)
         streams = RandomStreams(self._run.seed, start, stop)
         # A CPU has no time to spare while the network runs.
@@ -75,7 +76,7 @@ class Sampler:
         for done, out in enumerate(
             self._loop()(
                 self._predict,
-                (stop - start, 3, size, size),
+                (stop - start, 3, *self._run.image_shape),
                 noise=self._to_device(begin.images),
                 clip_denoised=sampler.clip_denoised,
                 cond_fn=self._cond_fn,
@@ -225,13 +226,13 @@ def load_network(
     It computes in its precision if the device has it, see `dtype_on`. UserError, naming `flag`, if
     the checkpoint is not the recorded one any more.
     """
-    network = create_network(record.kind, {**record.flags, **WITHOUT_EFFECT})
     state_dict = read_checkpoint(record.path, flag=flag)
     if fingerprint(state_dict) != record.sha256:
         raise UserError(
             f"{flag}: {record.path} has changed since the run's settings were written: start it "
             "anew in another folder"
         )
+    network = create_network(record.kind, {**record.flags, **WITHOUT_EFFECT})
     check_fit(network, state_dict, record.path, flag=flag)
     network.load_state_dict(state_dict)
     dtype = dtype_on(device, record.precision)

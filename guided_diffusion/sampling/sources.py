@@ -68,9 +68,9 @@ class _ImageFile(Source):
         return len(self._images)
 
     @property
-    def size(self) -> int:
-        """Their height, pixels."""
-        return self._images.shape[1]
+    def shape(self) -> tuple[int, int]:
+        """Their height and width, pixels."""
+        return self._images.shape[1], self._images.shape[2]
 
     @property
     def has_labels(self) -> bool:
@@ -82,11 +82,20 @@ class _ImageFile(Source):
     def stamp(self) -> str | None:
         return self._images.stamp()
 
-    def check(self, size: int, size_flag: str, num_classes: int | None) -> None:
+    def check(self, size: int, size_flag: str, num_classes: int | None, multiple: int = 0) -> None:
         """UserError, naming the flag, unless all images have the network's `size` and, with
-        `num_classes`, a label below it each."""
-        height, width = self._images.shape[1:3]
-        if (height, width) != (size, size):
+        `num_classes`, a label below it each.
+
+        multiple: images that are not square will do if both sides are multiples of it (0: never).
+        """
+        height, width = self.shape
+        if multiple and height != width:
+            if height % multiple or width % multiple:
+                raise UserError(
+                    f"{self._flag}: the images of {self.path} are {width}x{height}; the network "
+                    f"takes sides that are multiples of {multiple}"
+                )
+        elif (height, width) != (size, size):
             raise UserError(
                 f"{self._flag}: the images of {self.path} are {width}x{height}, the network "
                 f"takes {size}x{size} ({size_flag})"

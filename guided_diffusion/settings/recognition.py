@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from guided_diffusion import script_util
-from guided_diffusion.diffusers_models import DiffusersNetwork
+from guided_diffusion.diffusers_network import DiffusersNetwork
 from guided_diffusion.flags import flag_defaults
 from guided_diffusion.script_util import create_network
 from guided_diffusion.unet import EncoderUNetModel, UNetModel
@@ -64,10 +64,11 @@ def identify(
     else image_size and attention_resolutions are among the open flags.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    classes = own_classes(state_dict)
     fitting = [
-        (kind, flags)
+        (kind, flags | classes)
         for kind, flags in _candidates(shapes, image_size)
-        if _builds(kind, flags, shapes)
+        if _builds(kind, flags | classes, shapes)
     ]
     if not fitting:
         return None
@@ -81,6 +82,19 @@ def identify(
     undecided = sized if len({f[sized[0]] for _, f in fitting}) > 1 else []
     shown = {name: value for name, value in flags.items() if name not in undecided}
     return Recognised(kind, shown, shown, open_flags=(*undecided, *TRACELESS[kind]))
+
+
+def own_classes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, object]:
+    """`num_classes` of a network of ours that knows others than NUM_CLASSES, else nothing.
+
+    No flag of the published commands says it: people edit the constant.
+    """
+    # Of a U-Net, or of a classifier's last layer by its pool; other layers have lower numbers.
+    names = ("label_emb.weight", "out.2.c_proj.bias", "out.3.bias", "out.2.bias")
+    is_unet = any(name.startswith("output_blocks.") for name in state_dict)
+    found = [state_dict[name] for name in names[: 1 if is_unet else None] if name in state_dict]
+    count = len(found[0]) if found else script_util.NUM_CLASSES
+    return {} if count == script_util.NUM_CLASSES else {"num_classes": count}
 
 
 def recognise(state_dict: Mapping[str, torch.Tensor]) -> dict | None:
@@ -109,7 +123,7 @@ def _published_like(kind: str, flags: Mapping[str, object]) -> tuple[str, ...]:
     return tuple(
         name
         for name, entry in _published().items()
-        if entry["kind"] == kind and all(entry["flags"][key] == flags[key] for key in flags)
+        if entry["kind"] == kind and all(entry["flags"].get(key) == flags[key] for key in flags)
     )
 
 

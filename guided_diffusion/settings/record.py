@@ -62,6 +62,7 @@ class StartSettings:
     "noise", or "enlarge" (noise, with small images beside it). path, contents: where images are,
     and a hash of their pixels and labels; of a generator its target, and a hash of its code and
     tensors. count: how many images there are. num_classes: of the labels, None where none are used.
+    shape: height and width where they differ.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class StartSettings:
     contents: str | None = None
     count: int | None = None
     num_classes: int | None = None
+    shape: tuple[int, ...] | None = None
 
     @property
     def has_images(self) -> bool:
@@ -116,10 +118,13 @@ class Run:
     preset: str | None = None
 
     @property
-    def image_size(self) -> int:
+    def image_shape(self) -> tuple[int, int]:
         """Height and width of a sample, pixels."""
+        if self.start.shape is not None:
+            height, width = self.start.shape
+            return height, width
         name = "large_size" if self.network.kind == "sr" else "image_size"
-        return int(self.network.flags[name])
+        return (int(self.network.flags[name]),) * 2
 
     @property
     def takes_labels(self) -> bool:

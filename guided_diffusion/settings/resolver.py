@@ -16,7 +16,7 @@ from esddpm_io.errors import UserError
 from esddpm_io.files import exists
 from esddpm_io.hub import fetched
 from guided_diffusion.checkpoints import check_fit, read_checkpoint, read_sidecar
-from guided_diffusion.diffusers_models import KIND as DIFFUSERS
+from guided_diffusion.diffusers_folder import KIND as DIFFUSERS
 from guided_diffusion.flags import diffusion_defaults, flag_defaults
 from guided_diffusion.settings.layers import Layer, require, resolve
 from guided_diffusion.settings.presets import Preset
@@ -25,6 +25,7 @@ from guided_diffusion.settings.recognition import (
     Recognised,
     identify,
     outline_of,
+    own_classes,
 )
 from guided_diffusion.settings.record import Value
 
@@ -126,6 +127,8 @@ def resolve_network(
         below.reverse()
     layers = [Layer("default", defaults), *below, user]
     _check_contradictions(source, known, user, said if preset and preset.is_own else None)
+    if kind != DIFFUSERS:
+        layers.append(Layer("shapes", own_classes(state_dict)))
     flags, origins = resolve(layers)
     check_fit(_build(kind, flags, origins), state_dict, path, flag=flag)
     # A U-Net of diffusers may be without its scheduler.

@@ -1,15 +1,54 @@
 """Several processes, each with its share of the images: the figures of one."""
 
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from esddpm_io.errors import UserError
+from esddpm_io.launch import Launch
 from evaluations import devices, evaluate
-from evaluations.devices import shares_of
+from evaluations.devices import extract_among_ranks, shares_of
+from evaluations.evaluation import assist, run
+from evaluations.features import choose_engine, load_graph, read_ahead
+from evaluations.inputs import ArrayImages
 from evaluations.moments import gaussian_of, merged
+from evaluations.scoring import METRICS
 from tests.evaluations.graph_writer import GOLDEN, small_graph
+from tests.waiting import PATIENCE_S, wait_until
+
+EVALUATOR = Path(__file__).resolve().parents[2] / "evaluations" / "evaluator.py"
+OPTIONS = {"inception_path": "small.pb", "backend": "torch", "batch_size": 8}
+FLAGS = [text for name, value in OPTIONS.items() for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a small graph and two sets of images, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("small.pb").write_bytes(small_graph())
+    with np.load(GOLDEN / "evaluator_images.npz") as file:
+        np.savez("reference.npz", arr_0=file["reference"][:60])
+        np.savez("samples.npz", arr_0=file["samples"][:50])
+    return tmp_path
+
+
+def figures(path):
+    return json.loads(Path(path).read_text())["results"][0]["metrics"]
+
+
+def assert_figures_of_one_process(path):
+    one = evaluate("reference.npz", "samples.npz", **OPTIONS).results[0].metrics
+    assert figures(path) == {
+        METRICS[name].key: pytest.approx(value.value, rel=1e-9) for name, value in one.items()
+    }
 
 
 @pytest.mark.parametrize("parts", [[5, 9], [9, 40, 1], [40, 60], [100]])
@@ -29,33 +68,150 @@ def test_shares_are_whole_batches():
     assert len(shares_of(50_000, 2, 64)) == 7
 
 
-def test_two_processes_give_the_figures_of_one_and_go_on_after_a_kill(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("small.pb").write_bytes(small_graph())
-    with np.load(GOLDEN / "evaluator_images.npz") as file:
-        reference, samples = file["reference"][:60], file["samples"][:50]
-    np.savez("samples.npz", arr_0=samples)
-    options = {"inception_path": "small.pb", "backend": "torch", "batch_size": 8}
-    one = evaluate(reference, "samples.npz", **options).results[0].metrics
-    options.update(devices="cpu,cpu", cache_dir="cache")
+def test_two_processes_give_the_figures_of_one_and_go_on_after_a_kill(here):
+    """Killed when one process has stored its share and the other is stopped in the middle of its:
+    the second run finds that share, and leaves whole sets only.
+    """
+    command = [sys.executable, EVALUATOR, "reference.npz", "samples.npz", *FLAGS]
+    command += ["--devices", "cpu,cpu", "--cache_dir", "cache", "--json", "out.json"]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    workers = wait_until(lambda: len(found := workers_of(first.pid)) == 2 and found, first)
+    os.kill(workers[0], signal.SIGSTOP)
+    wait_until(lambda: list(Path("cache").glob("features-*.npz")), first)
+    first.kill()
+    os.kill(workers[0], signal.SIGKILL)  # the other sees that its parent is gone
+    first.communicate()
+    (share,) = Path("cache").glob("features-*.npz")
+    start, stop = map(int, share.stem.split("-")[-2:])
 
-    # Stopped when the first share has been stored …
-    save = devices.FeatureCache.save
+    again = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    assert f"features of reference.npz, {stop - start} of them stored by an" in again.stderr
+    assert_figures_of_one_process("out.json")
+    assert len(list(Path("cache").iterdir())) == 2 and not share.exists()
 
-    def save_and_stop(path, features):
-        save(path, features)
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(devices.FeatureCache, "save", staticmethod(save_and_stop))
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(reference, "samples.npz", **options)
-    kept = list(Path("cache").iterdir())
-    assert kept
-    # … the next run goes on from there, and leaves whole sets only.
-    two = evaluate(reference, "samples.npz", **options).results[0].metrics
-    for name, value in one.items():
-        assert two[name].value == pytest.approx(value.value, rel=1e-9)
-    assert len(list(Path("cache").iterdir())) == 2 and not set(kept) & set(Path("cache").iterdir())
+def workers_of(parent):
+    """The processes that `parent` has started for its devices."""
+    found = []
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            if b"--multiprocessing-fork" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return found
+
+
+def test_a_device_that_is_not_there_is_named(here):
     with pytest.raises(UserError, match="^device cuda:99"):
-        evaluate(reference, samples, **{**options, "devices": "cpu,99"})
+        evaluate("reference.npz", "samples.npz", devices="cpu,99", inception_path="small.pb")
+
+
+def test_the_next_images_are_read_while_the_network_is_busy():
+    """It is at the first batch until the second has been read."""
+    read = [threading.Event() for _ in range(3)]
+
+    class Source(ArrayImages):
+        def read(self, start, stop):
+            read[start // 4].set()
+            return super().read(start, stop)
+
+    source = Source(np.zeros((12, 2, 2, 3), np.uint8), flag="REF")
+    for start, batch in read_ahead(source, 0, 12, 4):
+        following = read[min(start // 4 + 1, 2)]
+        assert following.wait(PATIENCE_S) and len(batch) == 4
+
+
+MPIEXEC = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or "mpiexec"
+LAUNCHERS = {
+    "torchrun": [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--standalone", "--nproc_per_node", "2"),
+    ],
+    "mpiexec": [MPIEXEC, "-n", "2", sys.executable],
+}
+
+
+@pytest.fixture(params=LAUNCHERS)
+def launched(request, here):
+    """Runs the evaluator by a launcher, with these flags."""
+    if request.param == "mpiexec" and shutil.which(MPIEXEC) is None:
+        pytest.skip("mpiexec is not installed")
+
+    def call(*flags):
+        command = [*LAUNCHERS[request.param], EVALUATOR, "reference.npz", "samples.npz", *FLAGS]
+        command += flags
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+
+    return call
+
+
+def test_a_launcher_s_processes_share_the_images(launched):
+    done = launched("--cache_dir", "cache", "--json", "out.json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sFID") + done.stdout.count("Spatial Frechet") == 1  # one prints
+    assert_figures_of_one_process("out.json")
+    assert len(list(Path("cache").iterdir())) == 2
+    again = launched("--cache_dir", "cache")
+    assert again.returncode == 0 and "features of" not in again.stderr
+
+
+def test_a_launcher_s_processes_end_with_an_error_of_the_user(launched):
+    done = launched()
+    assert done.returncode != 0 and "Traceback" not in done.stderr.split("torch/distributed")[0]
+    assert "error: --cache_dir: 2 processes of" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "--cache_dir: 3 processes of slurm need one folder"),
+        ({"devices": "cpu,cpu", "cache_dir": "cache"}, "--devices starts processes of its own"),
+        ({"inception_path": None, "cache_dir": "cache"}, "run scripts/download.py first"),
+    ],
+)
+def test_what_a_launch_cannot_do_is_refused(here, monkeypatch, given, words):
+    monkeypatch.setenv("ES_DDPM_CACHE", str(here / "empty"))
+    launch = Launch("slurm", 0, 3, 0)
+    for call in (run, assist):
+        more = {"tell": print} if call is run else {}
+        with pytest.raises(UserError, match=words):
+            options = {**OPTIONS, **given}
+            call("reference.npz", "samples.npz", launch=launch, **more, **options)
+
+
+def test_one_process_of_a_launch_finishes_what_others_left(here):
+    """srun lets the others live when one of its processes dies: nothing must wait for that one."""
+    options = {**OPTIONS, "cache_dir": "cache"}
+    first = run(
+        "reference.npz", "samples.npz", tell=print, launch=Launch("slurm", 0, 3, 0), **options
+    )
+    one = evaluate("reference.npz", "samples.npz", **OPTIONS)
+    for name, value in one.results[0].metrics.items():
+        assert first.results[0][name] == pytest.approx(value.value, rel=1e-9)
+    before = sorted((path, path.stat().st_mtime_ns) for path in Path("cache").iterdir())
+    # One that comes late finds all done, and leaves nothing behind.
+    assist("reference.npz", "samples.npz", launch=Launch("slurm", 2, 3, 2), **options)
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in Path("cache").iterdir())
+
+
+def test_a_share_is_let_go_when_another_process_has_stored_it(here):
+    images = np.load("reference.npz")["arr_0"]
+    engine = choose_engine(load_graph("small.pb"), "torch")
+    store = here / "whole.npz"
+    shares = shares_of(len(images), 2, 8)
+    seen = []
+
+    def counting(batch):
+        if len(seen) == 2:  # in the middle of the first share: the other process has done both
+            for share, path in devices._paths(store, shares).items():
+                part = devices.extract(engine, source, name="", batch_size=8, share=share)
+                devices.FeatureCache.save(path, part)
+        seen.append(len(batch))
+        return engine(batch)
+
+    source = ArrayImages(images, flag="REF")
+    expected = devices.extract(engine, source, name="", batch_size=8)
+    options = {"name": "", "batch_size": 8, "keep_spatial": False}
+    options.update(store=store, dimensions=expected.pool.shape[1])
+    got = extract_among_ranks(counting, source, Launch("mpi", 0, 2, 0), **options)
+    assert seen == [8, 8, 8]
+    np.testing.assert_array_equal(got.pool, expected.pool)

@@ -125,7 +125,7 @@ def test_memorization_by_hand():
     assert found.limit == pytest.approx(0.5 + 0.99 * 0.5)
     np.testing.assert_allclose(found.distances, heights, atol=2e-2)
     assert found.nearest.tolist() == [0, 50, 60, 70, 80]
-    assert found.share == 0.8
+    assert found.share == Value(0.8)
     pairs = found.most_suspicious(2)
     assert [pair[:2] for pair in pairs] == [(0, 0), (1, 50)]
     with pytest.raises(ValueError, match="1 points: at least 2"):
@@ -145,11 +145,16 @@ def test_memorization_against_a_tree():
 def test_new_images_pass_for_copies_as_often_as_the_quantile_says_and_copies_always():
     rng = np.random.default_rng(2)
     reference = rng.standard_normal((2000, 8))
-    assert memorization(reference, rng.standard_normal((4000, 8))).share == pytest.approx(
+    assert memorization(reference, rng.standard_normal((4000, 8))).share.value == pytest.approx(
         0.01, abs=0.006
     )
     copies = reference[:300] + 1e-3 * rng.standard_normal((300, 8))
-    assert memorization(reference, copies).share == 1.0
+    assert memorization(reference, copies).share == Value(1.0)
+
+
+def test_a_reference_of_duplicates_is_told_of():
+    (note,) = memorization(np.concatenate([REFERENCE, REFERENCE[:9]]), SAMPLES).share.notes
+    assert "there twice" in note and "duplicates" in note
 
 
 def test_copies_are_named_and_drawn(folder, capsys):

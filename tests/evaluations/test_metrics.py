@@ -156,7 +156,7 @@ def distances_of(*features: np.ndarray) -> neighbours.PairwiseDistances:
 
 def half_arithmetic(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """The published distances in NumPy's own half precision, but for the order of the norms."""
-    norms = [neighbours._half_rows(x).norms.astype(np.float16) for x in (u, v)]
+    norms = [neighbours._half_norms(x).astype(np.float16) for x in (u, v)]
     products = u.astype(np.float16).astype(np.float32) @ v.astype(np.float16).T.astype(np.float32)
     return (norms[0][:, None] - np.float16(2) * products.astype(np.float16)) + norms[1]
 
@@ -213,7 +213,7 @@ def test_half_precision_norms_are_tensorflows(width):
     rng = np.random.default_rng(width)
     rows = rng.standard_normal((64, width)).astype(np.float16)
     expected = tf.reduce_sum(tf.square(tf.constant(rows)), axis=1).numpy()
-    got = neighbours._half_rows(rows.astype(np.float32)).norms
+    got = neighbours._half_norms(rows.astype(np.float32))
     np.testing.assert_array_equal(got, expected.astype(np.float32))
 
 
@@ -380,3 +380,23 @@ def test_intervals_of_paired_differences_cover_what_they_say(change, widest):
     width = np.mean([high - low for low, high in paired])
     assert 0.85 < width / (2 * 2.02 * np.std(differences)) < widest
     assert np.mean(unpaired) > 2 * width
+
+
+def test_replicates_are_computed_with_one_thread_of_blas_each():
+    """Threads of BLAS spin while they wait, which a busy machine takes 40 times as long over."""
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    def threads() -> set[int]:
+        return {one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"}
+
+    seen = []
+    with threadpool_limits(2, user_api="blas"):
+        before = threads()
+        replicates = jackknife_replicates(
+            lambda rows: seen.append(threads()) or float(rows.sum()), 10, groups=5
+        )
+        assert threads() == before
+    assert seen[0] == before == {2} and seen[1:] == [{1}] * 5
+    # In the order of the groups, whichever was done first.
+    order = np.random.default_rng(0).permutation(10).reshape(5, 2)
+    np.testing.assert_array_equal(replicates, [45.0, *(45.0 - order.sum(axis=1))])

@@ -116,6 +116,9 @@ def test_what_the_network_does_not_have_is_refused_by_name(capsys):
             evaluator.main(
                 ["ref.npz", "samples.npz", "--inception_path", "tiny.pt2", "--metrics", metric]
             )
+    more = ("published", "rbf_mmd", "fid")
+    result = evaluate("ref.npz", "samples.npz", inception_path="tiny.pt2", metrics=more).results[0]
+    assert list(result.metrics) == ["fid", "precision", "recall", "rbf_mmd"]
     evaluator.main(
         ["ref.npz", "samples.npz", "--inception_path", "tiny.pt2", "--metrics", "all", "--table"]
     )

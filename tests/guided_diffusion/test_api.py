@@ -62,7 +62,7 @@ def test_what_cannot_be_names_the_argument(tiny, network, data):
             early_stop(wanted, given, **{**good, **changes})
 
     refused("^images must be a NumPy array of uint8", given=images / 255)
-    refused(r"^images must have shape \[N, 8, 8, 3\]", given=images[:, :4])
+    refused(r"^images must have shape \[N, 8, 8, 3\]", given=images[:, :5])
     refused("^labels: the network or the classifier needs one", labels=None)
     refused("^labels must be 10 integers", labels=labels[:3])
     refused("^labels must be in 0 … 999", labels=labels - 5000)

@@ -292,3 +292,27 @@ def test_the_fingerprint_is_that_of_the_tensors(tiny_path, tmp_path):
     for change in (reordered[name] + 1e-3, reordered[name].double(), reordered[name][None]):
         assert fingerprint({**reordered, name: change}) != first
     assert fingerprint({f"{n}x": t for n, t in state_dict.items()}) != first
+
+
+def test_safetensors_are_checkpoints(tiny_path, tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    state_dict, path = read_checkpoint(tiny_path, flag="--f"), str(tmp_path / "ema.safetensors")
+    sidecar = {"kind": "model", "flags": TINY, "early_stop_steps": 100}
+    save_checkpoint(state_dict, path, sidecar)
+    assert read_sidecar(path) == sidecar
+    assert fingerprint(read_checkpoint(path, flag="--f")) == fingerprint(state_dict)
+    assert load_object(path, flag="--f").keys() == state_dict.keys()
+    load_weights(tiny_model(), path, flag="--f")
+    save_checkpoint(state_dict, path)
+    assert read_sidecar(path) is None
+    with pytest.raises(ValueError, match="only a state dict"):
+        save_checkpoint({"step": 3}, path)
+    assert fingerprint(read_checkpoint(path, flag="--f")) == fingerprint(state_dict)
+    for length in (0, 5, 300, 5000):
+        Path(path).write_bytes(Path(path).read_bytes()[:length] or b"")
+        assert read_sidecar(path) is None
+        with pytest.raises(UserError, match=r"--f: .*ema\.safetensors is damaged or not a ch"):
+            read_checkpoint(path, flag="--f")
+        save_checkpoint(state_dict, path)
+    with pytest.raises(UserError, match="--f: there is no file"):
+        read_checkpoint(str(tmp_path / "none.safetensors"), flag="--f")

@@ -29,6 +29,17 @@ def test_values_of_an_array_as_code_of_others_looks_them_up():
     assert values[0].unique().tolist() == [2.5] and values[1].unique().tolist() == [0.5]
 
 
+def test_schedules_by_their_ends_and_by_all_betas():
+    betas = gd.get_named_beta_schedule
+    np.testing.assert_allclose(betas("linear 0.0001 0.02", 1000), betas("linear", 1000), rtol=1e-12)
+    root = betas("scaled_linear 0.0001 0.04", 3)
+    np.testing.assert_allclose(root, [0.0001, 0.105**2, 0.04], rtol=1e-12)
+    np.testing.assert_array_equal(betas("betas 0.1 0.3 0.2", 3), [0.1, 0.3, 0.2])
+    for text in ("linear 0.1", "betas 0.1 0.2", "cosine 0.1 0.2", "betas 0.1 x 0.3", ""):
+        with pytest.raises(ValueError, match="noise_schedule"):
+            betas(text, 3)
+
+
 def zero_model(x, t, **_):
     return torch.zeros_like(x)
 

@@ -182,6 +182,10 @@ def test_wrong_places_are_told(tmp_path):
         ([source, str(tmp_path / "full")], "B: .* is there already"),
         ([str(tmp_path / "full"), "b.pt"], "A: .* no folder of diffusers"),
         ([str(tmp_path / "none.pt"), "b.pt"], "A: there is no file"),
+        (
+            [source, "b.pt", "--num_heads", "2", "--drop_variance"],
+            "--drop_variance, --num_heads: o",
+        ),
         (["hf://owner", "b.pt"], "A: hf://owner is not of the form"),
     ):
         with pytest.raises(UserError, match=reason):

@@ -1,5 +1,7 @@
 import functools
+import hashlib
 import http.server
+import json
 import threading
 
 import numpy as np
@@ -60,6 +62,19 @@ def test_fetches_what_is_missing_and_keeps_what_is_there(mirror, tmp_path, monke
     download.main([str(preset)])
     out = capsys.readouterr().out
     assert (out.count(": fetched"), out.count(": already there")) == (1, 2)
+
+
+def test_the_published_graph_is_known_again_and_a_mirror_s_is_not(mirror, tmp_path, monkeypatch):
+    monkeypatch.setenv("ES_DDPM_CACHE", str(tmp_path / "cache"))
+    preset, known = tmp_path / "mine.toml", tmp_path / "cache" / "known_graphs.json"
+    preset.write_text(PRESET)
+    download.main([str(preset), "--base_url", mirror])
+    assert not known.exists()
+    (tmp_path / "cache" / GRAPH_NAME).unlink()
+    monkeypatch.setattr("evaluations.features.GRAPH_URL", f"{mirror}/ref_batches/{GRAPH_NAME}")
+    download.main([str(preset), "--base_url", mirror])
+    digest = hashlib.sha256(b"graph").hexdigest()
+    assert json.loads(known.read_text()) == {GRAPH_NAME: digest}
 
 
 def test_a_preset_with_its_own_graph_needs_no_inception(mirror, tmp_path, capsys):

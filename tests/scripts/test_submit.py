@@ -1,5 +1,6 @@
 """--print_sbatch and the refusals of --submit slurm, which need no Slurm."""
 
+import os
 import re
 import subprocess
 import sys
@@ -12,10 +13,9 @@ from guided_diffusion.commands import driver, sweep
 from guided_diffusion.sampling.queue import JobQueue
 from tests.tiny_sampling import TinyFiles, run_script
 
-COMMANDS = {
-    "generate_processes_diffusion_and_reverse.py": driver.main,
-    "sweep.py": sweep.main,
-}
+ROOT = Path(__file__).parents[2]
+DRIVER = "generate_processes_diffusion_and_reverse.py"
+COMMANDS = {DRIVER: driver.main, "sweep.py": sweep.main}
 
 
 def flags(tiny: TinyFiles, output: Path) -> list[str]:
@@ -49,6 +49,22 @@ def test_the_printed_script_is_clean_shell(script, tiny, tmp_path):
     # The job after them is this command, in one process, and does not submit again.
     assert script in gather
     assert not re.search("--(print_sbatch|submit|num_machines|slurm_args)", gather)
+
+
+@pytest.mark.parametrize(("name", "script"), [("sample.sh", DRIVER), ("sweep.sh", "sweep.py")])
+def test_the_examples_print_what_they_submit(name, script, tiny, tmp_path):
+    example = ROOT / "examples/slurm" / name
+    argv = ["bash", example, *flags(tiny, tmp_path / "out"), "--limit", "4", "--print_sbatch"]
+    environ = {**os.environ, "PYTHON": sys.executable}
+    printed = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False)
+    assert printed.returncode == 0, printed.stderr
+    assert "--array=0-7" in printed.stdout and "--gres=gpu:1" in printed.stdout
+    assert script in printed.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples/slurm").iterdir()), ids=lambda p: p.name)
+def test_the_examples_are_clean_shell(path):
+    lint(path.read_text())
 
 
 @pytest.mark.parametrize("main", COMMANDS.values())

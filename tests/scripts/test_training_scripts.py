@@ -226,21 +226,58 @@ def test_sigterm_to_all_processes_at_once_loses_nothing(
     wait_until((folder / "model000005.pt").exists, process)
     os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=PATIENCE_S)
-    assert launcher != "alone" or process.returncode == 0, output
+    # torchrun reports the signal that it got.
+    assert process.returncode == (launcher == "torchrun"), output
     last = int(figures(folder)[-1]["step"])
     assert f"after step {last};" in (folder / "log.txt").read_text(), output
     assert (folder / f"model{last:06d}.pt").exists() and (folder / f"opt{last:06d}.pt").exists()
-    if launcher == "alone":
-        return
-    for name, resume in (("stopped", "auto"), ("straight", "")):
-        end = ("--iterations", str(last + 2), "--resume_checkpoint", resume)
-        process = start_long_run(where, tmp_path / name, *more, *end, launcher=launcher)
+    if launcher != "alone" or workers == -1:  # the others would say the same once more
+        assert_goes_on_to_the_bit(where, folder, last + 2, *more, launcher=launcher)
+
+
+def assert_goes_on_to_the_bit(data, folder, last, *more, launcher):
+    """A run that was ended, continued to step `last`, is that of one that never was."""
+    straight = folder.with_name("straight")
+    for where, resume in ((folder, "auto"), (straight, "")):
+        end = ("--iterations", str(last), "--resume_checkpoint", resume)
+        process = start_long_run(data, where, *more, *end, launcher=launcher)
         output, _ = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, output
-    stopped, straight = (
-        tensors(tmp_path / name, last + 2, "model", "ema_0.9_") for name in ("stopped", "straight")
-    )
-    assert all(torch.equal(a, b) for a, b in zip(stopped, straight, strict=True))
+    prefixes = ("model", "ema_0.9_")
+    pairs = zip(tensors(folder, last, *prefixes), tensors(straight, last, *prefixes), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def ranks_of(folder):
+    """Process ids of the training that writes to `folder`, in order of rank, without launchers."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            argv = (process / "cmdline").read_text().split("\0")
+            environ = dict(
+                line.partition("=")[::2] for line in (process / "environ").read_text().split("\0")
+            )
+        except OSError:  # it has ended, or is not ours
+            continue
+        is_script = any(word.endswith("image_train.py") for word in argv[1:3])
+        if is_script and environ.get("OPENAI_LOGDIR") == str(folder):
+            names = ("RANK", "PMI_RANK", "SLURM_PROCID")
+            found[next((int(environ[n]) for n in names if n in environ), 0)] = int(process.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
+@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(launcher, data, tmp_path):
+    folder = tmp_path / "killed"
+    more = ("--num_workers", "0")
+    process = start_long_run(data, folder, *more, launcher=launcher)
+    wait_until((folder / "model000010.pt").exists, process)
+    os.kill(ranks_of(folder)[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=PATIENCE_S)  # to the end of all that write to it
+    assert process.returncode, output
+    newest = max(int(path.stem[5:]) for path in folder.glob("model*.pt"))
+    assert_goes_on_to_the_bit(data, folder, newest + 3, *more, launcher=launcher)
 
 
 def test_workers_end_when_the_parent_is_killed(images, tmp_path):

@@ -213,6 +213,11 @@ def test_flags_and_defaults_are_frozen():
         "channels_last": False,
         "compile": False,
         "use_fp16": False,
+        "lr_warmup": 0,
+        "grad_clip": 0.0,
+        "power_ema": "",
+        "start_anew": False,
+        "shard": False,
     }
     sample_flags = vars(vae_sample.create_argparser().parse_args([]))
     assert sample_flags == {

@@ -15,7 +15,7 @@ from tests.tiny_sampling import SCRIPTS, TinyFiles, chunks, run_script
 from tests.waiting import wait_until
 
 DRIVER = "generate_processes_diffusion_and_reverse.py"
-SLOW = {"t_prime": 900, "steps": 100, "batch_size": 1}  # some seconds, in ten chunks
+SLOW = {"t_prime": 900, "steps": 70, "batch_size": 1}  # some seconds, in ten chunks
 
 
 def flags(tiny: TinyFiles, output: Path, **changes: object) -> list[str]:
@@ -72,7 +72,8 @@ def test_an_array_samples_what_a_local_run_does_and_a_job_evaluates(cluster, tin
 
 
 def test_elements_of_several_processes(cluster, tiny, local, tmp_path):
-    argv = [*flags(tiny, tmp_path / "out"), "--slurm_args=--ntasks=2 --cpus-per-task=1"]
+    argv = [*flags(tiny, tmp_path / "out"), "--not_eval_metrics"]
+    argv.append("--slurm_args=--ntasks=2 --cpus-per-task=1")
     jobs = submit(cluster, DRIVER, argv, 1)
     assert cluster.wait_for(*jobs) == ["COMPLETED"] * 2
     np.testing.assert_array_equal(samples(tmp_path / "out"), local)
@@ -81,8 +82,8 @@ def test_elements_of_several_processes(cluster, tiny, local, tmp_path):
 
 
 def test_srun_alone(cluster, tiny, local, tmp_path):
-    argv = flags(tiny, tmp_path / "printed", not_eval_metrics="")[:-1]
-    printed = run_script(DRIVER, *argv, "--devices", "cpu")
+    argv = flags(tiny, tmp_path / "printed")
+    printed = run_script(DRIVER, *argv, "--not_eval_metrics", "--devices", "cpu")
     settings = tmp_path / "printed/settings.json"
     script = SCRIPTS / "classifier_sample_diffusion_and_reverse.py"
     worker = [sys.executable, script, "--settings", settings, "--batch_size", 2]
@@ -144,7 +145,11 @@ def test_a_users_mistake_is_not_tried_again(cluster, tiny, tmp_path):
 def test_a_sweep(cluster, tiny, local, tmp_path):
     out = tmp_path / "sweep"
     argv = flags(tiny, out, t_prime="0,200,400", eval_bootstrap=0)
-    jobs = submit(cluster, "sweep.py", argv, 2)
+    array, gather = jobs = submit(cluster, "sweep.py", [*argv, "--slurm_args=--hold"], 2)
+    shown = cluster.output(sys.executable, SCRIPTS / "status.py", out)
+    held = "PENDING (JobHeldUser)"
+    assert f"Slurm: job {array}: 2 {held}, job {gather}: 1 PENDING" in shown
+    cluster.output("scontrol", "release", *jobs)
     assert cluster.wait_for(*jobs) == ["COMPLETED"] * 3
     np.testing.assert_array_equal(samples(out / "dpmpp_2m_sde_t400_3_steps_guidance0"), local)
     assert len((out / "sweep.csv").read_text().splitlines()) == 4

@@ -8,7 +8,7 @@ import torch
 
 from esddpm_io.errors import UserError
 from guided_diffusion.pixels import to_uint8
-from guided_diffusion.rng import RandomStreams, random_labels
+from guided_diffusion.rng import RandomStreams, derived_seed, random_labels
 from guided_diffusion.sampling.generators import (
     GeneratedImages,
     generator_of,
@@ -182,3 +182,48 @@ def test_what_goes_wrong_is_one_line(tmp_path, line):
 def test_targets_that_are_none(target, message):
     with pytest.raises(UserError, match=message):
         load_generator(target, CPU)
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_a_pipeline_of_diffusers(tmp_path, classes):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(32,), layers_per_block=1, num_class_embeds=classes,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), in_channels=3,
+        out_channels=3,
+    )  # fmt: skip
+    scheduler = diffusers.CMStochasticIterativeScheduler()
+    pipeline = diffusers.ConsistencyModelPipeline(unet, scheduler)
+    pipeline.save_pretrained(tmp_path / "one_step")
+    generator = load_generator(str(tmp_path / "one_step"), CPU)
+    images = GeneratedImages(generator, 20, 1)
+    assert images.shape == (20, 8, 8, 3) and images.has_labels == bool(classes)
+
+    torch.manual_seed(derived_seed(1, 1))
+    labels = torch.from_numpy(random_labels(1, 16, 32, classes)) if classes else None
+    expected = pipeline(batch_size=16, class_labels=labels, output_type="np").images
+    expected = (expected * 255).astype(int)
+    assert np.abs(images.read(16, 20).astype(int) - expected[:4]).max() <= 1
+    np.testing.assert_array_equal(images.read(17, 18)[0], images.read(16, 20)[1])
+
+    with torch.no_grad():
+        unet.conv_out.bias += 1
+    pipeline.save_pretrained(tmp_path / "other")
+    assert load_generator(str(tmp_path / "other"), CPU).contents != generator.contents
+
+
+def test_folders_that_are_no_pipeline_for_start_images(tmp_path):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    with pytest.raises(UserError, match=r"--generator: .* has no model_index.json"):
+        load_generator(str(tmp_path), CPU)
+    with pytest.raises(UserError, match="--generator: hf://x is not of the form"):
+        load_generator("hf://x", CPU)
+    unet = diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    scheduler = diffusers.RePaintScheduler()
+    diffusers.RePaintPipeline(unet, scheduler).save_pretrained(tmp_path / "repaint")
+    with pytest.raises(UserError, match="a RePaintPipeline needs more than a number of images"):
+        load_generator(str(tmp_path / "repaint"), CPU)

@@ -2,7 +2,7 @@
 
 A folder has `unet/config.json` with weights beside it and `scheduler/scheduler_config.json`, or
 `config.json` and perhaps `scheduler_config.json` where there is no pipeline. Its sidecar is what
-these files say; its state dict is the U-Net's; its network is `DiffusersNetwork`.
+these files say; its state dict is the U-Net's, as `diffusers_network` takes it.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from esddpm_io.errors import UserError, first_line
+from esddpm_io.errors import UserError
 from esddpm_io.hub import import_extra
 
 from .gaussian_diffusion import get_named_beta_schedule
@@ -152,70 +152,20 @@ def _schedule(scheduler: Mapping[str, Any], path: Path) -> tuple[str, int]:
 def read_tensors(path: str, *, flag: str) -> dict[str, torch.Tensor]:
     """The state dict of the folder's `DiffusersNetwork`; UserError if tensors are missing."""
     diffusers = import_extra("diffusers", f"{flag}: {path}")
+    read_folder(path)  # says in our words what else the reader would say in its own
     folder = _unet_folder(path)
     try:
         unet, info = diffusers.UNet2DModel.from_pretrained(
             folder, output_loading_info=True, low_cpu_mem_usage=False, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{flag}: cannot read {folder}: {first_line(error)}") from error
+        raise UserError(f"{flag}: cannot read {folder}: {_one_line(error)}") from error
     for what in ("missing", "unexpected", "mismatched"):
         if names := [str(name) for name in info[f"{what}_keys"]]:
             raise UserError(f"{flag}: {folder}: tensors {what}: {', '.join(names[:3])}, …")
     return {f"unet.{name}": tensor for name, tensor in unet.state_dict().items()}
 
 
-class DiffusersNetwork(torch.nn.Module):
-    """A UNet2DModel that is called as our networks are.
-
-    alphas_cumprod: float64 [T] of the process if the U-Net predicts v, from which x_0 is made:
-    v = sqrt(ᾱ) ε - sqrt(1-ᾱ) x_0 (Salimans and Ho 2022, arXiv 2202.00512, appendix D), and so
-    x_0 = sqrt(ᾱ) x_t - sqrt(1-ᾱ) v.
-    """
-
-    def __init__(self, unet: torch.nn.Module, alphas_cumprod: np.ndarray | None = None):
-        super().__init__()
-        self.unet = unet
-        self.predicts_v = alphas_cumprod is not None
-        if alphas_cumprod is not None:
-            sigmas = torch.tensor(log_sigmas(alphas_cumprod), dtype=torch.float32)
-            self.register_buffer("log_sigmas", sigmas, persistent=False)
-
-    def forward(
-        self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """As `UNetModel.forward`: the noise, or x_0 if the U-Net predicts that or v."""
-        dtype = next(self.unet.parameters()).dtype
-        output = self.unet(x.to(dtype), timesteps, y, return_dict=False)[0].to(x.dtype)
-        return self._x_start(output, x, timesteps) if self.predicts_v else output
-
-    def _x_start(self, v: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        below = t.floor().long() if t.is_floating_point() else t
-        above = (below + 1).clamp(max=len(self.log_sigmas) - 1)
-        log_sigma = torch.lerp(
-            self.log_sigmas[below], self.log_sigmas[above], (t - below).to(self.log_sigmas.dtype)
-        )
-        # σ² = (1-ᾱ)/ᾱ, so ᾱ is the sigmoid of -2 log σ.
-        level = torch.sigmoid(-2 * log_sigma).view(-1, 1, 1, 1)
-        v, variance = v[:, : x.shape[1]], v[:, x.shape[1] :]
-        return torch.cat([level.sqrt() * x - (1 - level).sqrt() * v, variance], dim=1)
-
-    def convert_to(self, dtype: torch.dtype) -> None:
-        """Compute in `dtype`, as diffusers does: all of the U-Net but its sinusoids."""
-        self.unet.to(dtype)
-
-
-def log_sigmas(alphas_cumprod: np.ndarray) -> np.ndarray:
-    """log σ, σ = sqrt((1-ᾱ)/ᾱ): x_t / sqrt(ᾱ) = x_0 + σ ε."""
-    return 0.5 * (np.log1p(-alphas_cumprod) - np.log(alphas_cumprod))
-
-
-def create_diffusers(
-    unet: str, v_prediction: bool, noise_schedule: str, diffusion_steps: int
-) -> DiffusersNetwork:
-    """A new network; unet: the JSON of a UNet2DModel's config."""
-    diffusers = import_extra("diffusers", "a network of diffusers")
-    levels = None
-    if v_prediction:
-        levels = np.cumprod(1 - get_named_beta_schedule(noise_schedule, diffusion_steps))
-    return DiffusersNetwork(diffusers.UNet2DModel.from_config(json.loads(unet)), levels)
+def _one_line(error: Exception, most: int = 200) -> str:
+    """Of an error that names tensors in the lines that follow."""
+    return " ".join(str(error).split())[:most]
