@@ -338,6 +338,14 @@ def test_weights_alone_start_a_new_run(log_folder, tmp_path):
     assert equal(list(state.values()), loop.ema_params[0])
 
 
+def test_a_resumed_run_has_the_rates_that_are_asked_for_now():
+    train_loop(iterations=2).run_loop()
+    loop = train_loop(resume_checkpoint="auto", lr=3e-3, weight_decay=0.2, iterations=3)
+    loop.run_loop()
+    (group,) = loop.opt.param_groups
+    assert (loop.global_step, group["lr"], group["weight_decay"]) == (3, 3e-3, 0.2)
+
+
 def test_networks_of_a_wrapped_model_resume(log_folder):
     """DistributedDataParallel puts `module.` before all names."""
     train_loop(iterations=3).run_loop()
