@@ -24,7 +24,8 @@ MAINS = {
 def commands() -> list[list[str]]:
     """Those that convert, and those that sample with what was converted."""
     blocks = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    lines = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    whole_lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    lines = [shlex.split(line, comments=True) for line in whole_lines]
     return [words[1:] for words in lines if "pipeline" in words or "convert" in " ".join(words)]
 
 
