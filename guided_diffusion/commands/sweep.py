@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         slurm.check(args, typed)
     with slurm.only_the_script(args):
         sweep = _plan(args, typed)
-        print("\n".join(_describe(sweep)), flush=True)
+        if args.print_points or slurm.is_wanted(args):
+            _print_points(sweep)
     if args.print_points:
         return
     if slurm.is_wanted(args):
@@ -100,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     terminate_cleanly()
     with driver.telling_how_to_continue([str(SWEEP), *argv]):
+        _print_points(sweep)  # once they are seen, a signal is told how to go on
         failed = _execute(sweep)
     for error in failed:
         print(f"error: {error}", file=sys.stderr)
@@ -146,6 +148,10 @@ def _as_driver_args(args: argparse.Namespace) -> argparse.Namespace:
     defaults = vars(driver.create_argparser().parse_args([]))
     own = {name: value for name, value in vars(args).items() if name not in LISTS}
     return argparse.Namespace(**{**defaults, **own, "execute": not args.print_points})
+
+
+def _print_points(sweep: Sweep) -> None:
+    print("\n".join(_describe(sweep)), flush=True)
 
 
 def _describe(sweep: Sweep) -> Iterator[str]:
