@@ -1,6 +1,6 @@
 """Train the feature network of emoji32 and freeze it as a graph that the evaluator reads.
 
-    python datasets/emoji32_features.py --data datasets/emoji32.npz \
+    python datasets/emoji32_features.py --data datasets/emoji32.npz \\
         --out evaluations/precomputed/emoji32_features.pb
 
 A small classifier of the ten categories plays the part that Inception plays for photographs: its
