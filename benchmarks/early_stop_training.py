@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import stats
 
 from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError, run_main
@@ -51,8 +52,6 @@ BATCH_SIZE, LEARNING_RATE = 8, 2e-3
 WIDTH = "0.1"
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, arXiv 2303.09556
 CONTINUED_FROM = 0.5  # share of the steps after which "continue" leaves all timesteps
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,12 +300,11 @@ def steps_to(distance: float, steps: list[int], curve: np.ndarray) -> float:
 
 
 def share_of_steps(study: Study, arm: Arm, t_prime: int, evaluations: int) -> np.ndarray:
-    """Steps of an arm to the last distance of "all t", as a share of that one's, [seeds]."""
+    """Steps of an arm to the last distance of "all t", as a share of all steps, [seeds]."""
     full, own = (study.curve(one, t_prime, evaluations) for one in (Arm(0), arm))
-    steps = study.snapshots
-    wanted = full.min(axis=1)
-    pairs = zip(wanted, full, own, strict=True)
-    return np.array([steps_to(d, steps, b) / steps_to(d, steps, a) for d, a, b in pairs])
+    pairs = zip(full[:, -1], own, strict=True)
+    reached = [steps_to(distance, study.snapshots, curve) for distance, curve in pairs]
+    return np.array(reached) / study.args.iterations
 
 
 def interval(values: np.ndarray) -> str:
@@ -317,7 +315,7 @@ def interval(values: np.ndarray) -> str:
     text = f"{np.exp(logs.mean()):.2f}"
     if len(logs) == 1:
         return text
-    half = STUDENT[len(logs) - 1] * logs.std(ddof=1) / math.sqrt(len(logs))
+    half = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
     return f"{text} ({np.exp(logs.mean() - half):.2f}–{np.exp(logs.mean() + half):.2f})"
 
 

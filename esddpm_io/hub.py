@@ -1,26 +1,15 @@
-"""Models of the Hugging Face Hub as folders, and the optional packages that read them."""
+"""Models of the Hugging Face Hub as folders."""
 
 import functools
-import importlib
 import re
-import types
 
 from esddpm_io.errors import UserError, first_line
+from esddpm_io.optional import import_extra
 
 HUB = "hf://"
 _ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 # What of a repository is fetched: no images, optimiser states or weights of other frameworks.
 _FETCHED = ["*.json", "*.safetensors", "*.bin"]
-
-
-def import_extra(package: str, what: str) -> types.ModuleType:
-    """A package of the extra [diffusers]; UserError that says `what` needs it if it is missing."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(
-            f"{what} needs the package {package}: pip install 'es-ddpm[diffusers]'"
-        ) from error
 
 
 @functools.cache

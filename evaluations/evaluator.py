@@ -120,6 +120,8 @@ def warn(text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    terminate_cleanly()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     args = vars(create_argparser().parse_args(argv))
     reference, samples = args.pop("ref_batch"), args.pop("sample_batch")
     json_path, as_table = args.pop("json"), args.pop("table")
@@ -163,6 +165,4 @@ def _assist(launch: Launch, *images: str, **settings) -> None:
 
 
 if __name__ == "__main__":
-    terminate_cleanly()
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     run_main(main)

@@ -143,10 +143,10 @@ def create_argparser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    terminate_cleanly()
     args = vars(create_argparser().parse_args(argv))
     make_reference(args.pop("images"), args.pop("out"), **args)
 
 
 if __name__ == "__main__":
-    terminate_cleanly()
     run_main(main)

@@ -17,12 +17,13 @@ from .fp16_util import get_param_groups_and_shapes, unflatten_master_params
 
 _MODEL_NAME = re.compile(r"model(\d{6,})\.pt$")
 _SET_MEMBER = re.compile(r"(?:model|opt|state|ema_[\d.e+-]+_)(\d{6,})\.(?:pt|json)$")
+_POWER_AVERAGE = re.compile(r"(?:ema_power|posthoc_)[\d.e-]+_(\d{6,})\.(?:pt|json)$")
 _OF_A_RUN = re.compile(
-    rf"{_SET_MEMBER.pattern}|ema_power.*|posthoc_.*|samples\d+\.png"
-    r"|(?:progress|log)[\w-]*\.(?:csv|json|png|txt)"
+    rf"{_SET_MEMBER.pattern}|{_POWER_AVERAGE.pattern}|vae\d+\.(?:pt|json)|samples\d+\.png"
+    r"|(?:progress|log)[\w-]*\.(?:csv|json|png|txt)|tb|wandb|wandb_id\.txt"
 )
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _split_flat(moments: dict[int, dict], params: Mapping[str, torch.Tensor]) ->
         return None
     by_name = {}
     for group, moment in zip(groups, moments.values(), strict=True):
-        parts = {key: unflatten_master_params(group, moment[key]) for key in _MOMENTS}
+        parts = {key: unflatten_master_params(group, moment[key]) for key in MOMENTS}
         for index, (name, _) in enumerate(group):
             by_name[name] = {**moment, **{key: values[index] for key, values in parts.items()}}
     return by_name
@@ -194,12 +195,17 @@ def prune_sets(folder: Path, keep: int, written: int) -> None:
             path.unlink()
 
 
-def set_aside(folder: Path) -> Path | None:
+def set_aside(folder: Path, beyond: int | None = None) -> Path | None:
     """Move sets, pictures and logs of the run in `folder` to a new folder earlier-N in it.
 
-    Returns that folder, None if there was no such run.
+    Or, with `beyond`, the power-function averages of later steps than that alone: they are of
+    another way that the run has gone, and may not be mixed with those of this one. Returns the new
+    folder, None if there was nothing to move.
     """
-    found = [path for path in sorted(folder.glob("*.*")) if _OF_A_RUN.fullmatch(path.name)]
+    found = [path for path in sorted(folder.glob("*")) if _OF_A_RUN.fullmatch(path.name)]
+    if beyond is not None:
+        averages = ((path, _POWER_AVERAGE.fullmatch(path.name)) for path in found)
+        found = [path for path, match in averages if match and int(match[1]) > beyond]
     if not found:
         return None
     there = [int(path.name[8:]) for path in folder.glob("earlier-*") if path.name[8:].isdigit()]

@@ -17,7 +17,7 @@ import torch
 from esddpm_io.atomic import atomic_path, write_json
 from esddpm_io.errors import UserError
 from esddpm_io.files import exists, is_blob, open_binary
-from esddpm_io.hub import import_extra
+from esddpm_io.optional import import_extra
 from guided_diffusion.diffusers_folder import is_diffusers, read_folder, read_tensors
 
 __all__ = [

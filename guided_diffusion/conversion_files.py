@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from esddpm_io.errors import UserError
-from esddpm_io.hub import import_extra
+from esddpm_io.optional import import_extra
 from guided_diffusion import conversion
 from guided_diffusion.checkpoints import (
     SAFETENSORS,

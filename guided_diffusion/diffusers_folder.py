@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from esddpm_io.errors import UserError
-from esddpm_io.hub import import_extra
+from esddpm_io.optional import import_extra
 
 from .gaussian_diffusion import get_named_beta_schedule
 

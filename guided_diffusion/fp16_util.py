@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from . import logger
 from .nn import convert_convolutions
-from .sharding import whole
+from .sharding import for_saving, whole
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 # Bounds of the scale's binary logarithm. Below: 2^-14 is the smallest normal float16, and a smaller
@@ -238,13 +238,18 @@ class MixedPrecisionTrainer:
         if self.use_fp16:
             torch._foreach_copy_(self.model_params, self.master_params)
 
-    def master_params_to_state_dict(self, master_params: list[torch.Tensor]) -> dict:
-        """A float32 state dict of the model with these values of its parameters."""
+    def master_params_to_state_dict(
+        self, master_params: list[torch.Tensor], keep: bool = True
+    ) -> dict:
+        """A float32 state dict of the model with these values of its parameters.
+
+        Of split ones all processes must call this, and only where `keep` it has their values.
+        """
         state = master_params_to_state_dict(self.model, None, master_params, use_fp16=False)
         trained = dict(self.model.named_parameters())
         return {
             name: value.detach().float().contiguous() if name in trained else value.detach()
-            for name, value in whole(state).items()
+            for name, value in for_saving(state, keep).items()
         }
 
     def state_dict_to_master_params(self, state_dict: dict) -> list[torch.Tensor]:

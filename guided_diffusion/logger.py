@@ -26,6 +26,7 @@ from typing import Any, TextIO
 from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError
 from esddpm_io.files import check_output_folder
+from esddpm_io.optional import import_extra
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
@@ -139,14 +140,10 @@ class TensorBoardOutputFormat(KVWriter):
     """Event files for TensorBoard; the x axis is the figure "step" where there is one."""
 
     def __init__(self, dir: str | os.PathLike):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError(
-                "OPENAI_LOG_FORMAT: tensorboard needs a package: pip install tensorboard"
-            ) from error
+        what = "OPENAI_LOG_FORMAT: tensorboard"
+        tensorboard = import_extra("torch.utils.tensorboard", what, "tensorboard")
         self.dir = dir
-        self.writer = SummaryWriter(os.fspath(dir))
+        self.writer = tensorboard.SummaryWriter(os.fspath(dir))
         self.step = 0
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
@@ -168,12 +165,7 @@ class WandbOutputFormat(KVWriter):
     """
 
     def __init__(self, dir: str | os.PathLike):
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                "OPENAI_LOG_FORMAT: wandb needs a package: pip install wandb"
-            ) from error
+        wandb = import_extra("wandb", "OPENAI_LOG_FORMAT: wandb", "wandb")
         folder = Path(dir)
         kept = folder / "wandb_id.txt"
         if not kept.exists():

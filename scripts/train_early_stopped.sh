@@ -5,7 +5,7 @@
 #   DATA=my_images IMAGE_SIZE=64 T_PRIME=400 ITERATIONS=100000 bash scripts/train_early_stopped.sh
 #
 # Copy this file and edit the variables, or set them in the environment. The same command goes on
-# where it was stopped. What it saves is measured in docs/training.md.
+# where it was stopped. docs/training.md tells what is known of what this saves.
 set -euo pipefail
 
 # where the repository is, for a copy of this file elsewhere

@@ -36,3 +36,13 @@ def same_numbers():
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Tiny networks and images, and tiny.toml that names them: `tiny_sampling.TinyFiles`."""
+    from tests.tiny_sampling import TinyFiles
+
+    files = TinyFiles(tmp_path_factory.mktemp("tiny"))
+    files.preset()
+    return files

@@ -1,9 +1,11 @@
 """The set-up script's checks; installing itself is what ran before these tests."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -187,3 +189,18 @@ def test_tests_are_linted_first_and_pytest_comes_last(recorded_pip):
         "-m pytest -k unet",
     ]
     assert "-m pip install -r requirements-dev.txt" in asked
+
+
+def test_what_it_installs_is_all_that_the_package_can_use():
+    """requirements.txt pins the packages of the extra [all], which has the other extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert extras["all"] == [f"es-ddpm[{','.join(name for name in extras if name != 'all')}]"]
+    own = [line for name in extras if name != "all" for line in extras[name]]
+    wanted = [*project["dependencies"], *own]
+    pinned = (ROOT / "requirements.txt").read_text().splitlines()
+
+    def names(lines):
+        return {re.match(r"[\w-]+", line)[0] for line in lines if line and line[0] != "#"}
+
+    assert names(pinned) == names(wanted)

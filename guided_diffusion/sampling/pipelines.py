@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from esddpm_io.errors import UserError
-from esddpm_io.hub import HUB, fetched, import_extra
+from esddpm_io.hub import HUB, fetched
+from esddpm_io.optional import import_extra
 from guided_diffusion.checkpoints import fingerprint
 
 MODEL_INDEX = "model_index.json"  # what makes a folder a pipeline

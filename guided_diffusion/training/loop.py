@@ -171,6 +171,8 @@ class Trainer(RunState):
         self.resume_checkpoint = resume_checkpoint
         self.precision = _checked_precision(precision, use_fp16)
         self.shard = shard and self.world_size > 1
+        if shard and not self.shard:
+            logger.warn("--shard: there is one process, which keeps the network whole")
         if shard and (compile or self.precision == "float16"):
             raise ValueError("shard goes with float32 and bfloat16, and without compile")
         self.keep_checkpoints = keep_checkpoints
@@ -269,7 +271,7 @@ class Trainer(RunState):
             folder = Path(self._folder())
             try:
                 draw_progress(folder / "progress.csv", folder / "progress.png")
-            except ImportError as error:
+            except (ImportError, OSError, ValueError) as error:  # no training ends over it
                 logger.warn(f"progress.png is not drawn: {error}")
 
     def _say_what_is_left(self) -> None:

@@ -42,9 +42,11 @@ def _check_folder(resume_checkpoint: str) -> None:
 def _clear_folder(resume_checkpoint: str) -> None:
     """Put what another run left in OPENAI_LOGDIR out of the way of a new one."""
     folder = os.path.expanduser(os.environ.get("OPENAI_LOGDIR", ""))
-    if resume_checkpoint == "auto" or find_set(resume_checkpoint, folder):
+    inside = bool(folder) and Path(resume_checkpoint).parent.resolve() == Path(folder).resolve()
+    if resume_checkpoint == "auto" or find_set(resume_checkpoint, folder) or inside:
         raise UserError(
-            "--start_anew starts at step 0, but --resume_checkpoint goes on: leave one of them out"
+            "--start_anew moves away what --resume_checkpoint is to start from: leave one of them "
+            "out, or name a file of weights elsewhere"
         )
     moved = set_aside(Path(folder)) if folder else None
     if moved:

@@ -11,11 +11,18 @@ from esddpm_io.errors import UserError
 from esddpm_io.files import exists
 
 from .. import dist_util, logger
-from ..checkpoint_sets import CheckpointSet, find_set, fit_optimizer_state, prune_sets
+from ..checkpoint_sets import (
+    MOMENTS,
+    CheckpointSet,
+    find_set,
+    fit_optimizer_state,
+    prune_sets,
+    set_aside,
+)
 from ..checkpoints import check_fit, load_weights, network_state
 from ..fp16_util import MixedPrecisionTrainer
 from ..rng import random_state, restore_random_state
-from ..sharding import shard, split_like, whole
+from ..sharding import for_saving, forget_gathered, shard, split_like
 
 
 class RunState:
@@ -85,14 +92,14 @@ class RunState:
     def save(self) -> None:
         """Write a checkpoint set; only when its last file, the model's, is there does it count."""
         rng = dist_util.gather_objects(random_state() if self.seed is None else None)
-        to_state_dict = self.mp_trainer.master_params_to_state_dict
         if self.shard or self.rank == 0:  # of split tensors all processes bring their parts
-            model = to_state_dict(self.master_params)
+            keep, to_state_dict = self.rank == 0, self.mp_trainer.master_params_to_state_dict
+            model = to_state_dict(self.master_params, keep)
             emas = {
-                name: to_state_dict(params)
+                name: to_state_dict(params, keep)
                 for name, params in zip(self.ema_names, self.ema_params, strict=True)
             }
-            opt = whole(self.opt.state_dict())
+            opt = for_saving(self.opt.state_dict(), keep)
         if self.rank == 0:
             files = CheckpointSet(Path(self._folder()), self.global_step)
             logger.log(f"saving step {self.global_step}")
@@ -126,6 +133,8 @@ class RunState:
     def _set_weights(self, values: list[torch.Tensor]) -> None:
         for param, value in zip(self.model_params, values, strict=True):
             param.copy_(value)  # one by one: split tensors have no _foreach_copy_
+        if self.shard:
+            forget_gathered(self.model)
 
     def _folder(self) -> str:
         folder = logger.get_dir()
@@ -167,6 +176,8 @@ class RunState:
             logger.log(
                 f"--resume_checkpoint auto: no checkpoint in {self._folder()}, starting anew"
             )
+        if found and (folder := set_aside(Path(self._folder()), beyond=found.step)):
+            logger.warn(f"averages of later steps than {found.step} are in {folder} now")
         return found
 
     def _load_weights(self) -> None:
@@ -187,6 +198,11 @@ class RunState:
             values = self.mp_trainer.state_dict_to_master_params(state)
             for target, value in zip(params, values, strict=True):
                 target.copy_(split_like(value, target))
+        elif self._resume_set and str(name).startswith("power"):
+            raise UserError(
+                f"--power_ema: there is no {path}, and an average of this kind cannot begin in the "
+                "middle of a run: leave its width out"
+            )
         elif self._resume_set:
             logger.warn(f"no {path}: this average starts from the model's weights")
         return params
@@ -199,14 +215,17 @@ class RunState:
             return
         names = (name for name, _ in self.model.named_parameters())
         params = dict(zip(names, self.master_params, strict=True))
-        state = self._read(self._resume_set.opt)
-        self.opt.load_state_dict(fit_optimizer_state(state, params, self._resume_set.opt))
+        state = fit_optimizer_state(self._read(self._resume_set.opt), params, self._resume_set.opt)
+        for index, moments in state["state"].items():
+            for name in MOMENTS:
+                moments[name] = split_like(moments[name], self.master_params[index])
+        self.opt.load_state_dict(state)
         for param, moments in self.opt.state.items():
             # The fused kernel wants the count of steps where the parameter is, and walks moments
             # and parameter as they lie in memory.
             moments["step"] = moments["step"].to(param.device)
-            for name in ("exp_avg", "exp_avg_sq"):
-                moments[name] = torch.empty_like(param).copy_(split_like(moments[name], param))
+            for name in MOMENTS:
+                moments[name] = torch.empty_like(param).copy_(moments[name])
         for group in self.opt.param_groups:  # what the user asks for now goes before what was saved
             group.update(lr=self.lr, weight_decay=self.weight_decay, fused=True, foreach=None)
 

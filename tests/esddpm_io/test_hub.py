@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from esddpm_io.errors import UserError
-from esddpm_io.hub import fetched, import_extra
+from esddpm_io.hub import fetched
+from esddpm_io.optional import import_extra
 
 
 def test_paths_are_left_alone():

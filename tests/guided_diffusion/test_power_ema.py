@@ -98,6 +98,19 @@ def test_training_keeps_saves_and_resumes_them(folder):
     assert equal(everything(resumed), everything(straight)) and len(resumed.ema_params) == 2
 
 
+def test_averages_of_two_ways_of_a_run_are_never_mixed(folder):
+    """Steps 4 … 6 are gone another way: what the first way saved there is put aside."""
+    train_loop(power_ema="0.1", iterations=6, save_interval=3).run_loop()
+    first = str(folder / "model000003.pt")
+    train_loop(power_ema="0.1", resume_checkpoint=first)
+    kept = [path.name for path in folder.glob("ema_power*")]
+    assert kept == ["ema_power0.1_000003.pt"]
+    assert (folder / "earlier-1/ema_power0.1_000006.pt").exists()
+    assert (folder / "model000006.pt").exists()
+    with pytest.raises(UserError, match="^--power_ema: there is no .*ema_power0.2_000003.pt"):
+        train_loop(power_ema="0.1,0.2", resume_checkpoint=first)
+
+
 def test_without_the_flag_nothing_changes(folder):
     loop = train_loop(iterations=2)
     loop.run_loop()

@@ -109,10 +109,11 @@ def test_a_folder_of_unlabelled_images_of_an_odd_size(tmp_path, train):
     assert "arr_1" not in made
 
 
-def test_two_processes_fit_the_prior_to_all_images(tmp_path, data, train):
+@pytest.mark.parametrize("more", [[], ["--shard", "--sample_interval", "1"]], ids=str)
+def test_two_processes_fit_the_prior_to_all_images(tmp_path, data, train, more):
     alone = train(tmp_path / "alone", data, "--class_cond", "True", "--iterations", "2")
     flags = ["--data_dir", data, "--random_flip", "False", "--class_cond", "True", *TINY]
-    flags += ["--iterations", "2", "--batch_size", "2"]
+    flags += ["--iterations", "2", "--batch_size", "2", *more]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", REPOSITORY / "scripts" / "vae_train.py", *flags]
     environment = {**os.environ, "OPENAI_LOGDIR": str(tmp_path / "two"), "OMP_NUM_THREADS": "1"}

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, missing, running_cluster
-from tests.tiny_sampling import TinyFiles
 
 
 @pytest.fixture(scope="session")
@@ -20,14 +19,6 @@ def cluster():
         running_cluster(Path(folder)) as running,
     ):
         yield running
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> TinyFiles:
-    """Tiny networks and images, and tiny.toml that names them."""
-    files = TinyFiles(tmp_path_factory.mktemp("tiny"))
-    files.preset()
-    return files
 
 
 @pytest.fixture(autouse=True)
