@@ -191,8 +191,17 @@ class Study:
         return self.args.results / f"{arm.folder}_seed{seed}.json"
 
     def _read(self, arm: Arm, seed: int) -> dict:
-        path = self._path(arm, seed)
-        return json.loads(path.read_text()) if path.exists() else {"distances": {}, "seconds": []}
+        args, path = self.args, self._path(arm, seed)
+        settings = {"iterations": args.iterations, "snapshots": args.snapshots}
+        settings |= {"num_samples": args.num_samples}
+        if arm.variant == "evaluated":
+            settings["evaluations"] = args.evaluations[0]
+        if not path.exists():
+            return {"settings": settings, "distances": {}, "seconds": []}
+        found = json.loads(path.read_text())
+        if found["settings"] != settings:
+            raise UserError(f"--results: {path} is of {found['settings']}, not {settings}")
+        return found
 
     def _train(self, arm: Arm, seed: int, folder: Path, step: int) -> list[float]:
         """Go on to `step`; returns seconds of the processor, a mean a step."""
