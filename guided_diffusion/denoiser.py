@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from guided_diffusion.diffusers_network import log_sigmas
 from guided_diffusion.gaussian_diffusion import MODEL_TIME_SPAN, GaussianDiffusion, ModelMeanType
 
 
@@ -20,10 +19,11 @@ class Denoiser:
 
     def __init__(self, module: Callable, diffusion: GaussianDiffusion):
         self._module = module
-        self._gives_clean = diffusion.model_mean_type == ModelMeanType.START_X
+        self._gives = diffusion.model_mean_type
         scaled = MODEL_TIME_SPAN / diffusion.num_timesteps
         self._time_scale = scaled if diffusion.rescale_timesteps else 1.0
-        self._log_sigmas = log_sigmas(diffusion.alphas_cumprod)
+        levels = diffusion.alphas_cumprod
+        self._log_sigmas = 0.5 * (np.log1p(-levels) - np.log(levels))
         self.sigma_min, self.sigma_max = map(float, np.exp(self._log_sigmas[[0, -1]]))
 
     def timesteps(self, sigma: torch.Tensor) -> torch.Tensor:
@@ -45,5 +45,10 @@ class Denoiser:
         times = self.timesteps(sigma) * self._time_scale
         if y is not None:
             kwargs["y"] = y
-        output = self._module(x / (1 + each**2).sqrt(), times, **kwargs)[:, : x.shape[1]]
-        return output if self._gives_clean else x - each * output
+        c_in = (1 + each**2).rsqrt()
+        output = self._module(c_in * x, times, **kwargs)[:, : x.shape[1]]
+        if self._gives == ModelMeanType.START_X:
+            return output
+        if self._gives == ModelMeanType.VELOCITY:
+            return c_in**2 * x - c_in * each * output
+        return x - each * output

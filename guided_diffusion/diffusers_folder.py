@@ -1,7 +1,7 @@
 """Denoisers of diffusers: a folder or Hub address of a DDPMPipeline or UNet2DModel as a checkpoint.
 
 A folder has `unet/config.json` with weights beside it and `scheduler/scheduler_config.json`, or
-`config.json` and perhaps `scheduler_config.json` where there is no pipeline. Its sidecar is what
+`config.json` and `scheduler_config.json` where there is no pipeline. Its sidecar is what
 these files say; its state dict is the U-Net's, as `diffusers_network` takes it.
 """
 
@@ -51,8 +51,7 @@ def _read(path: Path) -> dict[str, Any]:
 def read_folder(path: str) -> dict[str, Any]:
     """The sidecar of a folder: kind, flags and early_stop_steps, as `checkpoints.read_sidecar`.
 
-    The process is left out where there is no scheduler. UserError, naming the file, for what the
-    samplers cannot use.
+    UserError, naming the file, for what the samplers cannot use.
     """
     folder = _unet_folder(path)
     assert folder is not None
@@ -74,8 +73,13 @@ def read_folder(path: str) -> dict[str, Any]:
     }
     schedulers = Path(path, "scheduler"), Path(path), folder
     files = [p / "scheduler_config.json" for p in schedulers]
-    if found := next((file for file in files if file.is_file()), None):
-        flags |= _process(_read(found), found, flags["learn_sigma"])
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise UserError(
+            f"{path} has no scheduler_config.json, which says the betas and what the network "
+            "predicts: put the one of its pipeline beside config.json"
+        )
+    flags |= _process(_read(found), found, flags["learn_sigma"])
     return {"kind": KIND, "flags": flags, "early_stop_steps": None}
 
 
@@ -123,7 +127,8 @@ def _process(scheduler: Mapping[str, Any], path: Path, learn_sigma: bool) -> dic
     return {
         "diffusion_steps": steps,
         "noise_schedule": schedule,
-        "predict_xstart": predicts != "epsilon",
+        "predict_xstart": predicts == "sample",
+        "rescale_timesteps": False,
         "v_prediction": predicts == "v_prediction",
         "sigma_small": variance.startswith("fixed_small"),
     }

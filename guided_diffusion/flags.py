@@ -85,8 +85,8 @@ def vae_defaults() -> dict:
 def diffusers_defaults() -> dict:
     """Flags of a network of diffusers with its process, and their defaults.
 
-    unet: its config as JSON; num_classes: 0 for none; v_prediction: what `predict_xstart` is then
-    made of; sigma_small: DDPM's steps have the posterior's variance.
+    unet: its config as JSON; num_classes: 0 for none; v_prediction: it predicts the velocity;
+    sigma_small: DDPM's steps have the posterior's variance.
     """
     return {
         "image_size": 64,

@@ -82,6 +82,7 @@ class ModelMeanType(enum.Enum):
     PREVIOUS_X = enum.auto()  # the mean of x_{t-1}
     START_X = enum.auto()  # x_0
     EPSILON = enum.auto()  # the noise in x_t
+    VELOCITY = enum.auto()  # sqrt(ᾱ) noise - sqrt(1-ᾱ) x_0 (arXiv 2202.00512, appendix D)
 
 
 class ModelVarType(enum.Enum):
@@ -266,6 +267,8 @@ class GaussianDiffusion:
             pred_xstart = output
         elif self.model_mean_type == ModelMeanType.EPSILON:
             pred_xstart = self._predict_xstart_from_eps(x, t, output)
+        elif self.model_mean_type == ModelMeanType.VELOCITY:
+            pred_xstart = self._rotated(x, output, t)
         else:
             pred_xstart = self._predict_xstart_from_xprev(x, t, output)
         if denoised_fn is not None:
@@ -321,6 +324,13 @@ class GaussianDiffusion:
         return (
             self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
             - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
+        )
+
+    def _rotated(self, a: torch.Tensor, b: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """sqrt(ᾱ) a - sqrt(1-ᾱ) b: x_0 of x_t and the velocity, or that of the noise and x_0."""
+        return (
+            self._at("sqrt_alphas_cumprod", t, a) * a
+            - self._at("sqrt_one_minus_alphas_cumprod", t, a) * b
         )
 
     def _predict_xstart_from_xprev(
@@ -534,7 +544,7 @@ class GaussianDiffusion:
         `condition_score`. ValueError that names the argument if one is out of its range.
         """
         if self.model_mean_type == ModelMeanType.PREVIOUS_X:
-            raise ValueError("solvers need a network that predicts the noise or x_0")
+            raise ValueError("solvers need a network that predicts the noise, x_0 or the velocity")
         if t_prime is not None and noise is None:
             raise ValueError("t_prime needs the clean start images as `noise`")
         process = self._respaced(t_prime, steps, spacing)
@@ -696,6 +706,8 @@ class GaussianDiffusion:
             return noise
         if self.model_mean_type == ModelMeanType.START_X:
             return x_start
+        if self.model_mean_type == ModelMeanType.VELOCITY:
+            return self._rotated(noise, x_start, t)
         return self.q_posterior_mean_variance(x_start, x_t, t)[0]
 
     def _prior_bpd(self, x_start: torch.Tensor) -> torch.Tensor:

@@ -262,6 +262,7 @@ def create_gaussian_diffusion(
     rescale_timesteps: bool = False,
     rescale_learned_sigmas: bool = False,
     timestep_respacing: str = "",
+    v_prediction: bool = False,
 ) -> SpacedDiffusion:
     """A diffusion process of `steps` steps, respaced if `timestep_respacing` is not empty.
 
@@ -290,7 +291,10 @@ def create_gaussian_diffusion(
         variance = gd.ModelVarType.FIXED_SMALL
     else:
         variance = gd.ModelVarType.FIXED_LARGE
-    mean = gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON
+    if v_prediction:
+        mean = gd.ModelMeanType.VELOCITY
+    else:
+        mean = gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON
     return SpacedDiffusion(
         use_timesteps=kept,
         betas=betas,

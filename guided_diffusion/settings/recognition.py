@@ -27,7 +27,6 @@ TRACELESS = {
     "model": ("num_heads", "num_head_channels", "use_new_attention_order", *_TRACELESS_PROCESS),
     "sr": ("small_size", "num_heads", "num_head_channels", *_TRACELESS_PROCESS),
     "classifier": _TRACELESS_PROCESS,
-    "diffusers": _TRACELESS_PROCESS,  # of a U-Net without its scheduler
 }
 
 

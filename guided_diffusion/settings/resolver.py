@@ -40,8 +40,8 @@ FLAGS_OF_USE = {
     "rescale_learned_sigmas",
     "use_kl",
 }
-# Flags of the diffusion process; the last is known of diffusers' schedulers alone.
-_PROCESS = {*diffusion_defaults(), "sigma_small"}
+# Flags of the diffusion process; the last two are known of diffusers' schedulers alone.
+_PROCESS = {*diffusion_defaults(), "sigma_small", "v_prediction"}
 # How the origins of layers begin that were written with the network.
 _WRITTEN = ("sidecar", "config")
 OVERRIDE_FLAG = "override_checkpoint_flags"
@@ -69,8 +69,6 @@ class Resolved:
         built = {name: value for name, value in self.flags.items() if name not in _PROCESS}
         if self.kind != "classifier":
             built["learn_sigma"] = self.flags["learn_sigma"]
-        if self.flags.get("v_prediction"):  # x_0 is made of v by the process's noise
-            built |= {name: self.flags[name] for name in ("noise_schedule", "diffusion_steps")}
         return built
 
     @property
@@ -131,9 +129,7 @@ def resolve_network(
         layers.append(Layer("shapes", own_classes(state_dict)))
     flags, origins = resolve(layers)
     check_fit(_build(kind, flags, origins), state_dict, path, flag=flag)
-    # A U-Net of diffusers may be without its scheduler.
-    told_all = sidecar is not None and (kind != DIFFUSERS or "noise_schedule" in known.values)
-    if not told_all and kind != "classifier":
+    if sidecar is None and kind != "classifier":
         remarks += _unsaid(source, flags, origins, found)
     if sidecar is not None and said:
         remarks += _overruled(flag, said, known, flags)

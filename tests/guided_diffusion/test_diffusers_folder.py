@@ -232,15 +232,18 @@ def test_the_process_is_found_whatever_the_scheduler(plain, tmp_path):
     diffusers.DDIMScheduler(**kept).save_pretrained(tmp_path / "ddim" / "scheduler")
     process = load_network(str(tmp_path / "ddim"), "cpu").resolved.process
     assert process["noise_schedule"] == "linear 0.0001 0.012"
-    assert process["predict_xstart"] and process["diffusion_steps"] == 500
+    assert process["v_prediction"] and not process["predict_xstart"]
+    assert process["diffusion_steps"] == 500
 
 
-def test_a_u_net_alone_tells_what_is_assumed(plain, tmp_path):
+def test_a_u_net_alone_needs_its_scheduler(plain, tmp_path):
     shutil.copytree(Path(plain) / "unet", tmp_path / "unet")
     path = str(tmp_path / "unet")
-    found = resolve_network("model", path, flag="A", typed={"noise_schedule": "cosine"})
-    assert found.flags["noise_schedule"] == "cosine"
-    assert any("assumed by default: diffusion_steps 1000" in remark for remark in found.remarks)
+    with pytest.raises(UserError, match="scheduler_config.json"):
+        resolve_network("model", path, flag="A", typed={"noise_schedule": "cosine"})
+    shutil.copy(Path(plain) / "scheduler" / "scheduler_config.json", path)
+    with_pipeline = resolve_network("model", str(plain), flag="A", typed={}).flags
+    assert resolve_network("model", path, flag="A", typed={}).flags == with_pipeline
 
 
 def unet_with(**changes):
