@@ -75,15 +75,16 @@ class RunningMoments:
     """Mean and covariance of rows that arrive in batches, without keeping them.
 
     Until there are more rows than dimensions they are kept, since they are then the smaller and
-    exact form; after that they are folded into the mean and the sum of products about it (Chan,
-    Golub, LeVeque 1983), a block of as many rows as there are dimensions at a time.
+    exact form. Their mean is the origin about which sums and products are taken from then on: it
+    lies so near to that of all rows that little cancels in the end.
     """
 
     def __init__(self):
         self._pending: list[np.ndarray] = []
         self._pending_rows = 0
         self._count = 0
-        self._mean: np.ndarray | None = None
+        self._origin: np.ndarray | None = None
+        self._sums: np.ndarray | None = None
         self._products: np.ndarray | None = None
 
     def add(self, rows: np.ndarray) -> None:
@@ -96,40 +97,55 @@ class RunningMoments:
     def gaussian(self) -> Gaussian:
         """The Gaussian of all rows so far. One row has no spread: its covariance is zero."""
         if self._count == 0:
-            rows = np.concatenate(self._pending).astype(np.float64)
-            mean = rows.mean(axis=0)
-            spread = (rows - mean) / np.sqrt(max(len(rows) - 1, 1))
-            return Gaussian(mean, rows=spread, count=len(rows))
+            mean = self._mean_of_pending()
+            rows = self._pending_about(mean) / np.sqrt(max(self._pending_rows - 1, 1))
+            return Gaussian(mean, rows=rows, count=len(rows))
         if self._pending:
             self._fold()
-        covariance = np.triu(self._products)
-        covariance += np.triu(covariance, 1).T
+        shift = self._sums / self._count
+        covariance = self._products - np.outer(self._sums, shift)
         covariance /= self._count - 1
-        return Gaussian(self._mean, covariance, count=self._count)
+        _mirror_upper(covariance)
+        return Gaussian(self._origin + shift, covariance, count=self._count)
+
+    def _mean_of_pending(self) -> np.ndarray:
+        sums = [rows.sum(axis=0, dtype=np.float64) for rows in self._pending]
+        return np.sum(sums, axis=0) / self._pending_rows
+
+    def _pending_about(self, origin: np.ndarray) -> np.ndarray:
+        """float64 [pending rows, D]."""
+        centred = np.empty((self._pending_rows, len(origin)))
+        start = 0
+        for rows in self._pending:
+            np.subtract(rows, origin, out=centred[start : start + len(rows)])
+            start += len(rows)
+        return centred
 
     def _fold(self) -> None:
-        # One row more, for what the new mean lies off the one so far.
-        rows = np.zeros((self._pending_rows + 1, self._pending[0].shape[1]))
-        new = rows[:-1]
-        np.concatenate(self._pending, out=new)
+        if self._origin is None:
+            self._origin = self._mean_of_pending()
+            dimensions = len(self._origin)
+            self._sums = np.zeros(dimensions)
+            self._products = np.zeros((dimensions, dimensions), order="F")
+        rows = self._pending_about(self._origin)
+        self._count += len(rows)
         self._pending, self._pending_rows = [], 0
-        mean = new.mean(axis=0)
-        new -= mean
-        if self._products is None:
-            self._count, self._mean = len(new), mean
-            self._products = np.zeros((len(mean), len(mean)), order="F")
-        else:
-            total = self._count + len(new)
-            shift = mean - self._mean
-            rows[-1] = shift * np.sqrt(self._count * len(new) / total)
-            self._mean = self._mean + shift * (len(new) / total)
-            self._count = total
         if rows.shape[1] == 0:  # no spatial features, which BLAS does not take
             return
+        self._sums += rows.sum(axis=0)
         # The upper triangle only, added in place: half the work of a product.
         self._products = scipy.linalg.blas.dsyrk(
             1.0, rows.T, beta=1.0, c=self._products, overwrite_c=True
         )
+
+
+def _mirror_upper(matrix: np.ndarray, side: int = 512) -> None:
+    """Make a matrix symmetric in place, by its upper triangle."""
+    for start in range(0, len(matrix), side):
+        stop = start + side
+        square = matrix[start:stop, start:stop]
+        square[...] = np.triu(square) + np.triu(square, 1).T
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
 
 
 def merged(gaussians: list[Gaussian]) -> Gaussian:
