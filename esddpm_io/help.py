@@ -42,7 +42,7 @@ GROUPS = {
         classifier_use_scale_shift_norm classifier_resblock_updown classifier_pool""",
     "evaluation": """
         not_eval_metrics ref_batch inception_path eval_backend eval_device eval_cache_dir
-        eval_bootstrap""",
+        eval_while_sampling eval_bootstrap""",
 }
 _GROUP_OF = {name: title for title, names in GROUPS.items() for name in names.split()}
 _FEW = 10  # flags that are read faster in one list

@@ -1,32 +1,56 @@
-"""A child process that ends when we do, and the cores that we may use."""
+"""Child processes that end when their parents do, and the cores that we may use."""
 
+import contextlib
 import os
 import subprocess
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 _PATIENCE_S = 15.0  # for a child to end by itself after SIGTERM
+_POLL_S = 0.5
 
 
 def run_to_end(argv: list[str], env: Mapping[str, str] | None = None) -> int:
     """Run `argv` and return its exit code (128 + N if signal N ended it, as a shell has it).
 
     Its environment is `env`, or ours.
-    If we are interrupted or terminated meanwhile, the child gets SIGTERM, time to clean up, and
-    in the end SIGKILL; then the exception goes on. It has a session of its own, so that Ctrl-C
-    comes to us alone and reaches it once, through us.
     """
-    process = subprocess.Popen(argv, start_new_session=True, env=env)
-    try:
+    with running(argv, env=env) as process:
         code = process.wait()
-    except BaseException:
-        process.terminate()
+    return code if code >= 0 else 128 - code
+
+
+@contextlib.contextmanager
+def running(argv: list[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """A child process, which is ended where the block is left before it, by an interrupt too.
+
+    It then gets SIGTERM, time to clean up, and in the end SIGKILL. It has a session of its own, so
+    that Ctrl-C comes to us alone and reaches it once, through us. options: those of `Popen`.
+    """
+    process = subprocess.Popen(argv, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
         try:
             process.wait(_PATIENCE_S)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
             process.kill()
             process.wait()
-        raise
-    return code if code >= 0 else 128 - code
+
+
+def end_with_parent() -> None:
+    """From now on, end this process when its parent is gone, be it by SIGKILL."""
+    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_POLL_S)
+    os._exit(1)
 
 
 def available_cores() -> int:

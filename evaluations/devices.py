@@ -10,7 +10,6 @@ import os
 import queue
 import signal
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -21,13 +20,13 @@ import numpy as np
 from esddpm_io.errors import UserError
 from esddpm_io.images import ImageSource
 from esddpm_io.launch import Launch
+from esddpm_io.processes import end_with_parent
 from esddpm_io.progress import Progress
 from evaluations.features import Engine, Features, choose_engine, extract, load_graph
 from evaluations.inputs import FeatureCache, Images, open_set
 from evaluations.moments import merged
 
 _MOST_IMAGES = 8192  # of a share: what a process that is killed loses
-_POLL_S = 0.5
 Share = tuple[int, int]  # first image and the one after the last
 
 
@@ -219,7 +218,7 @@ def _serve(
 ) -> None:
     """The process of one device: shares in, features out, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it too, and ends us
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     with contextlib.suppress(EOFError, OSError):
         share = connection.recv()
         try:
@@ -242,10 +241,3 @@ def _serve(
                 share = connection.recv()
         except UserError as error:
             connection.send(error)
-
-
-def _end_with(parent: int) -> None:
-    """End this process when `parent` is gone, even by SIGKILL and in the middle of a share."""
-    while os.getppid() == parent:
-        time.sleep(_POLL_S)
-    os._exit(1)

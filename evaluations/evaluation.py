@@ -10,6 +10,7 @@ import numpy as np
 from esddpm_io.errors import UserError, speaking_of_arguments
 from esddpm_io.files import check_output_folder, short_names
 from esddpm_io.launch import ALONE, Launch
+from esddpm_io.parts import GrowingImages
 from esddpm_io.progress import quiet
 from evaluations.devices import device_of_rank, extract_among_ranks, extract_on_devices
 from evaluations.features import (
@@ -159,7 +160,7 @@ def _prepared(
         raise UserError("SAMPLE: give at least one sample batch")
     _check_launch(chosen, launch)
     reference_set = open_set(reference, flag="REF")
-    sample_sets = [open_set(sample, flag="SAMPLE") for sample in samples]
+    sample_sets = [open_set(sample, flag="SAMPLE", expect=chosen.expect) for sample in samples]
     image_sets = [reference_set, *sample_sets]
     graph, chosen = _checked_graph(chosen, *image_sets)
     _check_not_swapped(reference_set, sample_sets)
@@ -179,6 +180,8 @@ def _check_launch(chosen: Settings, launch: Launch) -> None:
     if launch.world_size == 1:
         return
     among = f"{launch.world_size} processes of {launch.launcher}"
+    if chosen.expect is not None:
+        raise UserError(f"--expect cannot go with {among}")
     if chosen.devices is not None:
         raise UserError(f"--devices starts processes of its own: leave it out among {among}")
     if chosen.cache_dir is None:
@@ -441,7 +444,8 @@ class _Extractor:
             self._extract(image_set, keep_spatial, path)
 
     def _images(self, image_set: ImageSet, keep_spatial: bool) -> Features:
-        if self._cache is None:
+        # The cache goes by all pixels, which those that grow have not yet.
+        if self._cache is None or isinstance(image_set.source, GrowingImages):
             return self._extract(image_set, keep_spatial)
         path = self._cache.path(image_set.source, keep_spatial)
         features = self._cache.load(path, len(image_set.source), self.graph.dimensions)

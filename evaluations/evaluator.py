@@ -16,6 +16,7 @@ from esddpm_io.errors import UserError, run_main, terminate_cleanly
 from esddpm_io.files import check_output_file, short_names
 from esddpm_io.help import CommandLine
 from esddpm_io.launch import Launch, find_launch
+from esddpm_io.processes import end_with_parent
 from esddpm_io.progress import quiet
 from evaluations.evaluation import assist, run
 from evaluations.features import BACKENDS, PRECISIONS
@@ -74,6 +75,13 @@ def create_argparser() -> argparse.ArgumentParser:
     )
     graph.add_argument("--batch_size", type=int, default=defaults.batch_size, help="images a step")
     graph.add_argument("--cache_dir", help="keep features here by the content of the images")
+    graph.add_argument(
+        "--expect",
+        type=int,
+        metavar="N",
+        help="SAMPLE is a folder of chunks that others are writing: wait until it has N images, or "
+        "until the process that started this one ends",
+    )
     what = parser.add_argument_group("metrics")
     what.add_argument(
         "--metrics",
@@ -134,6 +142,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--memorization_png takes --metrics memorization and one SAMPLE")
     args["metrics"] = tuple(args["metrics"])
 
+    if args["expect"] is not None:
+        end_with_parent()
     launch = find_launch()
     if launch.rank > 0:
         _assist(launch, reference, *samples, **args)

@@ -12,6 +12,7 @@ from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError
 from esddpm_io.images import ImageSource, check_image_array, open_images
 from esddpm_io.npz import NpzReader
+from esddpm_io.parts import GrowingImages
 from evaluations.features import Features
 from evaluations.moments import Gaussian
 from evaluations.resizing import PUBLISHED_RESIZE
@@ -65,12 +66,14 @@ class ImageSet:
         return self.pool_gaussian is not None and self.spatial_gaussian is not None
 
 
-def open_set(images: Images, *, flag: str) -> ImageSet:
+def open_set(images: Images, *, flag: str, expect: int | None = None) -> ImageSet:
     """Open an .npz, an .npy, a folder, or an array in memory; `UserError` naming `flag` if bad.
 
     An .npz may hold `mu`, `sigma` (pool) and `mu_s`, `sigma_s` (spatial): they are used as they
-    stand.
+    stand. expect: it is a folder of parts instead, which will hold so many images.
     """
+    if expect is not None:
+        return ImageSet(str(images), GrowingImages(str(images), expect, flag=flag), images=images)
     if not isinstance(images, str | os.PathLike):
         images = _array(images, flag)
         return ImageSet(

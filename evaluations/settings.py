@@ -19,6 +19,7 @@ class Settings:
     bootstrap: groups of samples that are left out in turn for 95 % confidence intervals, 0 for
     none. allow_mixed_precision: let features of another precision meet the reference's statistics.
     devices: a process on each of several, as in `cpu,cpu` or `0,1`, in place of `device`.
+    expect: samples are folders of parts that are still being written, of so many images in all.
     """
 
     inception_path: str | None = None
@@ -36,6 +37,7 @@ class Settings:
     batch_size: int = 64
     cache_dir: str | None = None
     allow_mixed_precision: bool = False
+    expect: int | None = None
 
     @classmethod
     def of(cls, keywords: dict[str, object]) -> "Settings":
@@ -75,6 +77,8 @@ class Settings:
             raise UserError("--devices goes with neither --device nor --backend tensorflow")
         if self.devices is not None and not self.device_list:
             raise UserError("--devices: name one or more, as in 0,1 or cpu,cpu")
+        if self.expect is not None and (self.expect < 1 or self.devices is not None):
+            raise UserError("--expect: a number of images, without --devices")
         if self.bootstrap == 1:
             raise UserError("--bootstrap 1: an interval takes 2 groups or more, or 0 for none")
 

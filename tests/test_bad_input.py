@@ -359,7 +359,8 @@ def _other_cases() -> Iterator[tuple[str, Callable, dict[str, object], str]]:
     yield "gather", _gather, {"dir": "another_size"}, "another_size"
     for changes in ({"num_file": 0}, {"num_file": 3}, {"wait_time": -1}):
         yield "gather", _gather, changes, f"--{next(iter(changes))}"
-    for changes in ({"metrics": "fad"}, {"batch_size": 0}, {"device": "cuda:99"}):
+    changed = {"metrics": "fad"}, {"batch_size": 0}, {"device": "cuda:99"}, {"expect": 0}
+    for changes in (*changed, {"expect": 9, "devices": "cpu,cpu"}):
         yield "evaluator", _evaluator, changes, f"--{next(iter(changes))}"
     yield from _sweep_cases()
     yield "vae_sample", _vae_sample, {}, "model.pt"

@@ -67,7 +67,7 @@ _NAMES = {
 _BESIDE_AGAIN = {
     *("again", "execute", "output_dir", "devices", "machine_idx", "num_machines"),
     *("not_eval_metrics", "save_png_files", "eval_backend", "eval_device", "eval_cache_dir"),
-    "compile",
+    *("eval_while_sampling", "compile"),
 }
 
 
@@ -93,6 +93,8 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="the same seed gives the same samples")
     add("--model_path", help="checkpoint instead of the preset's")
     add("--output_dir", help="folder for samples, logs and metrics instead of exps/…")
+    beside = "evaluate while sampling goes on: features of finished chunks on --eval_device"
+    add("--eval_while_sampling", action="store_true", help=beside)
     add("--save_png_files", action="store_true", help="also one PNG a sample")
     add("--print_settings", action="store_true", help="show the run and each setting's origin")
     add("--again", metavar="METRICS", help="repeat the run of a metrics.json in --output_dir")
@@ -141,6 +143,7 @@ class Plan:
     output: str
     commands: "list[WorkerCommand]"
     evaluation: scoring.Evaluation | None
+    eval_while_sampling: bool
     dataset: str | None
     save_png_files: bool
     machine_idx: int
@@ -218,6 +221,7 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
         output,
         commands,
         evaluation,
+        args.eval_while_sampling,
         preset.name,
         args.save_png_files,
         args.machine_idx,
@@ -280,7 +284,12 @@ def _execute(plan: Plan, argv: list[str]) -> None:
 
     terminate_cleanly()
     folder = open_folder(plan.output, plan.run, plan.machine_idx)
-    with telling_how_to_continue([str(DRIVER), *argv]):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(telling_how_to_continue([str(DRIVER), *argv]))
+        score = None
+        if plan.evaluation and plan.eval_while_sampling:
+            beside = plan.evaluation.beside(folder.chunks, folder.num_samples)
+            score = stack.enter_context(beside)
         complete(
             [folder],
             lambda _: plan.commands,
@@ -295,7 +304,7 @@ def _execute(plan: Plan, argv: list[str]) -> None:
                 f"{_gather_command(plan)}"
             )
         elif plan.evaluation:
-            scoring.evaluate([plan.output], plan.evaluation, plan.dataset)
+            scoring.evaluate([plan.output], plan.evaluation, plan.dataset, score)
 
 
 @contextlib.contextmanager
@@ -365,6 +374,7 @@ def _plan_again(args: argparse.Namespace, typed: set[str]) -> Plan:
         output,
         commands,
         evaluation,
+        args.eval_while_sampling,
         record.get("dataset"),
         args.save_png_files,
         args.machine_idx,
@@ -505,7 +515,9 @@ def _ignored_flags(args: argparse.Namespace, typed: set[str], preset: Preset) ->
                 "with --classifier_guidance_scale 0",
             ),
             "save_dir_suffix": (bool(args.output_dir), "with --output_dir"),
-            **dict.fromkeys(scoring.FLAGS, (not _evaluates(args), unevaluated)),
+            **dict.fromkeys(
+                (*scoring.FLAGS, "eval_while_sampling"), (not _evaluates(args), unevaluated)
+            ),
         },
     )
 

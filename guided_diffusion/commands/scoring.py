@@ -1,11 +1,14 @@
 """What finished samples are scored with, and metrics beside all that produced them."""
 
 import argparse
+import contextlib
 import dataclasses
 import re
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,7 @@ from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError
 from esddpm_io.files import absolute, exists, join, read_json, sha256
 from esddpm_io.launch import without_launch
-from esddpm_io.processes import run_to_end
+from esddpm_io.processes import run_to_end, running
 from guided_diffusion.sampling.point import generator_of, point_of_run
 from guided_diffusion.settings.presets import Preset
 from guided_diffusion.settings.provenance import provenance
@@ -25,6 +28,7 @@ METRICS_FILE = "metrics.json"
 PROPOSAL_FILE = "t_prime.json"  # of --t_prime auto
 EVALUATOR = Path(__file__).resolve().parents[2] / "evaluations" / "evaluator.py"
 BACKENDS = ("auto", "tensorflow", "torch")  # the evaluator's, which is not imported
+_POLL_S = 0.2
 FLAGS = ("ref_batch", "inception_path", "eval_backend", "eval_device", "eval_cache_dir")
 
 
@@ -71,11 +75,7 @@ class Evaluation:
         """
         with tempfile.TemporaryDirectory() as scratch:
             result = join(scratch, "metrics.json")
-            argv = [sys.executable, str(EVALUATOR), self.reference, *samples, "--json", result]
-            flags = {"inception_path": self.graph, "metric_name": self.metric_name, **self.engine}
-            for flag, value in flags.items():
-                argv += [f"--{flag}", str(value)] if value else []
-            code = run_to_end(argv, without_launch())
+            code = run_to_end(self._command(samples, json=result), without_launch())
             if code:
                 where = ", ".join(samples)
                 print(f"error: the evaluation failed; the samples are in {where}", file=sys.stderr)
@@ -83,6 +83,50 @@ class Evaluation:
             found = read_json(result)
         assert isinstance(found, dict)
         return found
+
+    @contextlib.contextmanager
+    def beside(self, chunks: str, count: int) -> Iterator[Callable[[str], dict[str, Any]]]:
+        """Start the evaluator on a folder of chunks that are still being sampled, `count` images.
+
+        Gives what is called in place of `score` once they are gathered, in a file that is named to
+        it: it shows what the evaluator has said so far, and waits for the rest.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            result, said, figures = (join(scratch, name) for name in ("json", "stderr", "stdout"))
+            argv = self._command([chunks], json=result, expect=count)
+            with open(said, "wb") as stderr, open(figures, "wb") as stdout:
+                streams = {"stdout": stdout, "stderr": stderr, "env": without_launch()}
+                with running(argv, **streams) as process:
+
+                    def finish(samples: str) -> dict[str, Any]:
+                        _pass_on(said, process)
+                        if process.returncode:
+                            print("the samples are evaluated once more", file=sys.stderr)
+                            return self.score(samples)
+                        print(Path(figures).read_text(), end="", flush=True)
+                        found = read_json(result)
+                        assert isinstance(found, dict)
+                        found["results"][0]["sample"] = samples
+                        return found
+
+                    yield finish
+
+    def _command(self, samples: Sequence[str], **flags: str | int) -> list[str]:
+        flags |= {"inception_path": self.graph, "metric_name": self.metric_name, **self.engine}
+        argv = [sys.executable, str(EVALUATOR), self.reference, *samples]
+        for flag, value in flags.items():
+            argv += [f"--{flag}", str(value)] if value else []
+        return argv
+
+
+def _pass_on(said: str, process: subprocess.Popen) -> None:
+    """Show on stderr what a process has written to a file and goes on to write, until its end."""
+    with open(said, encoding="utf-8") as stream:
+        ended = False
+        while not ended:
+            ended = process.poll() is not None
+            print(stream.read(), end="", file=sys.stderr, flush=True)
+            time.sleep(0 if ended else _POLL_S)
 
 
 def add_flags(add: Callable[..., object]) -> None:
@@ -110,11 +154,20 @@ def read_flags(args: argparse.Namespace, preset: Preset | None) -> Evaluation:
     return Evaluation(reference, graph, name, {k: v for k, v in engine.items() if v})
 
 
-def evaluate(folders: Sequence[str], evaluation: Evaluation, dataset: str | None) -> None:
-    """Score the gathered samples of folders; write `metrics.json` with all that produced them."""
+def evaluate(
+    folders: Sequence[str],
+    evaluation: Evaluation,
+    dataset: str | None,
+    score: Callable[..., dict[str, Any]] | None = None,
+) -> None:
+    """Score the gathered samples of folders; write `metrics.json` with all that produced them.
+
+    score: what stands in for `evaluation.score`.
+    """
     from guided_diffusion.sampling.gathering import SAMPLES_FILE
 
-    scores = evaluation.score(*(join(folder, SAMPLES_FILE) for folder in folders))
+    files = (join(folder, SAMPLES_FILE) for folder in folders)
+    scores = (score or evaluation.score)(*files)
     for folder, result in zip(folders, scores["results"], strict=True):
         metrics = join(folder, METRICS_FILE)
         write_json(metrics, _record(folder, evaluation, dataset, {**scores, "results": [result]}))

@@ -7,9 +7,8 @@ process made a chunk, not how large chunks were when it was made.
 
 import json
 import os
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -17,12 +16,11 @@ from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError
 from esddpm_io.files import exists, is_blob, join, list_names, read_json, remove
 from esddpm_io.npz import DamagedFile, NpzReader, NpzWriter
+from esddpm_io.parts import Range, cover, find_parts, gaps, part_path
 from guided_diffusion.settings.record import Run
 
 SETTINGS_FILE = "settings.json"
-Range = tuple[int, int]  # start and stop of global indices
 
-_NAME = re.compile(r"(\d{7,})-(\d{7,})\.npz")
 # A folder of more files than this is slow to list, so small batches share a chunk.
 _MOST_CHUNKS = 4096
 # Temporary files that are so much older than now belong to processes that are gone.
@@ -36,7 +34,7 @@ class ChunkFolder:
         self.folder = str(folder)
         self.run = run
         self.num_samples = run.num_samples
-        self._chunks = join(self.folder, "chunks", run.identity)
+        self.chunks = join(self.folder, "chunks", run.identity)
 
     @classmethod
     def open(cls, folder: str | os.PathLike, run: Run) -> "ChunkFolder":
@@ -76,16 +74,14 @@ class ChunkFolder:
 
     def _has_samples(self) -> bool:
         names = list_names(self.folder)
-        return bool(list_names(self._chunks)) or any(n.startswith("samples") for n in names)
+        return bool(list_names(self.chunks)) or any(n.startswith("samples") for n in names)
 
     def finished(self) -> list[Range]:
         """The ranges of all finished chunks that hold wanted samples, by their start.
 
         The last may go on beyond those, in a folder that had more samples before.
         """
-        matches = map(_NAME.fullmatch, list_names(self._chunks))
-        ranges = ((int(match[1]), int(match[2])) for match in matches if match)
-        return sorted(chunk for chunk in ranges if chunk[0] < self.num_samples)
+        return [chunk for chunk in find_parts(self.chunks) if chunk[0] < self.num_samples]
 
     def missing(self, size: int) -> list[Range]:
         """The ranges of `size` indices (from 0 on; the last may be shorter) not yet finished."""
@@ -96,15 +92,9 @@ class ChunkFolder:
         }
         return [(cell * size, min((cell + 1) * size, self.num_samples)) for cell in sorted(cells)]
 
-    def _gaps(self) -> Iterator[Range]:
+    def _gaps(self) -> list[Range]:
         """What no finished chunk covers."""
-        position = 0
-        for start, stop in self.finished():
-            if start > position:
-                yield position, start
-            position = max(position, stop)
-        if position < self.num_samples:
-            yield position, self.num_samples
+        return list(gaps(self.finished(), 0, self.num_samples))
 
     def count_done(self) -> int:
         """How many samples are finished."""
@@ -112,7 +102,7 @@ class ChunkFolder:
 
     def is_complete(self) -> bool:
         """Whether none is missing."""
-        return next(self._gaps(), None) is None
+        return not self._gaps()
 
     def is_done(self, wanted: Range) -> bool:
         """Whether a range is there as a chunk of its own."""
@@ -135,14 +125,7 @@ class ChunkFolder:
 
         All of them must be finished.
         """
-        parts: list[tuple[Range, Range]] = []
-        for chunk in self.finished():
-            first, last = max(chunk[0], start), min(chunk[1], stop)
-            if first <= start < last:
-                parts.append((chunk, (start, last)))
-                start = last
-        assert start >= stop, f"indices from {start} are missing"
-        return parts
+        return cover(self.finished(), start, stop)
 
     def reader(self, chunk: Range) -> NpzReader:
         """Open a finished chunk (`arr_0`, and `arr_1` where there are labels)."""
@@ -183,15 +166,15 @@ class ChunkFolder:
 
     def clean(self) -> None:
         """Remove what processes that are gone have left: their temporary files."""
-        if is_blob(self._chunks):
+        if is_blob(self.chunks):
             return
-        for name in list_names(self._chunks):
-            path = join(self._chunks, name)
+        for name in list_names(self.chunks):
+            path = join(self.chunks, name)
             if name.startswith(".tmp-") and time.time() - os.stat(path).st_mtime > _LEFT_OVER_S:
                 remove(path)
 
     def _path(self, where: Range) -> str:
-        return join(self._chunks, f"{where[0]:07}-{where[1]:07}.npz")
+        return part_path(self.chunks, where)
 
 
 def default_chunk_size(num_samples: int, batch_size: int) -> int:

@@ -10,8 +10,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from esddpm_io.errors import EXIT_DISK_FULL, EXIT_MAY_PASS, EXIT_USER_ERROR
+from esddpm_io.parts import Range
 from esddpm_io.processes import available_cores
-from guided_diffusion.sampling.chunks import ChunkFolder, Range
+from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.heartbeat import (
     DEAD_AFTER_S,
     LAUNCHER_VARIABLE,

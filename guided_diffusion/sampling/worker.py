@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from esddpm_io.files import exists
+from esddpm_io.parts import Range
 from esddpm_io.progress import Progress
 from guided_diffusion.sampling import outputs
-from guided_diffusion.sampling.chunks import ChunkFolder, Range
+from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE, Heartbeat
 from guided_diffusion.sampling.job import Job
 from guided_diffusion.settings.record import Run

@@ -166,6 +166,7 @@ def test_a_launcher_s_processes_end_with_an_error_of_the_user(launched):
         ({}, "--cache_dir: 3 processes of slurm need one folder"),
         ({"devices": "cpu,cpu", "cache_dir": "cache"}, "--devices starts processes of its own"),
         ({"inception_path": None, "cache_dir": "cache"}, "run scripts/download.py first"),
+        ({"expect": 50, "cache_dir": "cache"}, "--expect cannot go with 3 processes"),
     ],
 )
 def test_what_a_launch_cannot_do_is_refused(here, monkeypatch, given, words):

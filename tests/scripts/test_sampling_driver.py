@@ -1,5 +1,6 @@
 """The driver, the sampling workers, gathering and status through their command lines."""
 
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from PIL import Image
 
 from esddpm_io.errors import UserError, run_main
 from esddpm_io.images import with_caption
+from esddpm_io.processes import running
 from evaluations.features import BACKENDS
 from guided_diffusion.checkpoints import write_sidecar
 from guided_diffusion.commands import driver, gather, sample, scoring, status
@@ -423,6 +425,55 @@ def test_flags_of_the_evaluator_reach_it(tiny, tmp_path, whole_job, capsys):
     assert record["settings"]["backend"] == "torch" and record["settings"]["device"] == "cpu"
     assert len(list((tmp_path / "cache").iterdir())) == 2
     assert scoring.BACKENDS == BACKENDS
+
+
+def test_evaluation_while_sampling_gives_the_same_figures(tiny, tmp_path, whole_job):
+    """The evaluator has begun on the first chunks before the last are there."""
+    output = tmp_path / "out"
+    argv = flags(tiny, output, devices="cpu,cpu")
+    done = run_script(DRIVER, "--execute", "--eval_while_sampling", *argv)
+    figures = [
+        json.loads((folder / "metrics.json").read_text())["evaluation"]["results"][0]
+        for folder in (whole_job[1], output)
+    ]
+    assert figures[1]["metrics"] == pytest.approx(figures[0]["metrics"], rel=1e-9)
+    assert figures[1]["sample"] == str(output / "samples_all.npz")
+    for figure in whole_job[0].stdout.splitlines():
+        if figure.startswith("Frechet distance"):
+            assert figure in done.stdout
+    assert "once more" not in done.stderr
+
+
+def test_an_evaluator_that_fails_while_sampling_is_run_again(tiny, tmp_path, capfd, monkeypatch):
+    """Its part of the work is lost, not the run; and none is left where sampling fails."""
+    command = scoring.Evaluation._command
+
+    def broken(self, samples, **more):
+        argv = command(self, samples, **more)
+        return [*argv, "--batch_size", "0"] if "expect" in more else argv
+
+    monkeypatch.setattr(scoring.Evaluation, "_command", broken)
+    driver.main(["--execute", "--eval_while_sampling", *flags(tiny, tmp_path / "out")])
+    assert (tmp_path / "out" / "metrics.json").exists()
+    assert "--batch_size 0: it must be at least 1\n" in (said := capfd.readouterr()).err
+    assert "once more" in said.err and "Frechet distance" in said.out
+
+
+def test_no_evaluator_is_left_when_sampling_ends_early(tiny, tmp_path, monkeypatch):
+    evaluation = scoring.Evaluation(str(tiny.images), str(FEATURE_GRAPH), None, {})
+    started = []
+
+    @contextlib.contextmanager
+    def noting(*args, **options):
+        with running(*args, **options) as process:
+            started.append(process)
+            yield process
+
+    monkeypatch.setattr(scoring, "running", noting)
+    with pytest.raises(KeyboardInterrupt), evaluation.beside(str(tmp_path), 8):
+        assert started[0].poll() is None
+        raise KeyboardInterrupt
+    assert started[0].returncode
 
 
 @pytest.mark.parametrize(
