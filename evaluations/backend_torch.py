@@ -130,6 +130,7 @@ class TorchEngine:
         """Steps (name, function, inputs, inputs not needed later), normalisation folded."""
         constants = {n for n in order if self._graph.nodes[n].op == "Const"}
         folded = self._foldable(order)
+        convolutions: set[str] = set()
         steps = []
         for name in order:
             if name in constants or name == IMAGES_NODE or name in folded.values():
@@ -141,8 +142,16 @@ class TorchEngine:
                 sources = self._sources(convolution)
             else:
                 function = self._function(name)
+            # Of a convolution that nothing else uses a new array would only take time.
+            if self._graph.nodes[name].op == "Relu" and sources[0] in convolutions:
+                function = torch.relu_ if self._is_used_once(sources[0]) else function
+            if self._graph.nodes[name].op == "Conv2D" or name in folded:
+                convolutions.add(name)
             steps.append((name, function, [s for s in sources if s not in constants]))
         return self._with_lifetimes(steps)
+
+    def _is_used_once(self, name: str) -> bool:
+        return self._consumers[name] == 1 and name not in self._outputs
 
     def _with_lifetimes(self, steps):
         last = {}
@@ -193,8 +202,7 @@ class TorchEngine:
             if node.op not in _NORMALISATIONS or name == IMAGES_NODE:
                 continue
             source = self._sources(name)[0]
-            alone = self._consumers[source] == 1 and source not in self._outputs
-            if self._graph.nodes[source].op == "Conv2D" and alone:
+            if self._graph.nodes[source].op == "Conv2D" and self._is_used_once(source):
                 folded[name] = source
         return folded
 
