@@ -6,7 +6,7 @@
 Small networks are trained from scratch with the same first weights, data and noise: one of a seed
 on all timesteps, one for each T' on t < T', and what --variants names. At log-spaced steps the
 averaged weights carry the same VAE images to T' and back with the same noise (`dpmpp_2m_sde`).
-Prints how many steps each network needs to reach the distance that the one of all timesteps has at
+Prints what compute each network needs to reach the distance that the one of all timesteps has at
 its last step, as a share of that one's, and draws the curves. All networks and distances stay in
 --results: a run that was stopped goes on, and more seeds or variants add to it.
 """
@@ -29,12 +29,14 @@ from esddpm_io.images import open_images
 from evaluations.features import choose_engine, load_graph, pool_features
 from evaluations.metrics import frechet_distance, gaussian_of
 from guided_diffusion import early_stop, load_network, logger
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.resample import ScheduleSampler
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
-from guided_diffusion.settings.presets import load_preset
+from guided_diffusion.settings.presets import SCRIPTS_FOLDER, load_preset
 from guided_diffusion.solvers import evaluation_timesteps
 from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.vae_sampling import load_vae
 
 FLAGS = {
     "image_size": 32,
@@ -51,6 +53,9 @@ BATCH_SIZE, LEARNING_RATE = 8, 2e-3
 # one of many.
 WIDTH = "0.1"
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, arXiv 2303.09556
+LOG_SIGMA = (-1.2, 1.2)  # mean and deviation (EDM, Karras et al. 2022, arXiv 2206.00364)
+SMALLER = {"channel_mult": "1,1"}  # a quarter of the weights
+RECONSTRUCTED_FROM = 0.5  # share of T' from which "reconstructed" meets the VAE's images
 CONTINUED_FROM = 0.5  # share of the steps after which "continue" leaves all timesteps
 
 
@@ -98,6 +103,19 @@ def min_snr(levels: np.ndarray, evaluations: int) -> FixedDensity:
     return FixedDensity(np.ones(len(levels)), weights / weights.mean())
 
 
+def p2(levels: np.ndarray, evaluations: int) -> FixedDensity:
+    """Losses of the noise times 1 / (1 + SNR) (Choi et al. 2022, arXiv 2204.00227)."""
+    weights = 1 - levels
+    return FixedDensity(np.ones(len(levels)), weights / weights.mean())
+
+
+def log_normal(levels: np.ndarray, evaluations: int) -> FixedDensity:
+    """Noise levels sigma as EDM draws them, of those below T'."""
+    log_sigma = 0.5 * (np.log1p(-levels) - np.log(levels))
+    density = np.exp(-0.5 * ((log_sigma - LOG_SIGMA[0]) / LOG_SIGMA[1]) ** 2)
+    return FixedDensity(density * np.gradient(log_sigma))
+
+
 def rising(levels: np.ndarray, evaluations: int) -> FixedDensity:
     """Density in proportion to t: more of the timesteps where start images are not yet mended."""
     return FixedDensity(np.arange(1.0, len(levels) + 1))
@@ -113,7 +131,11 @@ def evaluated(levels: np.ndarray, evaluations: int) -> FixedDensity:
 VARIANTS = {
     "": uniform,
     "continue": uniform,
+    "smaller": uniform,
+    "reconstructed": uniform,
     "min-snr": min_snr,
+    "p2": p2,
+    "log-normal": log_normal,
     "rising": rising,
     "evaluated": evaluated,
 }
@@ -149,9 +171,10 @@ class Study:
         found = [self._read(arm, seed)["distances"] for seed in self.args.seeds]
         return np.array([[one.get(key, math.nan) for key in keys] for one in found])
 
-    def seconds_per_step(self) -> float:
-        """Median of all networks: they have the same size."""
-        every = [self._read(arm, seed)["seconds"] for arm in self.arms for seed in self.args.seeds]
+    def seconds_per_step(self, arm: Arm) -> float:
+        """Median of all networks of an arm's size."""
+        alike = [one for one in self.arms if flags_of(one) == flags_of(arm)]
+        every = [self._read(one, seed)["seconds"] for one in alike for seed in self.args.seeds]
         return float(np.median(np.concatenate(every)))
 
     def measure(self, arm: Arm, seed: int) -> None:
@@ -207,7 +230,11 @@ class Study:
         """Go on to `step`; returns seconds of the processor, a mean a step."""
         logger.configure(dir=str(folder), format_strs=["csv"])
         torch.manual_seed(seed)
-        model, diffusion = create_model_and_diffusion(**model_and_diffusion_defaults() | FLAGS)
+        flags = model_and_diffusion_defaults() | flags_of(arm)
+        model, diffusion = create_model_and_diffusion(**flags)
+        reconstructed = arm.variant == "reconstructed"
+        if reconstructed:
+            meet_reconstructions(diffusion, arm.t_prime)
         levels = diffusion.alphas_cumprod[: arm.t_prime or None]
         start = "auto"
         if arm.variant == "continue" and not any(folder.glob("model*.pt")):
@@ -221,6 +248,7 @@ class Study:
                 batch_size=BATCH_SIZE,
                 image_size=FLAGS["image_size"],
                 random_flip=False,
+                class_cond=reconstructed,
                 num_workers=0,
                 seed=seed,
             ),
@@ -236,7 +264,7 @@ class Study:
             iterations=step,
             seed=seed,
             sidecar={
-                "flags": model_and_diffusion_defaults() | FLAGS,
+                "flags": flags,
                 "early_stop_steps": arm.t_prime or None,
             },
         )
@@ -279,6 +307,32 @@ class Study:
         return images[np.linspace(0, len(images) - 1, self.args.num_samples).astype(int)]
 
 
+def flags_of(arm: Arm) -> dict:
+    return FLAGS | (SMALLER if arm.variant == "smaller" else {})
+
+
+def meet_reconstructions(diffusion: GaussianDiffusion, t_prime: int) -> None:
+    """Let every second image reach x_t from its reconstruction by the VAE, near T'.
+
+    As sampling does, which starts from the VAE's images; the target stays the real image. That is
+    its q_sample with other noise: sqrt(ᾱ) x̂ + sqrt(1-ᾱ) ε is sqrt(ᾱ) x + sqrt(1-ᾱ) ε' for
+    ε' = ε + sqrt(ᾱ/(1-ᾱ)) (x̂ - x).
+    """
+    vae = load_vae(str(SCRIPTS_FOLDER / "models" / "emoji32_vae.pt"))
+    losses = diffusion.training_losses
+    ratio = np.sqrt(diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod))
+
+    def training_losses(model, x_start, t, model_kwargs, noise):
+        with torch.no_grad():
+            labels = model_kwargs["y"]
+            shift = vae.decode(vae.encode(x_start, labels)[0], labels).clamp(-1, 1) - x_start
+        met = (t >= RECONSTRUCTED_FROM * t_prime) & (torch.arange(len(t)) % 2 == 0)
+        scale = torch.from_numpy(ratio).float()[t] * met
+        return losses(model, x_start, t, {}, noise + scale.view(-1, 1, 1, 1) * shift)
+
+    diffusion.training_losses = training_losses
+
+
 def log_spaced(last: int, count: int) -> list[int]:
     """`count` steps up to `last`, the first a quarter of it."""
     return [round(last * 4 ** (i / (count - 1) - 1)) for i in range(count)]
@@ -308,12 +362,13 @@ def steps_to(distance: float, steps: list[int], curve: np.ndarray) -> float:
     return float(np.exp(np.log(steps[i - 1]) * (1 - share) + np.log(steps[i]) * share))
 
 
-def share_of_steps(study: Study, arm: Arm, t_prime: int, evaluations: int) -> np.ndarray:
-    """Steps of an arm to the last distance of "all t", as a share of all steps, [seeds]."""
+def share_of_compute(study: Study, arm: Arm, t_prime: int, evaluations: int) -> np.ndarray:
+    """Compute of an arm to the last distance of "all t", as a share of all of that, [seeds]."""
     full, own = (study.curve(one, t_prime, evaluations) for one in (Arm(0), arm))
     pairs = zip(full[:, -1], own, strict=True)
     reached = [steps_to(distance, study.snapshots, curve) for distance, curve in pairs]
-    return np.array(reached) / study.args.iterations
+    cost = study.seconds_per_step(arm) / study.seconds_per_step(Arm(0))
+    return np.array(reached) / study.args.iterations * cost
 
 
 def interval(values: np.ndarray) -> str:
@@ -330,13 +385,13 @@ def interval(values: np.ndarray) -> str:
 
 def print_table(study: Study) -> None:
     args = study.args
-    seconds = study.seconds_per_step()
+    seconds = study.seconds_per_step(Arm(0))
     print(
         f"\n{args.iterations} steps of {BATCH_SIZE} images, {seconds:.2f} s of a core each; seeds"
         f" {args.seeds}; {args.num_samples} images; distance of the VAE's images"
         f" {study.generator_distance():.2f}\n"
     )
-    print("| T' | evaluations | trained on | distance at the end | less than all t | steps |")
+    print("| T' | evaluations | trained on | distance at the end | less than all t | compute |")
     print("|---|---|---|---|---|---|")
     for arm in study.arms:
         for t_prime in study.t_primes_of(arm):
@@ -344,7 +399,7 @@ def print_table(study: Study) -> None:
                 own, full = (study.curve(a, t_prime, evaluations)[:, -1] for a in (arm, Arm(0)))
                 if np.isnan(own).any():
                     continue
-                share = interval(share_of_steps(study, arm, t_prime, evaluations))
+                share = interval(share_of_compute(study, arm, t_prime, evaluations))
                 print(
                     f"| {t_prime} | {evaluations} | {arm.name} | {spread(own)} |"
                     f" {spread(full - own)} | {share if arm.t_prime else 1} |"
