@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from esddpm_io.errors import UserError
+from esddpm_io.files import read_json
 from esddpm_io.optional import import_extra
 from guided_diffusion import conversion
 from guided_diffusion.checkpoints import (
@@ -18,6 +19,7 @@ from guided_diffusion.checkpoints import (
     read_checkpoint,
     read_sidecar,
     save_checkpoint,
+    sidecar_path,
     write_sidecar,
 )
 from guided_diffusion.diffusers_network import DiffusersNetwork
@@ -48,12 +50,23 @@ _SAMPLING = {"clip_sample": True}
 def copy(source: str, target: str) -> None:
     """The same tensors and sidecar in another file."""
     tensors, sidecar = read_checkpoint(source, flag="A"), read_sidecar(source)
+    _check_beside(target, sidecar)
     _save(tensors, sidecar, target)
     require(
         fingerprint(read_checkpoint(target, flag="B")) == fingerprint(tensors),
         f"B: {target} has other tensors than {source} after writing",
     )
     print(f"{target}: {len(tensors)} tensors" + (" and their flags" if sidecar else ""))
+
+
+def _check_beside(target: str, sidecar: Mapping[str, Any] | None) -> None:
+    """UserError for a .json beside the target that would be read as its flags, and says others."""
+    beside = sidecar_path(target)
+    written = sidecar is not None and not target.endswith(SAFETENSORS)
+    require(
+        written or not os.path.exists(beside) or read_json(beside) == sidecar,
+        f"B: {beside} is there already and would be read as the flags of {target}: move it away",
+    )
 
 
 def _save(tensors: conversion.Tensors, sidecar: Mapping[str, Any] | None, target: str) -> None:
@@ -75,10 +88,12 @@ def to_file(source: str, target: str) -> None:
     with _naming(source):
         flags = conversion.flags_of(theirs.unet.config)
     flags |= {name: value for name, value in found.process.items() if name in flags}
+    sidecar = {"kind": "model", "flags": flags, "early_stop_steps": None}
+    _check_beside(target, sidecar)
     ours = create_network("model", flags)
     ours.load_state_dict(conversion.from_diffusers(theirs.unet.state_dict(), flags))
     difference = _check_equal(ours, theirs, flags)
-    _save(ours.state_dict(), {"kind": "model", "flags": flags, "early_stop_steps": None}, target)
+    _save(ours.state_dict(), sidecar, target)
     print(f"{target}: outputs differ by {difference:.1g}")
     if not flags["learn_sigma"] and found.process["sigma_small"]:
         print(

@@ -144,6 +144,34 @@ def test_safetensors_hold_the_tensors_and_the_flags(tmp_path, kind):
     assert read_sidecar(middle)["early_stop_steps"] is None
 
 
+def test_flags_of_another_network_beside_the_target_are_refused(tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    source = write(tmp_path / "a.pt", "model", MODEL)
+    bare = tmp_path / "bare.pt"
+    bare.write_bytes(Path(source).read_bytes())
+    write_sidecar(str(tmp_path / "b.pt"), {**MODEL, "num_heads": 2})
+    for argv in ([str(bare), "b.pt"], [str(bare), "b.safetensors"], [source, "b.safetensors"]):
+        with pytest.raises(UserError, match=r"^B: .*b\.json is there already"):
+            main([argv[0], str(tmp_path / argv[1])])
+    assert not (tmp_path / "b.pt").exists() and not (tmp_path / "b.safetensors").exists()
+    main([source, str(tmp_path / "b.pt")])  # writes its own
+    main([source, str(tmp_path / "a.safetensors")])  # whose flags are beside it
+    for path in ("b.pt", "a.safetensors"):
+        assert read_sidecar(str(tmp_path / path)) == read_sidecar(source)
+
+
+@pytest.mark.parametrize("name", ["b.safetensors", "b.pt"])
+def test_flags_beside_what_a_folder_becomes(tmp_path, name):
+    folder = save(tmp_path / "folder")
+    write_sidecar(str(tmp_path / name), MODEL)
+    if name == "b.pt":
+        main([folder, str(tmp_path / name)])
+        assert read_sidecar(str(tmp_path / name))["flags"]["channel_mult"] == "1,2"
+    else:
+        with pytest.raises(UserError, match=r"^B: .*b\.json is there already"):
+            main([folder, str(tmp_path / name)])
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
