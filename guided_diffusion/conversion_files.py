@@ -82,7 +82,7 @@ def _save(tensors: conversion.Tensors, sidecar: Mapping[str, Any] | None, target
 
 def to_file(source: str, target: str) -> None:
     """A folder of diffusers as a checkpoint with its flags."""
-    found = resolve_network("model", source, flag="A", typed={})
+    found = _resolved(source, {})
     require(not found.flags["v_prediction"], f"A: {source} predicts v: ours give noise or x_0")
     theirs = _load_folder(source, found)
     with _naming(source):
@@ -106,9 +106,7 @@ def to_folder(source: str, target: str, typed: Mapping[str, Any], drop: bool) ->
     """A checkpoint of ours as a DDPMPipeline."""
     kind = _kind_of(source)
     require(kind not in _WITHOUT, f"A: {source} is a {_WITHOUT.get(kind)}")
-    found = resolve_network("model", source, flag="A", typed=typed)
-    for remark in found.remarks:
-        print(remark)
+    found = _resolved(source, typed)
     flags, tensors, process = dict(found.flags), read_checkpoint(source, flag="A"), found.process
     learned = bool(flags["learn_sigma"])
     require(learned or not drop, f"--drop_variance: {source} learned no variance")
@@ -135,6 +133,14 @@ def to_folder(source: str, target: str, typed: Mapping[str, Any], drop: bool) ->
     print(f"{target}: outputs differ by {difference:.1g}")
     if learned:
         print(_VARIANCE[drop])
+
+
+def _resolved(source: str, typed: Mapping[str, Any]) -> Resolved:
+    """The flags of A; prints where they are from and what is assumed."""
+    found = resolve_network("model", source, flag="A", typed=typed)
+    for remark in found.remarks:
+        print(remark)
+    return found
 
 
 def _kind_of(source: str) -> str | None:

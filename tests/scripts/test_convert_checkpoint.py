@@ -161,11 +161,12 @@ def test_flags_of_another_network_beside_the_target_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["b.safetensors", "b.pt"])
-def test_flags_beside_what_a_folder_becomes(tmp_path, name):
+def test_flags_beside_what_a_folder_becomes(tmp_path, name, capsys):
     folder = save(tmp_path / "folder")
     write_sidecar(str(tmp_path / name), MODEL)
     if name == "b.pt":
         main([folder, str(tmp_path / name)])
+        assert f"A: flags from the config of {folder}\n" in capsys.readouterr().out
         assert read_sidecar(str(tmp_path / name))["flags"]["channel_mult"] == "1,2"
     else:
         with pytest.raises(UserError, match=r"^B: .*b\.json is there already"):
