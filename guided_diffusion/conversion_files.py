@@ -23,10 +23,7 @@ from guided_diffusion.checkpoints import (
     write_sidecar,
 )
 from guided_diffusion.diffusers_network import DiffusersNetwork
-from guided_diffusion.script_util import (
-    NUM_CLASSES,
-    create_network,
-)
+from guided_diffusion.script_util import NUM_CLASSES, create_network
 from guided_diffusion.settings.layers import require
 from guided_diffusion.settings.recognition import identify
 from guided_diffusion.settings.resolver import Resolved, resolve_network
@@ -177,7 +174,7 @@ def _check_equal(ours: torch.nn.Module, theirs: torch.nn.Module, flags: Mapping[
     generator = torch.Generator().manual_seed(0)
     size = min(int(flags["image_size"]), _LARGEST_CHECK)
     x = torch.randn(2, 3, size, size, generator=generator)
-    labels = {"y": torch.tensor([0, NUM_CLASSES - 1])} if flags["class_cond"] else {}
+    labels = {"y": torch.tensor([0, _classes(flags) - 1])} if flags["class_cond"] else {}
     times = torch.tensor([1, int(flags["diffusion_steps"]) - 1])
     one, other = (network.eval()(x, times, **labels) for network in (ours, theirs))
     difference = float((one - other).abs().max() / one.abs().max().clamp(min=1))
@@ -188,6 +185,11 @@ def _check_equal(ours: torch.nn.Module, theirs: torch.nn.Module, flags: Mapping[
     return difference
 
 
+def _classes(flags: Mapping[str, Any]) -> int:
+    """Of a class-conditional network."""
+    return int(flags.get("num_classes", NUM_CLASSES))
+
+
 def _card(source: str, found: Resolved, drop: bool) -> str:
     """The model card, README.md of the folder."""
     flags = found.flags
@@ -195,7 +197,7 @@ def _card(source: str, found: Resolved, drop: bool) -> str:
         f"converted from `{os.path.basename(source)}`, a U-Net of guided-diffusion, by ES-DDPM's "
         "`convert_checkpoint.py`, which found equal outputs",
         f"{flags['image_size']} × {flags['image_size']} RGB images in [-1, 1]"
-        + (f", {NUM_CLASSES} classes (`class_labels`)" if flags["class_cond"] else ""),
+        + (f", {_classes(flags)} classes (`class_labels`)" if flags["class_cond"] else ""),
         f"predicts {'the clean image' if flags['predict_xstart'] else 'the noise'}, schedule "
         f"{flags['noise_schedule']}, {flags['diffusion_steps']} timesteps",
     ]

@@ -33,6 +33,7 @@ OTHERS = {
     "everywhere": {"attention_resolutions": "8,4", "num_heads": 1, "resblock_updown": True},
     "added": {"use_scale_shift_norm": False, "num_head_channels": 16, "channel_mult": "1,3,2"},
     "x_0": {"predict_xstart": True, "noise_schedule": "cosine", "learn_sigma": False},
+    "classes": {"num_classes": 10},
     "T": {"diffusion_steps": 400, "noise_schedule": "scaled_linear 0.001 0.02"},
 }
 
@@ -69,8 +70,10 @@ def test_there_and_back(tmp_path, flags):
     source = write(tmp_path / "a.pt", "model", {**MODEL, **flags})
     before, after = read_sidecar(source)["flags"], there_and_back(source, tmp_path)["flags"]
     names = "predict_xstart", "noise_schedule", "diffusion_steps", "class_cond", "learn_sigma"
-    for name in names:
-        assert after[name] == before[name]
+    for name in (*names, "num_classes"):
+        assert after.get(name) == before.get(name)
+    if classes := flags.get("num_classes"):
+        assert f" {classes} classes" in (tmp_path / "folder" / "README.md").read_text()
 
 
 def reduced(name: str) -> tuple[str, dict]:
@@ -184,7 +187,6 @@ def test_flags_beside_what_a_folder_becomes(tmp_path, name, capsys):
         ({"attention_head_dim": 24}, "num_head_channels"),
         ({"up_block_types": ("UpBlock2D", "UpBlock2D")}, "up_block_types"),
         ({"resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups is None"),
-        ({"num_class_embeds": 10}, "1000 classes"),
     ],
 )
 def test_networks_of_diffusers_that_ours_do_not_have(tmp_path, changes, reason):
