@@ -105,6 +105,54 @@ def test_contents_tell_code_tensors_and_version_apart(module, tmp_path):
     assert generator_of(linear, CPU, "images").contents != of_tensors
 
 
+NETWORK = None
+
+
+def named_globally(network):
+    global NETWORK
+    NETWORK = network
+    return lambda latents: NETWORK(latents)
+
+
+def in_a_closure(network):
+    @torch.no_grad()
+    def generate(latents):
+        return network(latents)
+
+    return generate
+
+
+class Holder:
+    def __init__(self, network):
+        self.networks = [network]
+
+    def __call__(self, latents):
+        return self.networks[0](latents)
+
+    def generate(self, latents):
+        return self(latents)
+
+
+def in_a_lambda_of_an_object(network):
+    holder = Holder(network)
+    return lambda latents: holder(latents)
+
+
+@pytest.mark.parametrize("make", [named_globally, in_a_closure, Holder, in_a_lambda_of_an_object])
+def test_contents_tell_the_weights_apart_that_a_function_holds(make):
+    def contents_with(bias: float) -> str:
+        network = torch.nn.Linear(2, 3)
+        torch.nn.init.ones_(network.weight)
+        torch.nn.init.constant_(network.bias, bias)
+        function = make(network)
+        function.latent_shape = (2,)
+        return generator_of(function, CPU, "images").contents
+
+    first = contents_with(1.0)
+    assert contents_with(1.0) == first
+    assert contents_with(2.0) != first
+
+
 def test_a_saved_network_makes_the_same_images(tmp_path):
     class Decoder(torch.nn.Module):
         def __init__(self):
