@@ -1,6 +1,7 @@
 """Images that a function makes: the same by index whatever is asked for, and errors in one line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -255,10 +256,16 @@ def test_a_pipeline_of_diffusers(tmp_path, classes):
     assert np.abs(images.read(16, 20).astype(int) - expected[:4]).max() <= 1
     np.testing.assert_array_equal(images.read(17, 18)[0], images.read(16, 20)[1])
 
+    shutil.copytree(tmp_path / "one_step", tmp_path / "copy")
+    assert load_generator(str(tmp_path / "copy"), CPU).contents == generator.contents
     with torch.no_grad():
         unet.conv_out.bias += 1
     pipeline.save_pretrained(tmp_path / "other")
     assert load_generator(str(tmp_path / "other"), CPU).contents != generator.contents
+    pipeline.scheduler.register_to_config(sigma_max=40.0)
+    pipeline.save_pretrained(tmp_path / "steps")
+    others = {load_generator(str(tmp_path / name), CPU).contents for name in ("other", "steps")}
+    assert len(others) == 2
 
 
 def test_folders_that_are_no_pipeline_for_start_images(tmp_path):
