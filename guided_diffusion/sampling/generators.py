@@ -56,6 +56,15 @@ class Generator:
     device: torch.device
     contents: str
     name: str
+    _first: dict[int, np.ndarray] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def first_block(self, seed: int) -> np.ndarray:
+        """Block 0 of a seed, made once: settings ask for sizes before samples are drawn."""
+        if seed not in self._first:
+            self._first[seed] = self.images(seed, 0)
+        return self._first[seed]
 
     @torch.inference_mode()
     def images(self, seed: int, block: int) -> np.ndarray:
@@ -109,7 +118,7 @@ class GeneratedImages(ImageSource):
     def __init__(self, generator: Generator, count: int, seed: int):
         self._generator, self._count, self._seed = generator, count, seed
         self._kept: tuple[int, np.ndarray] | None = None
-        self._first = generator.images(seed, 0)
+        self._first = generator.first_block(seed)
         self.shape = (count, *self._first.shape[1:])
         self.has_labels = generator.num_classes is not None
 

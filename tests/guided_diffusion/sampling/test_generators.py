@@ -15,8 +15,9 @@ from guided_diffusion.sampling.generators import (
     generator_of,
     load_generator,
 )
-from guided_diffusion.sampling.sources import open_generator
+from guided_diffusion.sampling.sources import contents_of, open_generator
 from guided_diffusion.sampling.trial import Spread
+from guided_diffusion.settings.record import StartSettings
 
 CPU = torch.device("cpu")
 MODULE = """
@@ -72,6 +73,19 @@ def test_an_image_is_the_same_whatever_is_read_beside_it(module, name):
         np.testing.assert_array_equal(read, whole[start:stop])
     assert (GeneratedImages(generator, 37, 2).read(0, 37) != whole).any(axis=(1, 2, 3)).all()
     assert len(np.unique(whole.reshape(37, -1), axis=0)) == 37
+
+
+def test_the_first_block_is_made_once_for_a_seed(module):
+    generator = load_generator(f"{module}:Linear", CPU)
+    blocks = []
+    count = generator.function.register_forward_pre_hook(lambda *_: blocks.append(1))
+    for seed in (11, 12, 11):
+        open_generator(f"{module}:Linear", 16, seed, CPU).start(0, 16)
+    assert len(blocks) == 2
+    start = StartSettings("generator", f"{module}:Linear", None, 16)
+    assert contents_of(start) == generator.contents
+    assert len(blocks) == 2
+    count.remove()
 
 
 def test_torch_goes_on_with_its_own_numbers(module):
