@@ -12,7 +12,7 @@ from esddpm_io.errors import UserError
 from guided_diffusion import early_stop, load_network
 from guided_diffusion.commands import driver, propose, sample, sweep
 from guided_diffusion.sampling.generators import GeneratedImages, load_generator
-from tests.tiny_sampling import IMAGE_SIZE, SCRIPTS, TinyFiles, chunks, run_script
+from tests.tiny_sampling import IMAGE_SIZE, SCRIPTS, TinyFiles, chunks, read_job, run_script
 
 DRIVER = "generate_processes_diffusion_and_reverse.py"
 MODULE = f"""
@@ -154,7 +154,11 @@ def test_the_sampling_scripts_take_it(tiny, module, made, tmp_path, guided):
     make = tiny.guided_flags if guided else tiny.worker_flags
     argv = make(by_function, **own)
     at = argv.index("--dataset_path")
-    sample.main(argv[:at] + argv[at + 2 :], guided=guided)
+    argv = argv[:at] + argv[at + 2 :]
+    limited = read_job([*argv, "--limit", "3"], guided=guided)
+    assert limited.run.num_samples == 3
+    assert "--num_samples has no effect with --limit, which goes first" in limited.remarks
+    sample.main(argv, guided=guided)
     sample.main(make(by_file, seed=3, dataset_path=tmp_path / "made.npz"), guided=guided)
     for found, expected in zip(chunks(by_function), chunks(by_file), strict=True):
         np.testing.assert_array_equal(found, expected)

@@ -488,6 +488,10 @@ def test_commands_are_printed_for_devices_of_another_machine(capsys):
             ["--num_samples has no effect without --start_from_scratch or --generator"],
         ),
         (
+            "--generator my_gan:load --num_samples 7 --limit 3",
+            ["--num_samples has no effect with --limit, which goes first"],
+        ),
+        (
             "--start_from_scratch --limit 3 --reverse_steps 25",
             [
                 "--reverse_steps has no effect with --start_from_scratch",
