@@ -526,7 +526,10 @@ def files_of(args: argparse.Namespace, typed: set[str], preset: Preset) -> dict[
         "ref_batch": args.ref_batch or preset.reference_batch,
         "inception_path": args.inception_path or preset.feature_graph,
     }
-    return {flag: absolute(fetched(path)) if path else "" for flag, path in found.items()}
+    return {
+        flag: absolute(fetched(path, flag=f"--{flag}")) if path else ""
+        for flag, path in found.items()
+    }
 
 
 def request_of(

@@ -65,7 +65,7 @@ echo "$workers $gather\""""
 def add_flags(add: Callable[..., object]) -> None:
     """The flags that hand a run over."""
     add("--submit", choices=("slurm",), help="a Slurm array of --num_machines jobs does it")
-    show = "write the shell script that --submit slurm runs, and do nothing"
+    show = "print the shell script that --submit slurm runs, and submit nothing"
     add("--print_sbatch", action="store_true", help=show)
     add(
         "--slurm_args", default="", help='sbatch\'s flags, as --slurm_args="--gres=gpu:1 --time=60"'

@@ -525,6 +525,12 @@ def test_flags_typed_in_vain_are_warned_of(capsys, argv, warnings):
     assert said == [f"warning: {line}" for line in warnings]
 
 
+@pytest.mark.parametrize("flag", ["model_path", "classifier_path", "dataset_path"])
+def test_an_address_that_is_none_is_told_with_its_flag(tiny, tmp_path, flag):
+    with pytest.raises(UserError, match=f"^--{flag}: hf://x is not of the form"):
+        driver.main(["--execute", *flags(tiny, tmp_path / "out", **{flag: "hf://x"})])
+
+
 def test_precision_and_eta_reach_the_workers(tiny, tmp_path):
     argv = flags(tiny, tmp_path / "out", use_fp16="no", chain_length="ddim5", eta=0.3)
     driver.main(argv)
