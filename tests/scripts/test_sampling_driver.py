@@ -90,6 +90,7 @@ def test_the_job_says_what_it_did(whole_job):
     assert "2 of 5 steps, starting at original timestep 250" in done.stdout
     assert f"output folder: {out}" in done.stdout
     assert done.stdout.count("classifier_sample_diffusion_and_reverse.py") == 2
+    assert not (out / "workers").exists()
     logs = sorted(path.name for path in (out / "logs").iterdir())
     assert logs == [f"ddpm_5_length_reverse_2_steps_global_rank_{rank}.log" for rank in (0, 1)]
     assert "starting at original timestep 250" in (out / "logs" / logs[0]).read_text()
