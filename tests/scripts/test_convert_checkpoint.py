@@ -4,17 +4,19 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import fingerprint, read_checkpoint, read_sidecar, write_sidecar
+from guided_diffusion.commands import sample
 from guided_diffusion.commands.convert import main
 from guided_diffusion.script_util import create_network, flag_defaults
 from guided_diffusion.settings.recognition import published_flags
 from tests.golden_values import fill
 from tests.small_pipelines import save
-from tests.tiny_sampling import MODEL
+from tests.tiny_sampling import MODEL, chunks
 
 PAGE = Path(__file__).parents[2] / "docs" / "bring_your_own.md"
 TABLE = dict(re.findall(r"^\| (\S+\.pt) \| (yes|no) \|", PAGE.read_text(), re.MULTILINE))
@@ -160,6 +162,19 @@ def test_safetensors_hold_the_tensors_and_the_flags(tmp_path, kind):
     # What stands beside the file was put there by somebody who knew better.
     write_sidecar(middle, {}, kind=kind)
     assert read_sidecar(middle)["early_stop_steps"] is None
+
+
+def test_safetensors_are_sampled_from(tiny, tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    source = write(tmp_path / "a.pt", "model", MODEL)
+    main([source, str(tmp_path / "b.safetensors")])
+    for path in (source, tmp_path / "b.safetensors"):
+        own = {"model_path": path, "dataset_path": tiny.images, "timestep_respacing": "5"}
+        own |= {"denoise_steps": 2, "device": "cpu", "save_dir": tmp_path / Path(path).stem}
+        argv = [part for key, value in own.items() for part in (f"--{key}", str(value))]
+        sample.main(argv, guided=False)
+    for one, other in zip(chunks(tmp_path / "a"), chunks(tmp_path / "b"), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_flags_of_another_network_beside_the_target_are_refused(tmp_path):
