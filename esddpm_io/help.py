@@ -16,7 +16,7 @@ GROUPS = {
         base_samples settings again resume_checkpoint start_anew output_dir save_dir
         save_dir_suffix save_png_files save_numpy_array json plot""",
     "sampling": """
-        num_samples t_prime steps sampler spacing eta variance clip_denoised chain_length
+        num_samples num_images t_prime steps sampler spacing eta variance clip_denoised chain_length
         reverse_steps denoise_steps use_ddim start_from_scratch
         classifier_guidance_scale classifier_scale""",
     "training": """
@@ -45,7 +45,7 @@ GROUPS = {
         eval_while_sampling eval_bootstrap""",
 }
 _GROUP_OF = {name: title for title, names in GROUPS.items() for name in names.split()}
-_FEW = 10  # flags that are read faster in one list
+FEW = 10  # flags that are read faster in one list
 _METAVARS = {"int": "N", "float": "X", "str2bool": "BOOL"}
 
 
@@ -100,7 +100,7 @@ class CommandLine(argparse.ArgumentParser):
     def _sections(self) -> Iterator[tuple[str | None, list[argparse.Action]]]:
         """Titles and flags; a group that the script itself has made stays as it is."""
         flags = self._optionals._group_actions
-        is_long = len(flags) > _FEW
+        is_long = len(flags) > FEW
         for group in self._action_groups:
             if group is not self._optionals:
                 yield group.title, group._group_actions

@@ -87,7 +87,8 @@ def _metadata(path: str) -> dict:
             header = json.loads(stream.read(min(length, _LONGEST_HEADER)))
         except ValueError:  # the tensors' reader says what is wrong with the file
             return {}
-    return header.get("__metadata__", {})
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _load_problem(path: str, magic: bytes, error: Exception) -> str:
@@ -296,7 +297,7 @@ def read_sidecar(path: str) -> dict | None:
         return None
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{sidecar} is not valid JSON: {error}") from error
     if (
         not isinstance(content, dict)

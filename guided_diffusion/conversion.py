@@ -132,9 +132,7 @@ def flags_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "dropout": given["dropout"],
     }
     if classes not in (None, NUM_CLASSES):
-        raise UserError(
-            f"num_class_embeds is {classes}: guided-diffusion's tables have {NUM_CLASSES} classes"
-        )
+        flags["num_classes"] = classes
     try:
         expected = unet_config(flags)
     except ValueError as error:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from esddpm_io.errors import UserError
+from esddpm_io.files import read_json
 from esddpm_io.optional import import_extra
 from guided_diffusion import conversion
 from guided_diffusion.checkpoints import (
@@ -18,13 +19,11 @@ from guided_diffusion.checkpoints import (
     read_checkpoint,
     read_sidecar,
     save_checkpoint,
+    sidecar_path,
     write_sidecar,
 )
 from guided_diffusion.diffusers_network import DiffusersNetwork
-from guided_diffusion.script_util import (
-    NUM_CLASSES,
-    create_network,
-)
+from guided_diffusion.script_util import NUM_CLASSES, create_network
 from guided_diffusion.settings.layers import require
 from guided_diffusion.settings.recognition import identify
 from guided_diffusion.settings.resolver import Resolved, resolve_network
@@ -48,12 +47,23 @@ _SAMPLING = {"clip_sample": True}
 def copy(source: str, target: str) -> None:
     """The same tensors and sidecar in another file."""
     tensors, sidecar = read_checkpoint(source, flag="A"), read_sidecar(source)
+    _check_beside(target, sidecar)
     _save(tensors, sidecar, target)
     require(
         fingerprint(read_checkpoint(target, flag="B")) == fingerprint(tensors),
         f"B: {target} has other tensors than {source} after writing",
     )
     print(f"{target}: {len(tensors)} tensors" + (" and their flags" if sidecar else ""))
+
+
+def _check_beside(target: str, sidecar: Mapping[str, Any] | None) -> None:
+    """UserError for a .json beside the target that would be read as its flags, and says others."""
+    beside = sidecar_path(target)
+    written = sidecar is not None and not target.endswith(SAFETENSORS)
+    require(
+        written or not os.path.exists(beside) or read_json(beside) == sidecar,
+        f"B: {beside} is there already and would be read as the flags of {target}: move it away",
+    )
 
 
 def _save(tensors: conversion.Tensors, sidecar: Mapping[str, Any] | None, target: str) -> None:
@@ -69,16 +79,18 @@ def _save(tensors: conversion.Tensors, sidecar: Mapping[str, Any] | None, target
 
 def to_file(source: str, target: str) -> None:
     """A folder of diffusers as a checkpoint with its flags."""
-    found = resolve_network("model", source, flag="A", typed={})
+    found = _resolved(source, {})
     require(not found.flags["v_prediction"], f"A: {source} predicts v: ours give noise or x_0")
     theirs = _load_folder(source, found)
     with _naming(source):
         flags = conversion.flags_of(theirs.unet.config)
     flags |= {name: value for name, value in found.process.items() if name in flags}
+    sidecar = {"kind": "model", "flags": flags, "early_stop_steps": None}
+    _check_beside(target, sidecar)
     ours = create_network("model", flags)
     ours.load_state_dict(conversion.from_diffusers(theirs.unet.state_dict(), flags))
     difference = _check_equal(ours, theirs, flags)
-    _save(ours.state_dict(), {"kind": "model", "flags": flags, "early_stop_steps": None}, target)
+    _save(ours.state_dict(), sidecar, target)
     print(f"{target}: outputs differ by {difference:.1g}")
     if not flags["learn_sigma"] and found.process["sigma_small"]:
         print(
@@ -91,9 +103,7 @@ def to_folder(source: str, target: str, typed: Mapping[str, Any], drop: bool) ->
     """A checkpoint of ours as a DDPMPipeline."""
     kind = _kind_of(source)
     require(kind not in _WITHOUT, f"A: {source} is a {_WITHOUT.get(kind)}")
-    found = resolve_network("model", source, flag="A", typed=typed)
-    for remark in found.remarks:
-        print(remark)
+    found = _resolved(source, typed)
     flags, tensors, process = dict(found.flags), read_checkpoint(source, flag="A"), found.process
     learned = bool(flags["learn_sigma"])
     require(learned or not drop, f"--drop_variance: {source} learned no variance")
@@ -120,6 +130,14 @@ def to_folder(source: str, target: str, typed: Mapping[str, Any], drop: bool) ->
     print(f"{target}: outputs differ by {difference:.1g}")
     if learned:
         print(_VARIANCE[drop])
+
+
+def _resolved(source: str, typed: Mapping[str, Any]) -> Resolved:
+    """The flags of A; prints where they are from and what is assumed."""
+    found = resolve_network("model", source, flag="A", typed=typed)
+    for remark in found.remarks:
+        print(remark)
+    return found
 
 
 def _kind_of(source: str) -> str | None:
@@ -156,7 +174,7 @@ def _check_equal(ours: torch.nn.Module, theirs: torch.nn.Module, flags: Mapping[
     generator = torch.Generator().manual_seed(0)
     size = min(int(flags["image_size"]), _LARGEST_CHECK)
     x = torch.randn(2, 3, size, size, generator=generator)
-    labels = {"y": torch.tensor([0, NUM_CLASSES - 1])} if flags["class_cond"] else {}
+    labels = {"y": torch.tensor([0, _classes(flags) - 1])} if flags["class_cond"] else {}
     times = torch.tensor([1, int(flags["diffusion_steps"]) - 1])
     one, other = (network.eval()(x, times, **labels) for network in (ours, theirs))
     difference = float((one - other).abs().max() / one.abs().max().clamp(min=1))
@@ -167,6 +185,11 @@ def _check_equal(ours: torch.nn.Module, theirs: torch.nn.Module, flags: Mapping[
     return difference
 
 
+def _classes(flags: Mapping[str, Any]) -> int:
+    """Of a class-conditional network."""
+    return int(flags.get("num_classes", NUM_CLASSES))
+
+
 def _card(source: str, found: Resolved, drop: bool) -> str:
     """The model card, README.md of the folder."""
     flags = found.flags
@@ -174,7 +197,7 @@ def _card(source: str, found: Resolved, drop: bool) -> str:
         f"converted from `{os.path.basename(source)}`, a U-Net of guided-diffusion, by ES-DDPM's "
         "`convert_checkpoint.py`, which found equal outputs",
         f"{flags['image_size']} × {flags['image_size']} RGB images in [-1, 1]"
-        + (f", {NUM_CLASSES} classes (`class_labels`)" if flags["class_cond"] else ""),
+        + (f", {_classes(flags)} classes (`class_labels`)" if flags["class_cond"] else ""),
         f"predicts {'the clean image' if flags['predict_xstart'] else 'the noise'}, schedule "
         f"{flags['noise_schedule']}, {flags['diffusion_steps']} timesteps",
     ]

@@ -65,7 +65,7 @@ def read_folder(path: str) -> dict[str, Any]:
     _check_unet(config, folder / "config.json")
     size, classes = config.get("sample_size"), config.get("num_class_embeds")
     flags: dict[str, Any] = {
-        "unet": json.dumps(_plain(config), sort_keys=True),
+        "unet": json.dumps(plain_config(config), sort_keys=True),
         "class_cond": classes is not None,
         "num_classes": classes or 0,
         "image_size": size if isinstance(size, int) else size[0],
@@ -83,8 +83,8 @@ def read_folder(path: str) -> dict[str, Any]:
     return {"kind": KIND, "flags": flags, "early_stop_steps": None}
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without who wrote it."""
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without who wrote it, and where."""
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 

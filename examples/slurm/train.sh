@@ -29,8 +29,10 @@ if ((stopped)); then # the signal has ended that wait, not the training
     wait $!
     code=$?
 fi
-# 2 is a mistake in the flags, which another try does not mend.
-if ((stopped || code != 0 && code != 2 && ${SLURM_RESTART_COUNT:-0} < 5)); then
+# 2 is a mistake in the flags, which another try does not mend. A time limit is no failure, yet there
+# is an end to a training that never gets anywhere.
+most=$((stopped ? 100 : 5))
+if ((stopped || code != 0 && code != 2)) && ((${SLURM_RESTART_COUNT:-0} < most)); then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

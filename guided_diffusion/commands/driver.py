@@ -30,6 +30,7 @@ from guided_diffusion.commands.sampler_flags import (
     add_precision_flag,
     add_sampler_flags,
     by_name,
+    unused_num_samples,
 )
 from guided_diffusion.flag_help import GENERATOR_HELP
 from guided_diffusion.flags import str2bool
@@ -490,10 +491,7 @@ def _ignored_flags(args: argparse.Namespace, typed: set[str], preset: Preset) ->
     return without_effect(
         typed,
         {
-            "num_samples": (
-                not (scratch or args.generator),
-                "without --start_from_scratch or --generator",
-            ),
+            "num_samples": unused_num_samples(args),
             "generator": (scratch, "with --start_from_scratch"),
             "reverse_steps": (scratch, "with --start_from_scratch"),
             "dataset_path": (scratch, "with --start_from_scratch"),
@@ -540,7 +538,10 @@ def files_of(args: argparse.Namespace, typed: set[str], preset: Preset) -> dict[
         "ref_batch": args.ref_batch or preset.reference_batch,
         "inception_path": args.inception_path or preset.feature_graph,
     }
-    return {flag: absolute(fetched(path)) if path else "" for flag, path in found.items()}
+    return {
+        flag: absolute(fetched(path, flag=f"--{flag}")) if path else ""
+        for flag, path in found.items()
+    }
 
 
 def request_of(

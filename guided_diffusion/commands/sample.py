@@ -25,6 +25,7 @@ from guided_diffusion.commands.sampler_flags import (
     add_precision_flag,
     add_sampler_flags,
     by_name,
+    unused_num_samples,
 )
 from guided_diffusion.flag_help import FLAG_HELP
 from guided_diffusion.flags import (
@@ -236,10 +237,7 @@ def _in_vain(args: argparse.Namespace, typed: set[str]) -> list[str]:
     return without_effect(
         typed,
         {
-            "num_samples": (
-                not (scratch or args.generator),
-                "without --start_from_scratch or --generator",
-            ),
+            "num_samples": unused_num_samples(args),
             "generator": (scratch, "with --start_from_scratch"),
             "denoise_steps": (scratch, "with --start_from_scratch"),
             "dataset_path": (scratch, "with --start_from_scratch"),

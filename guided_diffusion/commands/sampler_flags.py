@@ -68,3 +68,10 @@ def by_name(
     )
     named: dict[str, int | str | None] = {"sampler": args.sampler or "ddpm"}
     return {**named, "t_prime": args.t_prime, "steps": args.steps, "spacing": args.spacing}
+
+
+def unused_num_samples(args: argparse.Namespace) -> tuple[bool, str]:
+    """Whether --num_samples does nothing, and when, as `without_effect` takes it."""
+    if args.start_from_scratch or not args.generator:
+        return not args.start_from_scratch, "without --start_from_scratch or --generator"
+    return bool(args.limit), "with --limit, which goes first"

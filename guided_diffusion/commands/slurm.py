@@ -22,6 +22,8 @@ from guided_diffusion.settings.presets import SCRIPTS_FOLDER
 
 # For a job that fails by itself. Slurm does not ask us about those that it preempts.
 _MOST_RESTARTS = 5
+# For one that is told to end, as at each time limit: a job that never gets anywhere ends, too.
+_MOST_STOPS = 100
 _SUBMISSION = """\
 #!/usr/bin/env bash
 # Submits an array of {elements} to sample together, then one job to gather and evaluate, whatever
@@ -41,8 +43,8 @@ code=$?
 # Not after {user_error} (the user's mistake) and {disk_full} (the disk is full), which stay so; \
 {terminated}: SIGTERM, as
 # 60 seconds before the time limit.
-if ((code == {terminated} || code != {user_error} && code != {disk_full} && \
-${{SLURM_RESTART_COUNT:-0}} < {restarts})); then
+most=$((code == {terminated} ? {stops} : {restarts}))
+if ((code != {user_error} && code != {disk_full} && ${{SLURM_RESTART_COUNT:-0}} < most)); then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
@@ -63,7 +65,7 @@ echo "$workers $gather\""""
 def add_flags(add: Callable[..., object]) -> None:
     """The flags that hand a run over."""
     add("--submit", choices=("slurm",), help="a Slurm array of --num_machines jobs does it")
-    show = "write the shell script that --submit slurm runs, and do nothing"
+    show = "print the shell script that --submit slurm runs, and submit nothing"
     add("--print_sbatch", action="store_true", help=show)
     add(
         "--slurm_args", default="", help='sbatch\'s flags, as --slurm_args="--gres=gpu:1 --time=60"'
@@ -146,6 +148,7 @@ def _script(
         disk_full=EXIT_DISK_FULL,
         terminated=EXIT_TERMINATED,
         restarts=_MOST_RESTARTS,
+        stops=_MOST_STOPS,
     )
     if is_blob(output):  # which no shell can write to: status.py does without
         return script

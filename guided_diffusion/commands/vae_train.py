@@ -3,10 +3,10 @@
     OPENAI_LOGDIR=exps/my_vae python scripts/vae_train.py --data_dir my_images --image_size 64
 
 Checkpoints and logs go to the folder in OPENAI_LOGDIR. At the end it gets vaeNNNNNN.pt, all that
-vae_sample.py needs: the averaged (EMA) weights (the last ones with --ema_rate ""), and the prior
-fitted to the codes of the training images. With --resume_checkpoint auto, a run that was stopped
-goes on; one that was through fits the prior anew. Starts alone, or under torchrun, mpiexec or srun
-as image_train.py does.
+vae_sample.py needs: the averaged weights, and the prior fitted to the codes of the training images.
+Averaged are those of the first --ema_rate; with --ema_rate "" of the first --power_ema, or, without
+that, the last weights. With --resume_checkpoint auto, a run that was stopped goes on; one that was
+through fits the prior anew. Starts alone, or under torchrun, mpiexec or srun, as image_train.py.
 """
 
 import argparse

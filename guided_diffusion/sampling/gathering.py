@@ -30,7 +30,7 @@ def gather(folder: ChunkFolder, log: Callable[[str], None] = print) -> bool:
         seed = folder.run.seed if start.kind == "generator" else None
         starts = open_start_images(start.path, folder.num_samples, seed)
     draw_grid(folder.folder, starts, _caption(folder.run))
-    Observer(folder.folder).forget_dead()
+    Observer(folder.folder).close()
     folder.clean()
     return True
 

@@ -17,8 +17,9 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ FLAG = "--generator"
 ABOUT_FILE = "generator.json"  # beside the network, in a .pt or .pt2 archive
 _FILE_ENDINGS = (".pt", ".pt2")
 _IMAGES_AT_ONCE = 16
+_DEPTH = 3  # a decorator, the function, what it holds; the networks are inside
 _MOST_OUT_OF_RANGE = 10.0  # networks overshoot [-1, 1] a little; more is another range
 
 
@@ -43,8 +45,8 @@ class Generator:
     """A function on a device and what it says of itself.
 
     function: latents [n, *latent_shape], N(0, 1), and with num_classes labels int64 [n], to images:
-    float [n, 3, H, W] in [-1, 1] or uint8 [n, H, W, 3]. batch_size: n. contents: a hash of what can
-    be seen of it. name: for messages, after the flag.
+    float [n, 3, H, W] in [-1, 1] or uint8 [n, H, W, 3]. batch_size: n. contents: a hash of its
+    source, attributes and networks. name: for messages, after the flag.
     """
 
     function: Callable[..., torch.Tensor]
@@ -54,6 +56,15 @@ class Generator:
     device: torch.device
     contents: str
     name: str
+    _first: dict[int, np.ndarray] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def first_block(self, seed: int) -> np.ndarray:
+        """Block 0 of a seed, made once: settings ask for sizes before samples are drawn."""
+        if seed not in self._first:
+            self._first[seed] = self.images(seed, 0)
+        return self._first[seed]
 
     @torch.inference_mode()
     def images(self, seed: int, block: int) -> np.ndarray:
@@ -107,7 +118,7 @@ class GeneratedImages(ImageSource):
     def __init__(self, generator: Generator, count: int, seed: int):
         self._generator, self._count, self._seed = generator, count, seed
         self._kept: tuple[int, np.ndarray] | None = None
-        self._first = generator.images(seed, 0)
+        self._first = generator.first_block(seed)
         self.shape = (count, *self._first.shape[1:])
         self.has_labels = generator.num_classes is not None
 
@@ -179,6 +190,8 @@ def generator_of(
 ) -> Generator:
     """A user's function with its attributes checked; seen: a hash of its source.
 
+    Networks that it is or holds tell it apart, too.
+
     UserError, beginning with `name`, for a function that lacks `latent_shape`, and for attributes
     of other kinds than they must be.
     """
@@ -197,15 +210,48 @@ def generator_of(
             raise UserError(f"{name}: {attribute} must be a whole number from 1, not {value!r}")
     version = getattr(function, "version", "")
     parts = [seen, str(version), str(tuple(shape)), str(classes or 0), str(size)]
-    if isinstance(function, torch.nn.Module):
-        tensors = {
-            key: value.cpu()
-            for key, value in function.state_dict().items()
-            if isinstance(value, torch.Tensor)
-        }
-        parts.append(fingerprint(tensors))
+    with _telling_where(name):
+        networks = {id(network): network for network in _networks(function)}
+        parts += map(_weights, networks.values())
     contents = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return Generator(function, tuple(shape), classes or None, size, device, contents, name)
+
+
+def _networks(value: object, depth: int = _DEPTH) -> Iterator[torch.nn.Module]:
+    """Those that a value is or holds: in attributes, in containers, and by names in its code."""
+    if isinstance(value, torch.nn.Module):
+        yield value
+    elif depth:
+        held = _held(value)
+        for key in sorted(held, key=str):
+            yield from _networks(held[key], depth - 1)
+
+
+def _held(value: object) -> Mapping[Any, object]:
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    if isinstance(value, types.MethodType):
+        return {"function": value.__func__, "self": value.__self__}
+    if isinstance(value, (type, types.ModuleType)):
+        return {}
+    held = dict(getattr(value, "__dict__", {}))  # what a decorator wraps is in it, too
+    if isinstance(value, types.FunctionType):
+        with contextlib.suppress(ValueError):  # a name in a closure that has no value yet
+            variables = inspect.getclosurevars(value)
+            held |= {**variables.globals, **variables.nonlocals}
+    return held
+
+
+def _weights(network: torch.nn.Module) -> str:
+    """A hash of its tensors, on whatever device they are."""
+    tensors = {
+        key: value.cpu()
+        for key, value in network.state_dict().items()
+        if isinstance(value, torch.Tensor)
+    }
+    return fingerprint(tensors)
 
 
 def _is_count(value: object) -> bool:

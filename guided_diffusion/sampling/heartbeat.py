@@ -110,6 +110,12 @@ class Observer:
             if worker["machine"] == machine_id() and not process_runs(worker["pid"]):
                 remove(join(self._folder, f"{worker['worker']}.json"))
 
+    def close(self) -> None:
+        """Forget the dead, and remove their folder where nobody is left."""
+        self.forget_dead()
+        with contextlib.suppress(OSError):  # others work on, or there is no folder (in a blob)
+            os.rmdir(self._folder)
+
     def _is_alive(self, record: dict) -> bool:
         if record["state"] == "stopped":
             return False

@@ -11,7 +11,7 @@ import torch
 from esddpm_io.errors import UserError
 from esddpm_io.hub import HUB, fetched
 from esddpm_io.optional import import_extra
-from guided_diffusion.checkpoints import fingerprint
+from guided_diffusion.diffusers_folder import plain_config
 
 MODEL_INDEX = "model_index.json"  # what makes a folder a pipeline
 
@@ -24,7 +24,7 @@ def is_pipeline(target: str) -> bool:
 def load_pipeline(
     target: str, device: torch.device, flag: str
 ) -> tuple[Callable[..., torch.Tensor], str]:
-    """The pipeline as a function of labels, and a hash of its tensors and settings.
+    """The pipeline as a function of labels, and the settings of its parts.
 
     Its steps are the ones it takes by itself (a consistency model: one); what it draws comes from
     torch, so the latents that it is given say nothing. It gives float [n, 3, H, W] in [-1, 1].
@@ -57,14 +57,13 @@ def load_pipeline(
         "num_classes": classes if "class_labels" in takes else None,
     }
     vars(generate).update(about)
-    return generate, _contents(pipeline)
+    return generate, _settings(pipeline)
 
 
-def _contents(pipeline: Any) -> str:
-    """A hash of the tensors and of the settings of all parts."""
-    parts = []
-    for name, part in sorted(pipeline.components.items()):
-        parts.append(f"{name} {sorted(dict(getattr(part, 'config', {})).items())}")
-        if isinstance(part, torch.nn.Module):
-            parts.append(fingerprint(part.state_dict()))
+def _settings(pipeline: Any) -> str:
+    """The settings of all parts, whatever folder and version of diffusers they are from."""
+    parts = [
+        f"{name} {type(part).__name__} {sorted(plain_config(getattr(part, 'config', {})).items())}"
+        for name, part in sorted(pipeline.components.items())
+    ]
     return "\n".join(parts)

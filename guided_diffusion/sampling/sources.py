@@ -233,6 +233,9 @@ def noted_contents(source: Source, save_dir: str) -> str | None:
 
 def contents_of(start: StartSettings) -> str | None:
     """The hash of the start images as they are now."""
+    if start.kind == "generator":
+        assert start.path is not None
+        return load_generator(start.path, _CPU).contents  # without making images
     return open_source(start, 1, 0).fingerprint()
 
 

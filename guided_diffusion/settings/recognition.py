@@ -49,7 +49,9 @@ class Recognised:
         """The flags that differ from the defaults, as a command line takes them."""
         defaults = flag_defaults(self.kind)
         return " ".join(
-            f"--{name} {value}" for name, value in self.flags.items() if value != defaults[name]
+            f"--{name} {value}"
+            for name, value in self.flags.items()
+            if value != defaults.get(name, value)  # num_classes is no flag
         )
 
 

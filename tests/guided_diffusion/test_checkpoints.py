@@ -294,6 +294,24 @@ def test_the_fingerprint_is_that_of_the_tensors(tiny_path, tmp_path):
     assert fingerprint({f"{n}x": t for n, t in state_dict.items()}) != first
 
 
+@pytest.mark.parametrize("header", ["[]", "5", '{"__metadata__": 5}', '{"__metadata__": []}'])
+def test_safetensors_with_another_header_are_no_checkpoints(tmp_path, header):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    assert read_sidecar(str(path)) is None
+    with pytest.raises(UserError, match=r"--f: .*a\.safetensors is damaged or not a checkpoint"):
+        read_checkpoint(str(path), flag="--f")
+
+
+def test_flags_in_safetensors_that_are_no_text_are_told(tmp_path):
+    header = '{"__metadata__": {"es_ddpm": 5}}'
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(UserError, match=r"the metadata of .*a\.safetensors is not valid JSON"):
+        read_sidecar(str(path))
+
+
 def test_safetensors_are_checkpoints(tiny_path, tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     state_dict, path = read_checkpoint(tiny_path, flag="--f"), str(tmp_path / "ema.safetensors")

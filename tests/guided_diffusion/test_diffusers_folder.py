@@ -25,6 +25,7 @@ from tests.tiny_sampling import read_job
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 T_PRIME, STEPS = 500, 5
+TRAILING, LEADING = [499, 399, 299, 199, 99], [400, 300, 200, 100, 0]
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +56,13 @@ def flags_for(folder: str, images: Path, save_dir: Path, *more: str) -> list[str
 
 
 @torch.inference_mode()
-def of_diffusers(scheduler, unet, x: torch.Tensor, noises, y=None) -> list[torch.Tensor]:
+def of_diffusers(
+    scheduler, unet, x: torch.Tensor, noises, y=None, timesteps=TRAILING
+) -> list[torch.Tensor]:
     """x after each of the last STEPS steps of ten from T, by the scheduler of diffusers."""
     scheduler.set_timesteps(10)
     tail = scheduler.timesteps[-STEPS:]
-    assert tail[0] == T_PRIME - 1
+    assert tail.tolist() == timesteps
     xs = []
     for t, noise in zip(tail, noises, strict=True):
         output = unet(x, t, class_labels=y).sample
@@ -79,24 +82,26 @@ def noise_is(noise: torch.Tensor):
         yield
 
 
-def start(network, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Clean images, these diffused to T', and the noise of each step."""
-    torch.manual_seed(seed)
+def start(
+    network, first_timestep: int = T_PRIME - 1
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Clean images, these diffused to the first timestep, and the noise of each step."""
+    torch.manual_seed(1)
     clean = torch.rand(3, 3, SIZE, SIZE) * 2 - 1
     first, *noises = [torch.randn_like(clean) for _ in range(1 + STEPS)]
     whole = diffusion_from(network.resolved.process, "")
-    return clean, whole.q_sample(clean, torch.full((3,), T_PRIME - 1), first), [first, *noises]
+    return clean, whole.q_sample(clean, torch.full((3,), first_timestep), first), [first, *noises]
 
 
 @torch.inference_mode()
-def ours(network, sampler: str, clean, noises, y=None) -> list[torch.Tensor]:
+def ours(network, sampler: str, clean, noises, y=None, timesteps=None) -> list[torch.Tensor]:
     whole, drawn = diffusion_from(network.resolved.process, ""), iter(noises)
     loop = whole.solver_sample_loop_progressive if sampler == "dpmpp_2m" else None
     how = {"noise": clean, "clip_denoised": False, "randn": lambda x: next(drawn)}
     how["model_kwargs"] = {} if y is None else {"y": y}
     if loop is None:
         chain = SpacedDiffusion(
-            evaluation_timesteps(whole.alphas_cumprod, T_PRIME, STEPS),
+            timesteps or evaluation_timesteps(whole.alphas_cumprod, T_PRIME, STEPS),
             betas=whole.original_betas,
             model_mean_type=whole.model_mean_type,
             model_var_type=whole.model_var_type,
@@ -131,9 +136,19 @@ def test_ddpm_takes_the_steps_of_diffusers(tmp_path, process):
         of_diffusers(scheduler, unet, x, noises[1:]),
     )
     if network.record.flags["learn_sigma"]:
-        # diffusers adds noise to the clean image unless the last step is of timestep 0.
+        # diffusers adds noise to the clean image unless the last step is of timestep 0, as below.
         found, expected = found[:-1], expected[:-1]
     assert_same(found, expected)
+
+
+def test_the_last_step_of_a_learned_variance(tmp_path):
+    path = save(tmp_path, **PROCESSES["learned variance"])
+    network = load_network(path, "cpu")
+    unet = diffusers.UNet2DModel.from_pretrained(path, subfolder="unet")
+    scheduler = diffusers.DDPMScheduler.from_pretrained(path, subfolder="scheduler")
+    clean, x, noises = start(network, LEADING[0])
+    found = ours(network, "ddpm", clean, noises, timesteps=LEADING)
+    assert_same(found, of_diffusers(scheduler, unet, x, noises[1:], timesteps=LEADING))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])

@@ -1,9 +1,13 @@
 """The published flags and defaults of every command: other people's command lines must go on."""
 
+import argparse
 import importlib
+import pkgutil
 
 import pytest
 
+from esddpm_io.help import FEW, GROUPS
+from guided_diffusion import commands
 from guided_diffusion.commands import sample
 
 MODEL = {
@@ -196,3 +200,33 @@ def test_workers_have_the_published_switches(script):
     argv = ["--start_from_scratch", "--save_png_files", "--save_numpy_array"]
     args = parser_of(script).parse_args(argv)
     assert args.start_from_scratch is args.save_png_files is args.save_numpy_array is True
+
+
+# What a long help shows before its groups: what the command is about, or what is to be seen of it.
+FIRST = {"help", "seed", "execute", "print_settings", "print_points", "drop_variance"}
+FIRST |= {"dir", "num_file", "wait_time"}
+
+
+def all_parsers() -> dict[str, argparse.ArgumentParser]:
+    names = [
+        f"guided_diffusion.commands.{info.name}" for info in pkgutil.iter_modules(commands.__path__)
+    ]
+    modules = map(
+        importlib.import_module, [*names, "evaluations.evaluator", "evaluations.make_reference"]
+    )
+    found = {m.__name__: m.create_argparser() for m in modules if hasattr(m, "create_argparser")}
+    guided = {f"sample, guided {guided}": sample.build_parser(guided) for guided in (False, True)}
+    return found | guided
+
+
+def test_every_flag_has_its_place_in_the_help():
+    parsers = all_parsers()
+    assert len(parsers) > 20
+    placed = FIRST | set(" ".join(GROUPS.values()).split())
+    known = set()
+    for name, parser in parsers.items():
+        flags = {action.dest for action in parser._optionals._group_actions}
+        known |= {action.dest for action in parser._actions}
+        if len(flags) > FEW:
+            assert flags <= placed, (name, flags - placed)
+    assert placed <= known, placed - known

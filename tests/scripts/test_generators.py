@@ -12,7 +12,8 @@ from esddpm_io.errors import UserError
 from guided_diffusion import early_stop, load_network
 from guided_diffusion.commands import driver, propose, sample, sweep
 from guided_diffusion.sampling.generators import GeneratedImages, load_generator
-from tests.tiny_sampling import IMAGE_SIZE, SCRIPTS, TinyFiles, chunks, run_script
+from tests.small_pipelines import save
+from tests.tiny_sampling import IMAGE_SIZE, SCRIPTS, TinyFiles, chunks, read_job, run_script
 
 DRIVER = "generate_processes_diffusion_and_reverse.py"
 MODULE = f"""
@@ -121,6 +122,32 @@ def test_two_processes_other_batches_and_a_longer_run_make_the_same(tiny, whole,
     np.testing.assert_array_equal(labels, expected_labels)
 
 
+def test_a_pipeline_and_a_denoiser_of_diffusers_with_classes(tiny, tmp_path):
+    """One process and batch, and two processes and smaller batches, of the driver."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    denoiser = save(tmp_path / "denoiser", classes=10)
+    unet = diffusers.UNet2DModel.from_pretrained(denoiser, subfolder="unet")
+    scheduler = diffusers.CMStochasticIterativeScheduler()
+    pipeline = diffusers.ConsistencyModelPipeline(unet, scheduler)
+    pipeline.save_pretrained(tmp_path / "one_step")
+    own = {"generator": tmp_path / "one_step", "model_path": denoiser, "limit": 18}
+    argv = flags(
+        tiny, tmp_path / "two", **own, classifier_guidance_scale=0, devices="cpu,cpu", batch_size=5
+    )
+    driver.main(["--execute", "--not_eval_metrics", *argv])
+    own |= {"t_prime": 300, "steps": 2, "sampler": "dpmpp_2m_sde", "seed": 3, "device": "cpu"}
+    one = [part for key, value in own.items() for part in (f"--{key}", str(value))]
+    one += ["--save_dir", str(tmp_path / "one"), "--batch_size", "18"]
+    sample.main(one, guided=False)
+    (found, labels), (expected, expected_labels) = (
+        all_of(tmp_path / "two"),
+        chunks(tmp_path / "one"),
+    )
+    assert_close(found, expected)
+    np.testing.assert_array_equal(labels, expected_labels)
+    assert len(found) == 18 and 5 < len(set(labels.tolist())) <= 10
+
+
 def test_what_a_run_says_of_its_generator(tiny, whole, tmp_path):
     metrics = json.loads((whole / "metrics.json").read_text())
     start = metrics["run"]["start"]
@@ -154,7 +181,11 @@ def test_the_sampling_scripts_take_it(tiny, module, made, tmp_path, guided):
     make = tiny.guided_flags if guided else tiny.worker_flags
     argv = make(by_function, **own)
     at = argv.index("--dataset_path")
-    sample.main(argv[:at] + argv[at + 2 :], guided=guided)
+    argv = argv[:at] + argv[at + 2 :]
+    limited = read_job([*argv, "--limit", "3"], guided=guided)
+    assert limited.run.num_samples == 3
+    assert "--num_samples has no effect with --limit, which goes first" in limited.remarks
+    sample.main(argv, guided=guided)
     sample.main(make(by_file, seed=3, dataset_path=tmp_path / "made.npz"), guided=guided)
     for found, expected in zip(chunks(by_function), chunks(by_file), strict=True):
         np.testing.assert_array_equal(found, expected)

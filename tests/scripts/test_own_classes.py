@@ -57,6 +57,12 @@ def test_labels_beyond_them_are_refused_and_drawn_below(tiny, files, tmp_path):
     assert "num_classes" not in thousand.run.network.flags
 
 
+def test_flags_that_do_not_fit_are_told_those_that_do(tiny, files, tmp_path):
+    argv = tiny.worker_flags(tmp_path, model_path=files / "model.pt", num_channels=64)
+    with pytest.raises(UserError, match=r"does not fit .*looks like .*--num_channels 32"):
+        read_job(argv, guided=False)
+
+
 def test_the_python_call(files):
     known = {"num_heads": 4, "use_new_attention_order": False, "noise_schedule": "linear"}
     network = load_network(str(files / "model.pt"), "cpu", image_size=IMAGE_SIZE, **known)

@@ -92,6 +92,7 @@ def test_the_job_says_what_it_did(whole_job):
     assert "2 of 5 steps, starting at original timestep 250" in done.stdout
     assert f"output folder: {out}" in done.stdout
     assert done.stdout.count("classifier_sample_diffusion_and_reverse.py") == 2
+    assert not (out / "workers").exists()
     logs = sorted(path.name for path in (out / "logs").iterdir())
     assert logs == [f"ddpm_5_length_reverse_2_steps_global_rank_{rank}.log" for rank in (0, 1)]
     assert "starting at original timestep 250" in (out / "logs" / logs[0]).read_text()
@@ -539,6 +540,10 @@ def test_commands_are_printed_for_devices_of_another_machine(capsys):
             ["--num_samples has no effect without --start_from_scratch or --generator"],
         ),
         (
+            "--generator my_gan:load --num_samples 7 --limit 3",
+            ["--num_samples has no effect with --limit, which goes first"],
+        ),
+        (
             "--start_from_scratch --limit 3 --reverse_steps 25",
             [
                 "--reverse_steps has no effect with --start_from_scratch",
@@ -570,6 +575,12 @@ def test_flags_typed_in_vain_are_warned_of(capsys, argv, warnings):
     driver.main(["--devices", "cpu", *argv.split()])
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert said == [f"warning: {line}" for line in warnings]
+
+
+@pytest.mark.parametrize("flag", ["model_path", "classifier_path", "dataset_path"])
+def test_an_address_that_is_none_is_told_with_its_flag(tiny, tmp_path, flag):
+    with pytest.raises(UserError, match=f"^--{flag}: hf://x is not of the form"):
+        driver.main(["--execute", *flags(tiny, tmp_path / "out", **{flag: "hf://x"})])
 
 
 def test_precision_and_eta_reach_the_workers(tiny, tmp_path):

@@ -51,6 +51,46 @@ def test_the_printed_script_is_clean_shell(script, tiny, tmp_path):
     assert not re.search("--(print_sbatch|submit|num_machines|slurm_args)", gather)
 
 
+def on_the_path(folder: Path, **programs: str) -> dict[str, str]:
+    """An environment whose PATH has these shell programs first."""
+    folder.mkdir(exist_ok=True)
+    for name, lines in programs.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
+        (folder / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+
+
+def ends(command: list, environ: dict, code: int, restarts: int) -> bool:
+    """Whether a job whose srun ends with the code is put back into the queue."""
+    environ = {**environ, "CODE": str(code), "SLURM_RESTART_COUNT": str(restarts)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return "requeue 7" not in done.stdout
+
+
+def test_how_often_an_element_comes_back(tiny, tmp_path):
+    printed = run_script(DRIVER, *flags(tiny, tmp_path / "out"), "--print_sbatch")
+    worker = re.findall(r"<<'END'\n(.*?)^END$", printed.stdout, re.MULTILINE | re.DOTALL)[0]
+    environ = on_the_path(tmp_path / "bin", srun='exit "$CODE"', scontrol='echo "$@"')
+    for code, restarts, is_over in (
+        (0, 0, True), (1, 4, False), (1, 5, True), (2, 0, True), (74, 0, True), (143, 99, False),
+        (143, 100, True),
+    ):  # fmt: skip
+        assert ends(["bash", "-c", worker], environ, code, restarts) == is_over, (code, restarts)
+
+
+def test_how_often_training_comes_back(tmp_path):
+    """It is stopped by a signal, which its own srun sends here."""
+    srun = 'if ((CODE == 143)); then kill -USR1 "$PPID"; sleep 0.3; fi; exit "$CODE"'
+    environ = on_the_path(tmp_path / "bin", srun=srun, scontrol='echo "$@"', scancel=":")
+    environ["OPENAI_LOGDIR"] = str(tmp_path)
+    train = ["bash", str(ROOT / "examples/slurm/train.sh")]
+    for code, restarts, is_over in (
+        (0, 0, True), (1, 4, False), (1, 5, True), (2, 0, True), (143, 99, False), (143, 100, True),
+    ):  # fmt: skip
+        assert ends(train, environ, code, restarts) == is_over, (code, restarts)
+
+
 @pytest.mark.parametrize(("name", "script"), [("sample.sh", DRIVER), ("sweep.sh", "sweep.py")])
 def test_the_examples_print_what_they_submit(name, script, tiny, tmp_path):
     example = ROOT / "examples/slurm" / name

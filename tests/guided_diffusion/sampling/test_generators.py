@@ -1,6 +1,7 @@
 """Images that a function makes: the same by index whatever is asked for, and errors in one line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from guided_diffusion.sampling.generators import (
     generator_of,
     load_generator,
 )
-from guided_diffusion.sampling.sources import open_generator
+from guided_diffusion.sampling.sources import contents_of, open_generator
 from guided_diffusion.sampling.trial import Spread
+from guided_diffusion.settings.record import StartSettings
 
 CPU = torch.device("cpu")
 MODULE = """
@@ -73,6 +75,19 @@ def test_an_image_is_the_same_whatever_is_read_beside_it(module, name):
     assert len(np.unique(whole.reshape(37, -1), axis=0)) == 37
 
 
+def test_the_first_block_is_made_once_for_a_seed(module):
+    generator = load_generator(f"{module}:Linear", CPU)
+    blocks = []
+    count = generator.function.register_forward_pre_hook(lambda *_: blocks.append(1))
+    for seed in (11, 12, 11):
+        open_generator(f"{module}:Linear", 16, seed, CPU).start(0, 16)
+    assert len(blocks) == 2
+    start = StartSettings("generator", f"{module}:Linear", None, 16)
+    assert contents_of(start) == generator.contents
+    assert len(blocks) == 2
+    count.remove()
+
+
 def test_torch_goes_on_with_its_own_numbers(module):
     generator = load_generator(f"{module}:uneven", CPU)
     torch.manual_seed(0)
@@ -103,6 +118,54 @@ def test_contents_tell_code_tensors_and_version_apart(module, tmp_path):
     assert generator_of(linear, CPU, "images").contents == of_tensors
     linear.version = "2"
     assert generator_of(linear, CPU, "images").contents != of_tensors
+
+
+NETWORK = None
+
+
+def named_globally(network):
+    global NETWORK
+    NETWORK = network
+    return lambda latents: NETWORK(latents)
+
+
+def in_a_closure(network):
+    @torch.no_grad()
+    def generate(latents):
+        return network(latents)
+
+    return generate
+
+
+class Holder:
+    def __init__(self, network):
+        self.networks = [network]
+
+    def __call__(self, latents):
+        return self.networks[0](latents)
+
+    def generate(self, latents):
+        return self(latents)
+
+
+def in_a_lambda_of_an_object(network):
+    holder = Holder(network)
+    return lambda latents: holder(latents)
+
+
+@pytest.mark.parametrize("make", [named_globally, in_a_closure, Holder, in_a_lambda_of_an_object])
+def test_contents_tell_the_weights_apart_that_a_function_holds(make):
+    def contents_with(bias: float) -> str:
+        network = torch.nn.Linear(2, 3)
+        torch.nn.init.ones_(network.weight)
+        torch.nn.init.constant_(network.bias, bias)
+        function = make(network)
+        function.latent_shape = (2,)
+        return generator_of(function, CPU, "images").contents
+
+    first = contents_with(1.0)
+    assert contents_with(1.0) == first
+    assert contents_with(2.0) != first
 
 
 def test_a_saved_network_makes_the_same_images(tmp_path):
@@ -207,10 +270,16 @@ def test_a_pipeline_of_diffusers(tmp_path, classes):
     assert np.abs(images.read(16, 20).astype(int) - expected[:4]).max() <= 1
     np.testing.assert_array_equal(images.read(17, 18)[0], images.read(16, 20)[1])
 
+    shutil.copytree(tmp_path / "one_step", tmp_path / "copy")
+    assert load_generator(str(tmp_path / "copy"), CPU).contents == generator.contents
     with torch.no_grad():
         unet.conv_out.bias += 1
     pipeline.save_pretrained(tmp_path / "other")
     assert load_generator(str(tmp_path / "other"), CPU).contents != generator.contents
+    pipeline.scheduler.register_to_config(sigma_max=40.0)
+    pipeline.save_pretrained(tmp_path / "steps")
+    others = {load_generator(str(tmp_path / name), CPU).contents for name in ("other", "steps")}
+    assert len(others) == 2
 
 
 def test_folders_that_are_no_pipeline_for_start_images(tmp_path):

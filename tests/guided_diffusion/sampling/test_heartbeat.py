@@ -58,6 +58,17 @@ def test_who_ends_well_leaves_no_record_and_who_fails_leaves_one(tmp_path, fast_
     assert not record["alive"] and record["state"] == "stopped"
 
 
+def test_the_folder_goes_with_the_last(tmp_path, fast_beats):
+    observer = Observer(tmp_path)
+    observer.close()  # nobody ever worked
+    with Heartbeat(tmp_path, rank=0):
+        observer.close()
+        assert len(observer.workers()) == 1
+    assert (tmp_path / "workers").exists()
+    observer.close()
+    assert not (tmp_path / "workers").exists()
+
+
 class Clock:
     """Stands for the module `time` in heartbeat: the hours that tests wait for pass at once."""
 
