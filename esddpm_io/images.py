@@ -136,7 +136,7 @@ class _FolderImages(ImageSource):
 
     def __init__(self, path: str, flag: str):
         self._path, self._prefix = path, f"{flag}: "
-        self._names = sorted(_image_names(path), key=_natural_key)
+        self._names = sorted(_image_names(path, flag), key=_natural_key)
         if not self._names:
             raise UserError(
                 f"{flag}: the folder {path} has no images ({', '.join(IMAGE_SUFFIXES)})"
@@ -334,17 +334,29 @@ def check_image_array(
     return shape
 
 
-def _image_names(path: str) -> list[str]:
+def _image_names(path: str, flag: str) -> list[str]:
     """Images in a folder, or, where it has none itself, in its subfolders: `cats/1.png`."""
     names = blobfile().listdir(path) if is_blob(path) else os.listdir(path)
     if images := [name for name in names if _is_image(name)]:
         return images
-    walk = blobfile().walk(path) if is_blob(path) else os.walk(path, followlinks=True)
+    walk = blobfile().walk(path) if is_blob(path) else _walk_through_links(path, flag)
     for folder, _, files in walk:
         below = str(folder)[len(path) :].strip("/")
         if not any(part.startswith(".") for part in below.split("/")):
             images += [f"{below}/{name}" for name in files if _is_image(name)]
     return images
+
+
+def _walk_through_links(path: str, flag: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` into links to folders; `UserError` for one that leads back up, without end."""
+    above: dict[str, tuple[str, ...]] = {}  # where the folders on the way to one really are
+    for folder, below, files in os.walk(path, followlinks=True):
+        way, real = above.get(os.path.dirname(folder), ()), os.path.realpath(folder)
+        if real in way:
+            raise UserError(f"{flag}: {folder} is a link to a folder that it lies in itself")
+        above[folder] = (*way, real)
+        below[:] = [name for name in below if not name.startswith(".")]
+        yield folder, below, files
 
 
 def _is_image(name: str) -> bool:
