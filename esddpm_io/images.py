@@ -33,11 +33,13 @@ _BROKEN_IMAGE = (
 class ImageSource:
     """N images of one size, read by index; memory use does not grow with N.
 
-    `shape` is (N, H, W, 3), `has_labels` says whether every image has a class label.
+    `shape` is (N, H, W, 3), `has_labels` says whether every image has a class label. Label i is
+    `class_names[i]` where the classes have names.
     """
 
     shape: tuple[int, int, int, int]
     has_labels: bool
+    class_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -143,7 +145,7 @@ class _FolderImages(ImageSource):
             )
         height, width = self._open(self._names[0]).shape[:2]
         self.shape = (len(self._names), height, width, 3)
-        self._labels = _labels_of(self._names)
+        self._labels, self.class_names = _labels_of(self._names)
         self.has_labels = self._labels is not None
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -369,15 +371,18 @@ def _natural_key(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in parts if part]
 
 
-def _labels_of(names: Sequence[str]) -> np.ndarray | None:
-    """Labels int64 [N], of the names if all have one, else of the subfolders, or None."""
+def _labels_of(names: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Labels int64 [N], of the names if all have one, else of the subfolders, whose names follow.
+
+    None for what there is not.
+    """
     found = [_LABELLED_NAME.search(name) for name in names]
-    labels = [int(match[1]) for match in found if match]
-    if len(labels) < len(names) and all("/" in name for name in names):
-        classes = [name.split("/")[0] for name in names]
-        places = {name: place for place, name in enumerate(sorted(set(classes)))}
-        labels = [places[name] for name in classes]
-    return np.array(labels, np.int64) if len(labels) == len(names) else None
+    if all(found):
+        return np.array([int(match[1]) for match in found if match], np.int64), None
+    if not all("/" in name for name in names):
+        return None, None
+    classes, labels = np.unique([name.split("/")[0] for name in names], return_inverse=True)
+    return labels.astype(np.int64), tuple(classes.tolist())
 
 
 def _stamp(path: str) -> str:

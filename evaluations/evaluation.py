@@ -1,13 +1,13 @@
 """The evaluation as a library call: `from evaluations import evaluate`."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from esddpm_io.errors import UserError, speaking_of_arguments
+from esddpm_io.errors import UserError, listed, speaking_of_arguments
 from esddpm_io.files import check_output_folder, short_names
 from esddpm_io.launch import ALONE, Launch
 from esddpm_io.progress import quiet
@@ -233,16 +233,34 @@ def _checked_graph(chosen: Settings, *image_sets: ImageSet) -> tuple[Network, Se
         check_output_folder(chosen.cache_dir, flag="--cache_dir")
     graph = load_graph(chosen.inception_path)
     graph.check(chosen.backend, chosen.precision, chosen.resize)
-    there = graph.outputs | {"images"}
-    if all(image_set.source.has_labels for image_set in image_sets):
-        there |= {"labels"}
-    metrics = chosen_metrics(chosen.metrics, there, graph.path)
+    metrics = chosen_metrics(chosen.metrics, _lacking(graph, image_sets))
     for image_set in image_sets:
         _check_count(image_set.name, len(image_set.source), metrics)
         if not _foreign_statistics(image_set, graph):
             _check_making(image_set, chosen)
             _check_dimensions(image_set, image_set.pool_gaussian, graph.dimensions)
     return graph, dataclasses.replace(chosen, metrics=metrics)
+
+
+def _lacking(graph: Network, image_sets: Sequence[ImageSet]) -> dict[str, str]:
+    """What metrics may need that the graph or the sets do not have, and why."""
+    outputs = {"spatial": "spatial features", "classifier": "classifier"}
+    lacking = {
+        need: f"{graph.path} has no {words}"
+        for need, words in outputs.items()
+        if need not in graph.outputs
+    }
+    if not all(image_set.source.has_labels for image_set in image_sets):
+        lacking["labels"] = "reference or samples have no labels (arr_1)"
+    reference, *samples = image_sets
+    for one in samples:
+        names = reference.source.class_names, one.source.class_names
+        if None not in names and (differing := sorted(set(names[0]) ^ set(names[1]))):
+            lacking["labels"] = (
+                f"{reference.name} and {one.name} have other classes, only one of them has "
+                f"{listed(differing)}"
+            )
+    return lacking
 
 
 def _foreign_statistics(image_set: ImageSet, graph: Network) -> list[str]:

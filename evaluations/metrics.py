@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy
 
+from esddpm_io.errors import listed
 from esddpm_io.processes import available_cores
 from evaluations.moments import Gaussian, RunningMoments, frechet_distance, gaussian_of
 from evaluations.neighbours import (
@@ -215,8 +216,7 @@ def frechet_distance_per_class(
         raise ValueError(f"no class has {CLASS_FEWEST} images among reference and samples")
     notes = []
     if few:
-        named = ", ".join(few[:10]) + (f" and {len(few) - 10} more" if len(few) > 10 else "")
-        notes.append(f"classes with fewer than {CLASS_FEWEST} images, left out: {named}")
+        notes.append(f"classes with fewer than {CLASS_FEWEST} images, left out: {listed(few)}")
     if singular:
         notes.append(
             f"{singular} of {len(found)} classes have no more images than features: their "

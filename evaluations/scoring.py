@@ -225,24 +225,18 @@ METRICS = {
     ),
 }
 PUBLISHED_METRICS = ("inception_score", "fid", "sfid", "precision", "recall")
-_LACKS = {
-    "labels": "reference or samples have no labels (arr_1)",
-    "spatial": "{network} has no spatial features",
-    "classifier": "{network} has no classifier",
-}
 
 
-def chosen_metrics(asked: tuple[str, ...], there: frozenset[str], network: str) -> tuple[str, ...]:
+def chosen_metrics(asked: tuple[str, ...], lacking: dict[str, str]) -> tuple[str, ...]:
     """The names of the metrics to compute: those asked for, with `all` and `published` spelt out.
 
-    there: what of the `needs` network and files have. `all` and `published` leave out what needs
-    more; `UserError` for such a metric that was asked for by its name.
+    lacking: those of the `needs` that network and files do not meet, and why. `all` and `published`
+    leave out what needs them; `UserError` for such a metric that was asked for by its name.
     """
-    possible = [name for name, metric in METRICS.items() if there.issuperset(metric.needs)]
+    possible = [name for name, metric in METRICS.items() if not lacking.keys() & set(metric.needs)]
     groups = {"all": possible, "published": [n for n in PUBLISHED_METRICS if n in possible]}
     for name in asked:
         if name not in (*groups, *possible):
-            need = next(need for need in METRICS[name].needs if need not in there)
-            why = _LACKS[need].format(network=network)
+            why = next(lacking[need] for need in METRICS[name].needs if need in lacking)
             raise UserError(f"--metrics {name}: {why}: choose from {', '.join(possible)}")
     return tuple(dict.fromkeys(one for name in asked for one in groups.get(name, [name])))

@@ -112,6 +112,7 @@ def test_classes_are_subfolders_in_the_order_of_their_names(tmp_path):
     source = open_images(tmp_path, flag="--d")
     assert source.read(0, 4)[:, 0, 0, 0].tolist() == [3, 0, 1, 2]
     assert source.labels(0, 4).tolist() == [1, 0, 0, 2] and source.labels(0, 4).dtype == np.int64
+    assert source.class_names == ("n02", "n1", "n10")
     source.check()
     first = source.fingerprint()
     (tmp_path / "n02").rename(tmp_path / "n3")
@@ -136,7 +137,8 @@ def test_links_to_folders_are_followed_unless_they_lead_back(tmp_path):
 def test_labels_in_names_win_over_subfolders_and_images_beside_them(tmp_path):
     for name in ("a/0_label_7.png", "b/1_label_3.png"):
         save_png(tmp_path / name, np.zeros((1, 1, 3), np.uint8))
-    assert open_images(tmp_path, flag="--d").labels(0, 2).tolist() == [7, 3]
+    source = open_images(tmp_path, flag="--d")
+    assert source.labels(0, 2).tolist() == [7, 3] and source.class_names is None
     save_png(tmp_path / "2.png", np.zeros((1, 1, 3), np.uint8))
     source = open_images(tmp_path, flag="--d")
     assert len(source) == 1 and source.labels(0, 1) is None
