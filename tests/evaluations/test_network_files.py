@@ -250,6 +250,51 @@ def test_statistics_of_another_network_are_left_aside(capsys):
     )
 
 
+def test_statistics_of_another_graph_are_left_aside_on_either_side(tmp_path):
+    """Both graphs give 24 features: the width does not tell them apart."""
+    small, other = str(tmp_path / "small.pb"), str(tmp_path / "other.pb")
+    Path(small).write_bytes(small_graph())
+    Path(other).write_bytes(small_graph(size=20))
+    made = {}
+    for name in ("ref", "samples"):
+        made[name] = str(tmp_path / f"{name}.npz")
+        options = {"inception_path": other, "backend": "torch"}
+        make_reference.make_reference(f"{name}.npz", made[name], **options)
+    options = {"inception_path": small, "backend": "torch", "metrics": ("fid", "sfid")}
+    expected = evaluate("ref.npz", "samples.npz", **options).results[0]
+    aside = [f"{path}: its statistics (mu, sigma) were not made with" for path in made.values()]
+    for reference, samples, words in [
+        (made["ref"], "samples.npz", aside[:1]),
+        ("ref.npz", made["samples"], aside[1:]),  # nor are the two swapped
+        (made["ref"], made["samples"], aside),
+    ]:
+        result = evaluate(reference, samples, **options).results[0]
+        assert result.metrics == expected.metrics
+        told = [note for note in result.warnings if "its statistics" in note]
+        assert len(told) == len(words) and all(map(str.startswith, told, words))
+    # Statistics of the graph itself stand, under whatever name that lies.
+    options["inception_path"] = str(Path(small).rename(tmp_path / "renamed.pb"))
+    make_reference.make_reference("ref.npz", made["ref"], inception_path=options["inception_path"])
+    own = evaluate(made["ref"], "samples.npz", **options).results[0]
+    assert not [note for note in own.warnings if "its statistics" in note]
+
+
+def test_statistics_that_do_not_say_their_network_stand_with_a_remark(monkeypatch):
+    """As those of published reference batches, which are the published graph's: no remark then."""
+    with np.load("ref.npz") as file:
+        np.savez("silent.npz", **file, mu=np.zeros(24), sigma=np.eye(24))
+    options = {"inception_path": "small.pb", "backend": "torch", "metrics": "fid"}
+    other = evaluate("silent.npz", "samples.npz", **options).results[0]
+    assert other["fid"] != pytest.approx(
+        evaluate("ref.npz", "samples.npz", **options).results[0]["fid"]
+    )
+    (note,) = other.warnings
+    assert note.startswith("silent.npz: its statistics (mu, sigma) do not say which network")
+    monkeypatch.setattr("evaluations.evaluation.graph_identity", lambda graph: "published")
+    published = evaluate("silent.npz", "samples.npz", **options).results[0]
+    assert published.warnings == () and published["fid"] == other["fid"]
+
+
 def test_clean_resize_is_antialiased_bicubic_without_rounding():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (3, 40, 50, 3), dtype=np.uint8)
