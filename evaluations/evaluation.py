@@ -164,8 +164,9 @@ def _prepared(
     graph, chosen, image_sets = _checked(chosen, reference_set, *sample_sets)
     reference_set, *sample_sets = image_sets
     _check_not_swapped(reference_set, sample_sets)
-    for image_set in image_sets:
-        image_set.source.check()
+    if launch.rank == 0:  # the others would open every image for what they read soon enough
+        for image_set in image_sets:
+            image_set.source.check()
     for device in chosen.device_list:
         check_engine("torch", chosen.precision, device)
     backend = "torch" if chosen.devices else chosen.backend

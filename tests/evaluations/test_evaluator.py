@@ -184,7 +184,7 @@ def test_inputs_can_be_checked_before_there_are_samples(folder, tmp_path):
 )
 def test_auto_takes_the_engine_that_has_a_gpu(monkeypatch, torch_gpu, tensorflow_gpu, chosen):
     pytest.importorskip("tensorflow")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: torch_gpu)
+    monkeypatch.setattr(features, "cuda_devices", lambda: int(torch_gpu))
     monkeypatch.setattr("evaluations.backend_tensorflow.has_gpu", lambda: tensorflow_gpu)
     assert features._best_backend("float32", "auto") == chosen
     assert features._best_backend("bfloat16", "auto") == "torch"
@@ -498,22 +498,25 @@ def test_neither_engine_needs_the_other(folder, absent, backend):
     if backend == "tensorflow":
         pytest.importorskip("tensorflow")
 
-    def call(name: str) -> subprocess.CompletedProcess:
+    def call(name: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-c", BLOCKED.format(name=absent), "ref.npz", "samples.npz"]
         return subprocess.run(
-            [*command, "--inception_path", "small.pb", "--backend", name],
+            [*command, "--inception_path", "small.pb", "--backend", name, *flags],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
             capture_output=True,
             text=True,
         )
 
-    good = call(backend)
-    assert good.returncode == 0, good.stderr
-    assert len(numbers(good.stdout)) == 5
-    refused = call(absent)
-    assert refused.returncode == 2
-    assert f"--backend {absent}" in refused.stderr.splitlines()[-1]
+    # As a process of a launcher, which looks for a device of its own, and alone
+    rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    for flags, environment in ([], {}), (["--cache_dir", f"without_{absent}"], rank):
+        good = call(backend, *flags, **environment)
+        assert good.returncode == 0, good.stderr
+        assert len(numbers(good.stdout)) == 5
+        refused = call(absent, *flags, **environment)
+        assert refused.returncode == 2 and "Traceback" not in refused.stderr
+        assert f"--backend {absent}" in refused.stderr.splitlines()[-1]
 
 
 def test_importing_the_evaluator_loads_no_engine():
