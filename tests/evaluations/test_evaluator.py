@@ -115,6 +115,9 @@ def test_the_inception_graph_has_the_published_names_whatever_is_given(given):
     names = Names(evaluation, given)
     labels = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
     assert [names.label(metric) for metric in PUBLISHED_METRICS] == labels
+    lower = dataclasses.replace(evaluation, settings=Settings(precision="float16", resize="clean"))
+    assert Names(lower, given).label("fid") == "FID (clean resize, float16)"
+    assert Names(lower, given).features == "Inception 2015, clean resize, float16"
     other = Names(dataclasses.replace(evaluation, identity="other"), given)
     assert not [metric for metric in METRICS if "FID" in other.label(metric)]
     unverified = Names(dataclasses.replace(evaluation, identity="unverified"), given)
@@ -341,7 +344,9 @@ def test_half_precision_never_meets_float32_statistics_unasked(run):
     assert (code, out) == (2, "")
     assert "error: --precision bfloat16: the statistics in full.npz were made in float32" in err
     make_reference.main(["ref.npz", "half.npz", *options, "--precision", "bfloat16"])
-    assert run("half.npz", "samples.npz", "--precision", "bfloat16")[0] == 0
+    code, half, _ = run("half.npz", "samples.npz", "--precision", "bfloat16", "--json", "half.json")
+    assert code == 0 and half.count(" (small, bfloat16): ") == len(half.splitlines()) == 5
+    assert json.loads(Path("half.json").read_text())["features"] == "small, bfloat16"
     assert run("half.npz", "samples.npz")[0] == 2
     mixed = ["--precision", "bfloat16", "--allow_mixed_precision"]
     assert run("full.npz", "samples.npz", *mixed)[0] == 0
