@@ -13,6 +13,7 @@ from scipy.spatial.distance import cdist
 from esddpm_io.errors import UserError
 from esddpm_io.images import save_png
 from evaluations import evaluate, evaluator, scoring
+from evaluations.features import Features
 from evaluations.metrics import (
     Value,
     frechet_distance,
@@ -194,6 +195,18 @@ def test_per_class_takes_the_labels_of_both_files(folder):
         "fid_per_class"
         not in evaluate("ref.npz", samples, metrics="all", **GRAPH).results[0].metrics
     )
+
+
+@pytest.mark.parametrize(("count", "offered"), [(999, {"fid"}), (1000, {"fid", "sfid"})])
+def test_an_interval_of_sfid_takes_a_thousand_samples(count, offered):
+    rng = np.random.default_rng(0)
+    sides = []
+    for shift in (0.0, 0.1):
+        rows = rng.standard_normal((count, 4)) + shift
+        sides.append(Features(rows, gaussian_of(rows), gaussian_of(rows), rows))
+    options = {"neighbour_arithmetic": "float32", "kid_subsets": 1, "kid_subset_size": 2, "seed": 0}
+    scorer = scoring.Scorer(*sides, None, **options)
+    assert {name for name in ("fid", "sfid") if scorer.replicates(name, 3) is not None} == offered
 
 
 def write_classes(folder, source, names):
