@@ -110,7 +110,7 @@ class Metric:
     interval comes; None for those whose error leaving out samples does not tell: recall and
     coverage are shares of the reference's points, the Inception score is too skewed (intervals
     cover 84 % where it is near 1), and KID has its deviation over subsets. fewest_for_interval:
-    samples from which that is offered; with fewer, sFID's covered less than 93 % in a simulation
+    samples from which that is offered; of 500 with the worst tails sFID's covers less than 93 %
     (`benchmarks/interval_coverage.py`).
     """
 
