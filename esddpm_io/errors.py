@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 EXIT_MAY_PASS = 1  # something that another try may mend, as any fault of the program is
 EXIT_USER_ERROR = 2
@@ -76,6 +76,12 @@ def did_you_mean(words: str | Iterable[str], known: Iterable[str]) -> str:
     wrong = [words] if isinstance(words, str) else words
     near = [match for one in wrong for match in difflib.get_close_matches(one.lower(), names, n=1)]
     return f"; did you mean {', '.join(names[match] for match in near)}?" if near else ""
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """`a, b, c`, and of more than `most` names how many more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def check_choice(flag: str, value: str, valid: Iterable[str]) -> None:

@@ -33,11 +33,13 @@ _BROKEN_IMAGE = (
 class ImageSource:
     """N images of one size, read by index; memory use does not grow with N.
 
-    `shape` is (N, H, W, 3), `has_labels` says whether every image has a class label.
+    `shape` is (N, H, W, 3), `has_labels` says whether every image has a class label. Label i is
+    `class_names[i]` where the classes have names.
     """
 
     shape: tuple[int, int, int, int]
     has_labels: bool
+    class_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -136,14 +138,14 @@ class _FolderImages(ImageSource):
 
     def __init__(self, path: str, flag: str):
         self._path, self._prefix = path, f"{flag}: "
-        self._names = sorted(_image_names(path), key=_natural_key)
+        self._names = sorted(_image_names(path, flag), key=_natural_key)
         if not self._names:
             raise UserError(
                 f"{flag}: the folder {path} has no images ({', '.join(IMAGE_SUFFIXES)})"
             )
         height, width = self._open(self._names[0]).shape[:2]
         self.shape = (len(self._names), height, width, 3)
-        self._labels = _labels_of(self._names)
+        self._labels, self.class_names = _labels_of(self._names)
         self.has_labels = self._labels is not None
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -334,17 +336,29 @@ def check_image_array(
     return shape
 
 
-def _image_names(path: str) -> list[str]:
+def _image_names(path: str, flag: str) -> list[str]:
     """Images in a folder, or, where it has none itself, in its subfolders: `cats/1.png`."""
     names = blobfile().listdir(path) if is_blob(path) else os.listdir(path)
     if images := [name for name in names if _is_image(name)]:
         return images
-    walk = blobfile().walk(path) if is_blob(path) else os.walk(path, followlinks=True)
+    walk = blobfile().walk(path) if is_blob(path) else _walk_through_links(path, flag)
     for folder, _, files in walk:
         below = str(folder)[len(path) :].strip("/")
         if not any(part.startswith(".") for part in below.split("/")):
             images += [f"{below}/{name}" for name in files if _is_image(name)]
     return images
+
+
+def _walk_through_links(path: str, flag: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` into links to folders; `UserError` for one that leads back up, without end."""
+    above: dict[str, tuple[str, ...]] = {}  # where the folders on the way to one really are
+    for folder, below, files in os.walk(path, followlinks=True):
+        way, real = above.get(os.path.dirname(folder), ()), os.path.realpath(folder)
+        if real in way:
+            raise UserError(f"{flag}: {folder} is a link to a folder that it lies in itself")
+        above[folder] = (*way, real)
+        below[:] = [name for name in below if not name.startswith(".")]
+        yield folder, below, files
 
 
 def _is_image(name: str) -> bool:
@@ -357,15 +371,18 @@ def _natural_key(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in parts if part]
 
 
-def _labels_of(names: Sequence[str]) -> np.ndarray | None:
-    """Labels int64 [N], of the names if all have one, else of the subfolders, or None."""
+def _labels_of(names: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Labels int64 [N], of the names if all have one, else of the subfolders, whose names follow.
+
+    None for what there is not.
+    """
     found = [_LABELLED_NAME.search(name) for name in names]
-    labels = [int(match[1]) for match in found if match]
-    if len(labels) < len(names) and all("/" in name for name in names):
-        classes = [name.split("/")[0] for name in names]
-        places = {name: place for place, name in enumerate(sorted(set(classes)))}
-        labels = [places[name] for name in classes]
-    return np.array(labels, np.int64) if len(labels) == len(names) else None
+    if all(found):
+        return np.array([int(match[1]) for match in found if match], np.int64), None
+    if not all("/" in name for name in names):
+        return None, None
+    classes, labels = np.unique([name.split("/")[0] for name in names], return_inverse=True)
+    return labels.astype(np.int64), tuple(classes.tolist())
 
 
 def _stamp(path: str) -> str:

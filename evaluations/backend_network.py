@@ -69,7 +69,7 @@ def export_network(module: torch.nn.Module, path: str | os.PathLike, about: Desc
     """Write `module` to `path` (.pt or .pt2) for the evaluator, and `about` beside it as a TOML.
 
     module: float32 [N, 3, height, width], prepared as `about` says, -> features [N, D], for any N.
-    `UserError` if the file that comes out does not give the module's own features.
+    `UserError` if that cannot be done or the file does not give the module's own features.
     """
     path = Path(path)
     assert is_network_file(path), path
@@ -83,8 +83,13 @@ def export_network(module: torch.nn.Module, path: str | os.PathLike, about: Desc
             "expected"
         )
     with atomic_path(path) as temporary:
-        _save(module, batch[:2], temporary)
-        found = _features(_load(str(temporary), torch.device("cpu")), batch)
+        try:
+            _save(module, batch[:2], temporary)
+            found = _features(_load(str(temporary), torch.device("cpu")), batch)
+        except Exception as error:  # torch raises all kinds for a module that it cannot follow
+            raise UserError(
+                f"{about.name} cannot be exported to {path}: {first_line(error)}"
+            ) from error
         if np.abs(found - expected).max() > _TOLERANCE * np.abs(expected).max():
             raise UserError(f"{about.name} gives other features once it is exported to {path}")
     with atomic_path(description_path(path)) as temporary:

@@ -22,7 +22,14 @@ from esddpm_io.images import ImageSource
 from esddpm_io.launch import Launch
 from esddpm_io.processes import end_with_parent
 from esddpm_io.progress import Progress
-from evaluations.features import Engine, Features, choose_engine, extract, load_graph
+from evaluations.features import (
+    Engine,
+    Features,
+    choose_engine,
+    cuda_devices,
+    extract,
+    load_graph,
+)
 from evaluations.inputs import FeatureCache, Images, open_set
 from evaluations.moments import merged
 
@@ -108,8 +115,9 @@ def extract_among_ranks(
     paths = _paths(store, shares)
     own = shares[launch.rank :: launch.world_size]
     for share in own + [share for share in reversed(shares) if share not in own]:
-        with contextlib.suppress(_DoneElsewhere):
-            _extract_share(engine, source, share, paths[share], store, options)
+        if not (paths[share].exists() or store.exists()):
+            with contextlib.suppress(_DoneElsewhere):
+                _extract_share(engine, source, share, paths[share], store, options)
     if launch.rank > 0:
         return None
     parts = []
@@ -121,12 +129,14 @@ def extract_among_ranks(
 
 
 def device_of_rank(device: str, backend: str, launch: Launch) -> str:
-    """What `device` is to one process of several: `auto` shares out the CUDA devices there are."""
+    """What `device` is to one process of several: `auto` shares out the GPUs that PyTorch can use.
+
+    So the backend `auto` becomes PyTorch where there are such: TensorFlow's processes would all
+    take the first one. Without any, or without PyTorch, `auto` is left to whoever runs the network.
+    """
     if device != "auto" or backend == "tensorflow" or launch.world_size == 1:
         return device
-    import torch
-
-    count = torch.cuda.device_count()
+    count = cuda_devices()
     return f"cuda:{launch.local_rank % count}" if count else device
 
 

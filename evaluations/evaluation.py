@@ -1,13 +1,13 @@
 """The evaluation as a library call: `from evaluations import evaluate`."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from esddpm_io.errors import UserError, speaking_of_arguments
+from esddpm_io.errors import UserError, listed, speaking_of_arguments
 from esddpm_io.files import check_output_folder, short_names
 from esddpm_io.launch import ALONE, Launch
 from esddpm_io.parts import GrowingImages
@@ -15,6 +15,7 @@ from esddpm_io.progress import quiet
 from evaluations.devices import device_of_rank, extract_among_ranks, extract_on_devices
 from evaluations.features import (
     GRAPH_NAME,
+    PUBLISHED,
     Engine,
     Features,
     Network,
@@ -25,6 +26,7 @@ from evaluations.features import (
     load_graph,
     published_graph,
 )
+from evaluations.graph_file import Graph
 from evaluations.inputs import FeatureCache, Images, ImageSet, open_set
 from evaluations.metrics import Value, interval_of_replicates
 from evaluations.moments import Gaussian
@@ -106,8 +108,7 @@ def run(
     reference_set, sample_sets, extractor = _prepared(reference, samples, chosen, launch)
     chosen, graph = extractor.settings, extractor.graph
     told = _Warnings(tell)
-    foreign = told(_foreign_statistics(reference_set, graph))
-    about_reference = foreign + told(_doubts_about_images(reference_set, reference_set))
+    about_reference = told(_doubts_about_images(reference_set, reference_set))
     early = [
         [*about_reference, *told(_doubts_about_images(one, reference_set))] for one in sample_sets
     ]
@@ -161,11 +162,12 @@ def _prepared(
     _check_launch(chosen, launch)
     reference_set = open_set(reference, flag="REF")
     sample_sets = [open_set(sample, flag="SAMPLE", expect=chosen.expect) for sample in samples]
-    image_sets = [reference_set, *sample_sets]
-    graph, chosen = _checked_graph(chosen, *image_sets)
+    graph, chosen, image_sets = _checked(chosen, reference_set, *sample_sets)
+    reference_set, *sample_sets = image_sets
     _check_not_swapped(reference_set, sample_sets)
-    for image_set in image_sets:
-        image_set.source.check()
+    if launch.rank == 0:  # the others would open every image for what they read soon enough
+        for image_set in image_sets:
+            image_set.source.check()
     for device in chosen.device_list:
         check_engine("torch", chosen.precision, device)
     backend = "torch" if chosen.devices else chosen.backend
@@ -209,7 +211,7 @@ def check_inputs(reference: str, num_samples: int | None = None, **settings) -> 
     before they evaluate.
     """
     chosen = Settings.of(settings)
-    _, chosen = _checked_graph(chosen, open_set(reference, flag="--ref_batch"))
+    _, chosen, _ = _checked(chosen, open_set(reference, flag="--ref_batch"))
     check_engine(chosen.backend, chosen.precision, chosen.device)
     if num_samples is not None:
         _check_count("the sample batch", num_samples, chosen.metrics)
@@ -224,45 +226,72 @@ def nearest_in_reference(
     """
     chosen = Settings.of(settings)
     graph = load_graph(chosen.inception_path)
-    sets = [open_set(reference, flag="REF"), open_set(samples, flag="SAMPLE")]
+    sets = [
+        _with_own_statistics(open_set(images, flag=flag), graph)
+        for images, flag in ((reference, "REF"), (samples, "SAMPLE"))
+    ]
     engine = choose_engine(graph, chosen.backend, chosen.precision, chosen.device, chosen.resize)
     extractor = _Extractor(engine, graph, chosen, [image_set.name for image_set in sets])
     return nearest(*(extractor(image_set).pool for image_set in sets), k)
 
 
-def _checked_graph(chosen: Settings, *image_sets: ImageSet) -> tuple[Network, Settings]:
-    """The graph, once the sets and it are known to go together, and the metrics that they allow."""
+def _checked(chosen: Settings, *image_sets: ImageSet) -> tuple[Network, Settings, list[ImageSet]]:
+    """The graph, once the sets and it are known to go together, and the metrics that they allow.
+
+    The sets have those of their statistics that are the graph's.
+    """
     if chosen.cache_dir is not None:
         check_output_folder(chosen.cache_dir, flag="--cache_dir")
     graph = load_graph(chosen.inception_path)
     graph.check(chosen.backend, chosen.precision, chosen.resize)
-    there = graph.outputs | {"images"}
-    if all(image_set.source.has_labels for image_set in image_sets):
-        there |= {"labels"}
-    metrics = chosen_metrics(chosen.metrics, there, graph.path)
-    for image_set in image_sets:
+    metrics = chosen_metrics(chosen.metrics, _lacking(graph, image_sets))
+    own = [_with_own_statistics(image_set, graph) for image_set in image_sets]
+    for image_set in own:
         _check_count(image_set.name, len(image_set.source), metrics)
-        if not _foreign_statistics(image_set, graph):
-            _check_making(image_set, chosen)
-            _check_dimensions(image_set, image_set.pool_gaussian, graph.dimensions)
-    return graph, dataclasses.replace(chosen, metrics=metrics)
+        _check_making(image_set, chosen)
+        _check_dimensions(image_set, image_set.pool_gaussian, graph.dimensions)
+    return graph, dataclasses.replace(chosen, metrics=metrics), own
 
 
-def _foreign_statistics(image_set: ImageSet, graph: Network) -> list[str]:
-    """The warning that given statistics are known to be of another network, if they are."""
-    own = graph.digest if isinstance(graph, NetworkFile) else None
-    if not image_set.has_statistics or image_set.network == own:
-        return []
-    return [
-        f"{image_set.name}: its statistics (mu, sigma) were not made with {graph.path}: those of "
-        f"its {len(image_set.source)} images are taken"
-    ]
+def _lacking(graph: Network, image_sets: Sequence[ImageSet]) -> dict[str, str]:
+    """What metrics may need that the graph or the sets do not have, and why."""
+    outputs = {"spatial": "spatial features", "classifier": "classifier"}
+    lacking = {
+        need: f"{graph.path} has no {words}"
+        for need, words in outputs.items()
+        if need not in graph.outputs
+    }
+    if not all(image_set.source.has_labels for image_set in image_sets):
+        lacking["labels"] = "reference or samples have no labels (arr_1)"
+    reference, *samples = image_sets
+    for one in samples:
+        names = reference.source.class_names, one.source.class_names
+        if None not in names and (differing := sorted(set(names[0]) ^ set(names[1]))):
+            lacking["labels"] = (
+                f"{reference.name} and {one.name} have other classes, only one of them has "
+                f"{listed(differing)}"
+            )
+    return lacking
 
 
 def _with_own_statistics(image_set: ImageSet, graph: Network) -> ImageSet:
-    if not _foreign_statistics(image_set, graph):
+    """The set with the statistics that came with it only if they are of `graph`.
+
+    Those of files that do not say are taken for a frozen graph's, as published ones are; that is
+    noted unless it is the published graph.
+    """
+    if not image_set.has_statistics or image_set.network == graph.digest:
         return image_set
-    return dataclasses.replace(image_set, pool_gaussian=None, spatial_gaussian=None)
+    which = f"{image_set.name}: its statistics (mu, sigma)"
+    if image_set.network is None and isinstance(graph, Graph):
+        note = f"{which} do not say which network they are of: they pass for those of {graph.path}"
+        published = graph_identity(graph) == PUBLISHED
+        return image_set if published else dataclasses.replace(image_set, notes=(note,))
+    note = (
+        f"{which} were not made with {graph.path}: those of its {len(image_set.source)} images "
+        "are taken"
+    )
+    return dataclasses.replace(image_set, pool_gaussian=None, spatial_gaussian=None, notes=(note,))
 
 
 class _Warnings:
@@ -281,7 +310,7 @@ class _Warnings:
 
 
 def _doubts_about_images(image_set: ImageSet, reference: ImageSet) -> list[str]:
-    notes = []
+    notes = list(image_set.notes)
     count = min(len(image_set.source), _LOOKED_AT)
     if image_set.source.read(0, count).max() <= 1:
         notes.append(
@@ -392,7 +421,7 @@ def _check_making(image_set: ImageSet, chosen: Settings) -> None:
 
 
 class _Extractor:
-    """Features of image sets, from the cache where there is one; given statistics of `graph` stand.
+    """Features of image sets, from the cache where there is one; given statistics stand.
 
     names: of all sets, which the progress tells apart.
     """
@@ -418,7 +447,6 @@ class _Extractor:
         self, image_set: ImageSet, keep_spatial: bool = False, statistics_do: bool = False
     ) -> Features:
         """`statistics_do`: where both Gaussians are given, leave out the images."""
-        image_set = _with_own_statistics(image_set, self.graph)
         if statistics_do and image_set.has_both_gaussians:
             none = np.empty((0, image_set.pool_gaussian.dimensions), np.float32)
             return Features(none, image_set.pool_gaussian, image_set.spatial_gaussian)
@@ -436,7 +464,6 @@ class _Extractor:
         self, image_set: ImageSet, keep_spatial: bool = False, statistics_do: bool = False
     ) -> None:
         """Our share of what the first process of the launch gets by calling this."""
-        image_set = _with_own_statistics(image_set, self.graph)
         if statistics_do and image_set.has_both_gaussians:
             return
         path = self._cache.path(image_set.source, keep_spatial)

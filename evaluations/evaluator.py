@@ -21,6 +21,7 @@ from esddpm_io.progress import quiet
 from evaluations.evaluation import assist, run
 from evaluations.features import BACKENDS, PRECISIONS
 from evaluations.neighbours import ARITHMETICS
+from evaluations.network_file import is_network_file
 from evaluations.report import Names, as_json, draw_suspicious, lines, table
 from evaluations.resizing import RESIZES
 from evaluations.scoring import METRICS
@@ -42,7 +43,7 @@ def create_argparser() -> argparse.ArgumentParser:
     )
     graph.add_argument(
         "--metric_name",
-        help="name of the distance of another graph than Inception, for instance "
+        help="name of the distance of another frozen graph than Inception, for instance "
         "'Frechet distance (emoji32 features)'; default: by the graph's file name",
     )
     graph.add_argument(
@@ -148,6 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     if launch.rank > 0:
         _assist(launch, reference, *samples, **args)
         return
+    if metric_name and is_network_file(args["inception_path"] or ""):
+        warn("--metric_name is left aside: the TOML beside --inception_path names the figures")
     evaluation = run(reference, *samples, tell=warn, launch=launch, **args)
 
     names = Names(evaluation, metric_name)

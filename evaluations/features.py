@@ -221,15 +221,16 @@ def _best_backend(precision: str, device: str) -> str:
     if not plain or importlib.util.find_spec("tensorflow") is None:
         return "torch"
     # TensorFlow is asked last: to load it takes seconds, and mostly it is the one without a GPU.
-    return "torch" if _torch_has_gpu() and not _tensorflow_has_gpu() else "tensorflow"
+    return "torch" if cuda_devices() and not _tensorflow_has_gpu() else "tensorflow"
 
 
-def _torch_has_gpu() -> bool:
+def cuda_devices() -> int:
+    """How many GPUs PyTorch can use: 0 where it is not installed."""
     try:
         import torch
     except ImportError:
-        return False
-    return torch.cuda.is_available()
+        return 0
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _tensorflow_has_gpu() -> bool:

@@ -44,8 +44,8 @@ class ImageSet:
     """Images, and the Gaussians of features that came with them (reference batches have them).
 
     `precision` is the arithmetic that those were computed in, `resize` how images were resized
-    before; files that do not say are float32 and published. `network`: the digest of a
-    `NetworkFile` that they are of, None for a frozen graph.
+    before; files that do not say are float32 and published. `network`: the digest of the network
+    that they are of, None for files that do not say. `notes`: what a reader of figures must know.
     """
 
     name: str
@@ -55,6 +55,7 @@ class ImageSet:
     precision: str = "float32"
     resize: str = PUBLISHED_RESIZE
     network: str | None = None
+    notes: tuple[str, ...] = ()
     images: Images | None = None  # what it was opened from, for another process to open
 
     @property

@@ -3,7 +3,7 @@
     python evaluations/make_reference.py IMAGES OUT.npz
 
 OUT.npz gets `mu`, `sigma`, `mu_s`, `sigma_s` of all images and a random 10,000 of them as `arr_0`
-(with labels, if there are any, as `arr_1`).
+(with labels, if there are any, as `arr_1`). It also says which network they are of.
 """
 
 import argparse
@@ -26,7 +26,6 @@ from evaluations.features import (
     load_graph,
 )
 from evaluations.inputs import Images, open_set
-from evaluations.network_file import NetworkFile
 from evaluations.resizing import PUBLISHED_RESIZE, RESIZES
 
 _ROWS = 256  # images copied at a time
@@ -70,11 +69,9 @@ def make_reference(
     rng = np.random.default_rng(seed)
     # In rising order, so that compressed files are unpacked once.
     kept = np.sort(rng.choice(len(source), min(keep, len(source)), replace=False))
-    making = {"precision": precision}
+    making = {"precision": precision, "network": graph.digest}
     if resize != PUBLISHED_RESIZE:
         making["resize"] = resize
-    if isinstance(graph, NetworkFile):
-        making["network"] = graph.digest
     _write(out, source, kept, features, making, compressed)
 
 

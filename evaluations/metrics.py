@@ -6,7 +6,6 @@ here as well, so that this module has every metric.
 
 import contextlib
 import itertools
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import scipy
 
+from esddpm_io.errors import listed
+from esddpm_io.processes import available_cores
 from evaluations.moments import Gaussian, RunningMoments, frechet_distance, gaussian_of
 from evaluations.neighbours import (
     density_coverage,
@@ -45,7 +46,7 @@ __all__ = [
 
 INCEPTION_SPLIT = 5000  # images a block of the published Inception score
 _AT_ONCE = 4  # replicates: 300 MB each with Inception features
-_KERNEL_ROWS = 1024  # of pairs at a time, which bounds the memory of a kernel's sum
+_KERNEL_ROWS = 1024  # of either side at a time: a kernel's sum takes some 40 MB
 # Of Chong and Forsyth: 15 sets of samples, from 5,000 up (fewer where there are not twice as many)
 EXTRAPOLATION_SIZES, EXTRAPOLATION_SMALLEST = 15, 5000
 CLASS_FEWEST = 2  # images of a class on either side, for a covariance
@@ -137,16 +138,22 @@ def gaussian_kernel_distance(reference: np.ndarray, samples: np.ndarray) -> Valu
     estimate, where rows meet themselves. It is CMMD only of CLIP's embeddings, of length 1.
     """
     centre = reference.mean(axis=0)  # moves no distance, and spares digits to |x|^2 - 2xy + |y|^2
-    x, y = reference - centre, samples - centre
-    within = sum(_kernel_sum(a, a, _gaussian_kernel) / len(a) ** 2 for a in (x, y))
-    across = _kernel_sum(x, y, _gaussian_kernel) / (len(x) * len(y))
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return _gaussian_kernel(a - centre, b - centre)
+
+    within = sum(_kernel_sum(a, a, kernel) / len(a) ** 2 for a in (reference, samples))
+    across = _kernel_sum(reference, samples, kernel) / (len(reference) * len(samples))
     return Value(RBF_SCALE * float(within - 2.0 * across))
 
 
 def _kernel_sum(a: np.ndarray, b: np.ndarray, kernel: Kernel) -> float:
     """A kernel summed over all pairs of rows, a block of them at a time."""
-    starts = range(0, len(a), _KERNEL_ROWS)
-    return sum(kernel(a[start : start + _KERNEL_ROWS], b).sum() for start in starts)
+    blocks = [
+        [rows[start : start + _KERNEL_ROWS] for start in range(0, len(rows), _KERNEL_ROWS)]
+        for rows in (a, b)
+    ]
+    return sum(kernel(*pair).sum() for pair in itertools.product(*blocks))
 
 
 def _cubic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -209,8 +216,7 @@ def frechet_distance_per_class(
         raise ValueError(f"no class has {CLASS_FEWEST} images among reference and samples")
     notes = []
     if few:
-        named = ", ".join(few[:10]) + (f" and {len(few) - 10} more" if len(few) > 10 else "")
-        notes.append(f"classes with fewer than {CLASS_FEWEST} images, left out: {named}")
+        notes.append(f"classes with fewer than {CLASS_FEWEST} images, left out: {listed(few)}")
     if singular:
         notes.append(
             f"{singular} of {len(found)} classes have no more images than features: their "
@@ -301,7 +307,7 @@ def jackknife_replicates(
     def without(bound: tuple[int, int]) -> float:
         return estimate(np.sort(np.delete(order, slice(*bound))))
 
-    with _one_blas_thread(), ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
+    with _one_blas_thread(), ThreadPoolExecutor(min(_AT_ONCE, available_cores())) as pool:
         return np.array([whole, *pool.map(without, itertools.pairwise(bounds))])
 
 

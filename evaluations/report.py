@@ -33,8 +33,9 @@ class Names:
     they are `FID (unverified graph)` and the like. With any other graph they are
     `Frechet distance (FEATURES)` and the like, where FEATURES is what stands in the brackets of
     `metric_name` or, where that is not given or is FID, the graph's file name. A network of a
-    .pt or .pt2 file is called by its own name, as in `FD (dinov2_vitl14)`. `clean resize` is added
-    where images were resized like that.
+    .pt or .pt2 file is called by its own name, as in `FD (dinov2_vitl14)`. `clean resize` or a
+    precision, as in `FID (bfloat16)`, is added where images were resized or the network ran like
+    that; `features`, the name of the features alone, has it too.
     """
 
     def __init__(self, evaluation: Evaluation, metric_name: str | None = None):
@@ -48,10 +49,14 @@ class Names:
             self.features = stem if name is None or _IS_FID.fullmatch(name) else name
         self._network = evaluation.network
         self.features = self._network or self.features
-        remarks = [] if self._known else [self.features]
+        how = []
         if evaluation.settings.resize != PUBLISHED_RESIZE:
-            remarks.append(f"{evaluation.settings.resize} resize")
+            how.append(f"{evaluation.settings.resize} resize")
+        if evaluation.settings.precision != "float32":
+            how.append(evaluation.settings.precision)
+        remarks = how if self._known else [self.features, *how]
         self._remark = f" ({', '.join(remarks)})" if remarks else ""
+        self.features = ", ".join([self.features, *how])
 
     def label(self, metric: str) -> str:
         names = METRICS[metric]

@@ -4,12 +4,13 @@ The published evaluator leaves it to the graph, whose bilinear interpolation loo
 however much it shrinks an image.
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+from esddpm_io.processes import available_cores
 
 if TYPE_CHECKING:
     from evaluations.features import Engine
@@ -46,6 +47,6 @@ def resized(images: np.ndarray, size: tuple[int, int], resample: str = "bicubic"
             out[index, :, :, channel] = plane.resize((width, height), FILTERS[resample])
 
     # Threads, for Pillow lets go of the interpreter's lock.
-    with ThreadPoolExecutor(min(len(images), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(len(images), available_cores())) as pool:
         list(pool.map(resize, range(len(images))))
     return np.clip(out, 0, 255, out=out)

@@ -10,11 +10,11 @@ order of their WordNet ids, as in every published model. The table has a line `N
 
 import argparse
 import re
-from pathlib import Path
+import zlib
 
 from esddpm_io.atomic import atomic_path
-from esddpm_io.errors import UserError, terminate_cleanly
-from esddpm_io.files import check_output_file
+from esddpm_io.errors import UserError, first_line, terminate_cleanly
+from esddpm_io.files import check_output_file, open_binary
 from esddpm_io.help import CommandLine
 
 NUM_CLASSES = 1000
@@ -61,14 +61,18 @@ def labels_from_ground_truth(path: str, meta: str) -> dict[str, int]:
 def classes_by_id(meta: str) -> dict[int, int]:
     """Class (the rank of its WordNet id) by the development kit's own id, 1 … 1000."""
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
-    try:
-        synsets = loadmat(meta, squeeze_me=True)["synsets"]
-        wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-    except FileNotFoundError as error:
-        raise UserError(f"--meta: there is no file {meta}") from error
-    except (OSError, KeyError, ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"--meta: {meta} is not the development kit's meta.mat") from error
+    broken = (OSError, LookupError, ValueError, TypeError, NotImplementedError, zlib.error)
+    with open_binary(meta, flag="--meta") as stream:
+        try:
+            synsets = loadmat(stream, squeeze_me=True)["synsets"]
+            wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+        except (*broken, MatReadError) as error:
+            raise UserError(
+                f"--meta: {meta} is not the development kit's meta.mat, or not all of it: "
+                f"{first_line(error)}"
+            ) from error
     # Ids above 1000 are inner nodes of the hierarchy, which no image has.
     leaves = {number: wnid for number, wnid in wnids.items() if number <= NUM_CLASSES}
     if len(set(leaves.values())) != NUM_CLASSES:
@@ -78,12 +82,11 @@ def classes_by_id(meta: str) -> dict[int, int]:
 
 
 def _read(path: str, flag: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"{flag}: there is no file {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag}: cannot read {path}: {error}") from error
+    with open_binary(path, flag=flag) as stream:
+        try:
+            return stream.read().decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{flag}: cannot read {path}: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -41,6 +41,7 @@ def test_reference_was_measured_with_the_shipped_graph(reference):
     images = ArrayImages(reference["arr_0"][::20], flag="it")
     defaults = Settings()
     graph = load_graph(str(PRECOMPUTED / "emoji32_features.pb"))
+    assert reference["feature_network"] == [graph.digest]
     engine = choose_engine(graph, "torch", defaults.precision, "cpu")
     features = extract(engine, images, name="drawings", batch_size=64, keep_pool=True)
     deviation = features.pool_gaussian.mean - reference["mu"]

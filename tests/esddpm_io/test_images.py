@@ -112,16 +112,33 @@ def test_classes_are_subfolders_in_the_order_of_their_names(tmp_path):
     source = open_images(tmp_path, flag="--d")
     assert source.read(0, 4)[:, 0, 0, 0].tolist() == [3, 0, 1, 2]
     assert source.labels(0, 4).tolist() == [1, 0, 0, 2] and source.labels(0, 4).dtype == np.int64
+    assert source.class_names == ("n02", "n1", "n10")
     source.check()
     first = source.fingerprint()
     (tmp_path / "n02").rename(tmp_path / "n3")
     assert open_images(tmp_path, flag="--d").fingerprint() != first
 
 
+def test_links_to_folders_are_followed_unless_they_lead_back(tmp_path):
+    for name in ("set/cats/1.png", "set/dogs/1.png", "elsewhere/1.png", "elsewhere/deep/2.png"):
+        save_png(tmp_path / name, np.zeros((1, 1, 3), np.uint8))
+    for name in ("set/birds", "set/eagles"):  # of the same folder, which is no loop
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / ".hidden").symlink_to(tmp_path / "set")
+    assert open_images(tmp_path / "set", flag="--d").labels(0, 6).tolist() == [0, 0, 1, 2, 3, 3]
+    back = tmp_path / "elsewhere" / "deep" / "back"
+    for target in (tmp_path / "set", tmp_path / "elsewhere"):
+        back.symlink_to(target)
+        with pytest.raises(UserError, match=r"^--d: \S+ is a link to a folder that it lies in"):
+            open_images(tmp_path / "set", flag="--d")
+        back.unlink()
+
+
 def test_labels_in_names_win_over_subfolders_and_images_beside_them(tmp_path):
     for name in ("a/0_label_7.png", "b/1_label_3.png"):
         save_png(tmp_path / name, np.zeros((1, 1, 3), np.uint8))
-    assert open_images(tmp_path, flag="--d").labels(0, 2).tolist() == [7, 3]
+    source = open_images(tmp_path, flag="--d")
+    assert source.labels(0, 2).tolist() == [7, 3] and source.class_names is None
     save_png(tmp_path / "2.png", np.zeros((1, 1, 3), np.uint8))
     source = open_images(tmp_path, flag="--d")
     assert len(source) == 1 and source.labels(0, 1) is None

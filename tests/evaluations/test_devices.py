@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from esddpm_io.errors import UserError
-from esddpm_io.launch import Launch
-from evaluations import devices, evaluate
+from esddpm_io.images import save_png
+from esddpm_io.launch import ALONE, Launch
+from evaluations import devices, evaluate, evaluator
 from evaluations.devices import extract_among_ranks, shares_of
 from evaluations.evaluation import assist, run
 from evaluations.features import choose_engine, load_graph, read_ahead
@@ -88,6 +89,21 @@ def test_two_processes_give_the_figures_of_one_and_go_on_after_a_kill(here):
     assert f"features of reference.npz, {stop - start} of them stored by an" in again.stderr
     assert_figures_of_one_process("out.json")
     assert len(list(Path("cache").iterdir())) == 2 and not share.exists()
+
+
+def test_every_device_does_a_share(here, monkeypatch):
+    """None takes one before all are there; then each has one to do before it can take another."""
+    all_there, done, hand_out = threading.Barrier(2), [], devices._hand_out
+
+    def recorded(waiting, connection, device, keep):
+        all_there.wait(PATIENCE_S)
+        mine = []
+        done.append(mine)
+        hand_out(waiting, connection, device, lambda *share: (mine.append(share[0]), keep(*share)))
+
+    monkeypatch.setattr(devices, "_hand_out", recorded)
+    evaluate("reference.npz", "samples.npz", devices="cpu,cpu", **OPTIONS)
+    assert len(done) == 4 and all(len(mine) == 1 for mine in done)  # two of each set of images
 
 
 def workers_of(parent):
@@ -192,6 +208,81 @@ def test_one_process_of_a_launch_finishes_what_others_left(here):
     # One that comes late finds all done, and leaves nothing behind.
     assist("reference.npz", "samples.npz", launch=Launch("slurm", 2, 3, 2), **options)
     assert before == sorted((path, path.stat().st_mtime_ns) for path in Path("cache").iterdir())
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_each_process_does_its_share_and_opens_no_image_of_others_that_is_done(here, rank):
+    images = np.load("reference.npz")["arr_0"]
+    engine = choose_engine(load_graph("small.pb"), "torch")
+    store = here / "whole.npz"
+    shares = shares_of(len(images), 3, 8)
+    source = ArrayImages(images, flag="REF")
+    for share, path in devices._paths(store, shares).items():
+        if share != shares[rank]:
+            part = devices.extract(engine, source, name="", batch_size=8, share=share)
+            devices.FeatureCache.save(path, part)
+    read, seen = [], []
+
+    class Source(ArrayImages):
+        def read(self, start, stop):
+            read.append((start, stop))
+            return super().read(start, stop)
+
+    def counting(batch):
+        seen.append(len(batch))
+        return engine(batch)
+
+    options = {"name": "", "batch_size": 8, "keep_spatial": False, "store": store}
+    launch = Launch("mpi", rank, 3, rank)
+    source = Source(images, flag="REF")
+    got = extract_among_ranks(counting, source, launch, dimensions=24, **options)
+    assert (read[0][0], read[-1][1]) == shares[rank] and sum(seen) == np.diff(shares[rank])
+    if rank == 0:
+        expected = devices.extract(engine, source, name="", batch_size=8)
+        np.testing.assert_array_equal(got.pool, expected.pool)
+
+
+def test_a_process_that_is_not_the_first_is_not_idle(here, monkeypatch, capfd):
+    """Where the first does nothing yet, it has done every share in the end, and printed nothing."""
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    evaluator.main(["reference.npz", "samples.npz", *FLAGS, "--cache_dir", "cache"])
+    assert capfd.readouterr() == ("", "")
+    ranges = sorted(path.stem.split("-", 2)[2] for path in Path("cache").iterdir())
+    assert ranges == ["0-32", "0-32", "32-50", "32-60"]
+
+
+def test_a_bad_image_ends_every_process_and_only_the_first_looks_for_it_beforehand(here, capfd):
+    for index, image in enumerate(np.load("samples.npz")["arr_0"]):
+        save_png(f"folder/{index}.png", image)
+    options = {**OPTIONS, "cache_dir": "cache"}
+    launches = Launch("slurm", 1, 2, 1), Launch("slurm", 0, 2, 0)
+    assist("reference.npz", "folder", launch=launches[0], **options)
+    assert "checking folder" not in capfd.readouterr().err
+    run("reference.npz", "folder", tell=print, launch=launches[1], **options)
+    assert "checking folder" in capfd.readouterr().err
+    Path("folder/7.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"SAMPLE: cannot read the image folder/7\.png"):
+        assist("reference.npz", "folder", launch=launches[0], **options)
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "local_rank", "gpus", "expected"),
+    [
+        ("auto", "auto", 0, 4, "cuda:0"),
+        ("auto", "torch", 3, 4, "cuda:3"),
+        ("auto", "auto", 5, 4, "cuda:1"),
+        ("auto", "auto", 1, 0, "auto"),
+        ("auto", "tensorflow", 1, 4, "auto"),
+        ("cpu", "auto", 1, 4, "cpu"),
+        ("cuda:2", "torch", 1, 4, "cuda:2"),
+    ],
+)
+def test_devices_of_ranks(monkeypatch, device, backend, local_rank, gpus, expected):
+    monkeypatch.setattr(devices, "cuda_devices", lambda: gpus)
+    launch = Launch("slurm", local_rank + 8, 16, local_rank)
+    assert devices.device_of_rank(device, backend, launch) == expected
+    assert devices.device_of_rank(device, backend, ALONE) == device
 
 
 def test_a_share_is_let_go_when_another_process_has_stored_it(here):

@@ -28,6 +28,7 @@ from tests.evaluations.graph_writer import GOLDEN, small_graph
 WITHOUT_INTERVAL = (
     *("Classifier", "Kernel", "Recall", "Coverage"),
     *("Frechet distance infinity", "RBF", "Memorization"),
+    "Spatial",  # of fewer than 1000 samples
 )
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -115,6 +116,9 @@ def test_the_inception_graph_has_the_published_names_whatever_is_given(given):
     names = Names(evaluation, given)
     labels = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
     assert [names.label(metric) for metric in PUBLISHED_METRICS] == labels
+    lower = dataclasses.replace(evaluation, settings=Settings(precision="float16", resize="clean"))
+    assert Names(lower, given).label("fid") == "FID (clean resize, float16)"
+    assert Names(lower, given).features == "Inception 2015, clean resize, float16"
     other = Names(dataclasses.replace(evaluation, identity="other"), given)
     assert not [metric for metric in METRICS if "FID" in other.label(metric)]
     unverified = Names(dataclasses.replace(evaluation, identity="unverified"), given)
@@ -184,7 +188,7 @@ def test_inputs_can_be_checked_before_there_are_samples(folder, tmp_path):
 )
 def test_auto_takes_the_engine_that_has_a_gpu(monkeypatch, torch_gpu, tensorflow_gpu, chosen):
     pytest.importorskip("tensorflow")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: torch_gpu)
+    monkeypatch.setattr(features, "cuda_devices", lambda: int(torch_gpu))
     monkeypatch.setattr("evaluations.backend_tensorflow.has_gpu", lambda: tensorflow_gpu)
     assert features._best_backend("float32", "auto") == chosen
     assert features._best_backend("bfloat16", "auto") == "torch"
@@ -341,7 +345,9 @@ def test_half_precision_never_meets_float32_statistics_unasked(run):
     assert (code, out) == (2, "")
     assert "error: --precision bfloat16: the statistics in full.npz were made in float32" in err
     make_reference.main(["ref.npz", "half.npz", *options, "--precision", "bfloat16"])
-    assert run("half.npz", "samples.npz", "--precision", "bfloat16")[0] == 0
+    code, half, _ = run("half.npz", "samples.npz", "--precision", "bfloat16", "--json", "half.json")
+    assert code == 0 and half.count(" (small, bfloat16): ") == len(half.splitlines()) == 5
+    assert json.loads(Path("half.json").read_text())["features"] == "small, bfloat16"
     assert run("half.npz", "samples.npz")[0] == 2
     mixed = ["--precision", "bfloat16", "--allow_mixed_precision"]
     assert run("full.npz", "samples.npz", *mixed)[0] == 0
@@ -498,22 +504,25 @@ def test_neither_engine_needs_the_other(folder, absent, backend):
     if backend == "tensorflow":
         pytest.importorskip("tensorflow")
 
-    def call(name: str) -> subprocess.CompletedProcess:
+    def call(name: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-c", BLOCKED.format(name=absent), "ref.npz", "samples.npz"]
         return subprocess.run(
-            [*command, "--inception_path", "small.pb", "--backend", name],
+            [*command, "--inception_path", "small.pb", "--backend", name, *flags],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
             capture_output=True,
             text=True,
         )
 
-    good = call(backend)
-    assert good.returncode == 0, good.stderr
-    assert len(numbers(good.stdout)) == 5
-    refused = call(absent)
-    assert refused.returncode == 2
-    assert f"--backend {absent}" in refused.stderr.splitlines()[-1]
+    # As a process of a launcher, which looks for a device of its own, and alone
+    rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    for flags, environment in ([], {}), (["--cache_dir", f"without_{absent}"], rank):
+        good = call(backend, *flags, **environment)
+        assert good.returncode == 0, good.stderr
+        assert len(numbers(good.stdout)) == 5
+        refused = call(absent, *flags, **environment)
+        assert refused.returncode == 2 and "Traceback" not in refused.stderr
+        assert f"--backend {absent}" in refused.stderr.splitlines()[-1]
 
 
 def test_importing_the_evaluator_loads_no_engine():

@@ -11,7 +11,9 @@ from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 
 from esddpm_io.errors import UserError
+from esddpm_io.images import save_png
 from evaluations import evaluate, evaluator, scoring
+from evaluations.features import Features
 from evaluations.metrics import (
     Value,
     frechet_distance,
@@ -193,6 +195,44 @@ def test_per_class_takes_the_labels_of_both_files(folder):
         "fid_per_class"
         not in evaluate("ref.npz", samples, metrics="all", **GRAPH).results[0].metrics
     )
+
+
+@pytest.mark.parametrize(("count", "offered"), [(999, {"fid"}), (1000, {"fid", "sfid"})])
+def test_an_interval_of_sfid_takes_a_thousand_samples(count, offered):
+    rng = np.random.default_rng(0)
+    sides = []
+    for shift in (0.0, 0.1):
+        rows = rng.standard_normal((count, 4)) + shift
+        sides.append(Features(rows, gaussian_of(rows), gaussian_of(rows), rows))
+    options = {"neighbour_arithmetic": "float32", "kid_subsets": 1, "kid_subset_size": 2, "seed": 0}
+    scorer = scoring.Scorer(*sides, None, **options)
+    assert {name for name in ("fid", "sfid") if scorer.replicates(name, 3) is not None} == offered
+
+
+def write_classes(folder, source, names):
+    """A folder of images in subfolders of these names, in turn."""
+    with np.load(source) as file:
+        images = file["arr_0"]
+    for index, image in enumerate(images):
+        save_png(Path(folder, names[index % len(names)], f"{index}.png"), image)
+
+
+def test_classes_are_paired_by_name_or_not_at_all(folder):
+    """Folders number their classes by themselves: equal numbers are of other classes."""
+    write_classes("pets", "ref.npz", ["cats", "dogs", "eels"])
+    write_classes("same", "samples.npz", ["cats", "dogs", "eels"])
+    write_classes("other", "samples.npz", ["dogs", "eels", "zebras"])
+    by_number = evaluate("ref.npz", "samples.npz", metrics="fid_per_class", **GRAPH).results[0]
+    for reference in ("pets", "ref.npz"):
+        named = evaluate(reference, "same", metrics="fid_per_class", **GRAPH).results[0]
+        assert named["fid_per_class"] == pytest.approx(by_number["fid_per_class"], rel=1e-9)
+    words = "pets and other have other classes, only one of them has cats, zebras: choose from"
+    with pytest.raises(UserError, match=f"^metrics fid_per_class: {words}"):
+        evaluate("pets", "same", "other", metrics="fid_per_class", **GRAPH)
+    assert (
+        "fid_per_class" not in evaluate("pets", "other", metrics="all", **GRAPH).results[0].metrics
+    )
+    evaluate("pets", "other", metrics="fid", **GRAPH)
 
 
 def test_a_metric_is_one_entry_of_the_table(folder, monkeypatch, capsys):

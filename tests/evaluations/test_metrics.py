@@ -1,17 +1,20 @@
 """The formulas, against published values, independent packages and cases one can reason out."""
 
 import json
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from evaluations import neighbours
+from evaluations import metrics, neighbours, resizing
 from evaluations.metrics import (
     Gaussian,
     RunningMoments,
     density_coverage,
     frechet_distance,
+    gaussian_kernel_distance,
     gaussian_of,
     inception_score,
     interval_of_replicates,
@@ -296,6 +299,46 @@ def test_kernel_distance_of_sets_that_are_one_subset(rows, of_reference):
     off = [k[~np.eye(len(k), dtype=bool)].mean() for k in (xx, yy)]
     assert got.value == pytest.approx(sum(off) - 2 * xy.mean(), rel=1e-5)
     assert got.deviation is None
+
+
+def test_sums_over_pairs_take_the_memory_of_a_block():
+    """Of 6,000 and 5,000 rows all pairs at once are 240 MB, one block's rows against all 49 MB."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((6000, 8)) + 3, rng.standard_normal((5000, 8)) + 3
+    for distance in (kernel_distance, gaussian_kernel_distance):
+        options = {"subset_size": 6000} if distance is kernel_distance else {}
+        tracemalloc.start()
+        distance(x, y, **options)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < 48e6
+
+
+def test_sums_over_pairs_do_not_depend_on_blocks(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((130, 8)), rng.standard_normal((90, 8)) + 1
+    whole = kernel_distance(x, y).value, gaussian_kernel_distance(x, y).value
+    monkeypatch.setattr(metrics, "_KERNEL_ROWS", 32)
+    blocks = kernel_distance(x, y).value, gaussian_kernel_distance(x, y).value
+    assert blocks == pytest.approx(whole, rel=1e-12)
+
+
+def test_threads_are_as_many_as_the_cores_we_may_use(monkeypatch):
+    """Not as many as the machine has: a job on a cluster gets a few of them."""
+    workers = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, count):
+            workers.append(count)
+            super().__init__(count)
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0}, raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr(metrics, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(resizing, "ThreadPoolExecutor", Pool)
+    jackknife_replicates(lambda rows: float(rows.mean()), 10, groups=5)
+    resizing.resized(np.zeros((8, 4, 4, 3), np.uint8), (2, 2))
+    assert workers == [1, 1]
 
 
 def test_kernel_distance_has_a_deviation_only_of_subsets_that_differ():

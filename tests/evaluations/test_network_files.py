@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +37,8 @@ ABOUT = Description(
 WITH_KERNEL = ("fid", "kid", "precision", "recall")
 
 
-def tiny_network() -> torch.nn.Module:
-    torch.manual_seed(3)
+def tiny_network(seed: int = 3) -> torch.nn.Module:
+    torch.manual_seed(seed)
     convolution = torch.nn.Conv2d(3, 12, 5, stride=3)
     return torch.nn.Sequential(
         convolution,
@@ -108,6 +109,15 @@ def test_figures_are_those_of_the_module_under_its_own_name(suffix, capsys):
     ).results[0]
     assert result["kid"] == pytest.approx(kernel_distance(*features).value, rel=1e-3)
     assert result["fid"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_name_that_is_given_beside_the_network_s_own_is_told_to_be_left_aside(capsys):
+    argv = ["ref.npz", "samples.npz", "--metrics", "fid", "--inception_path", "tiny.pt2"]
+    evaluator.main([*argv, "--metric_name", "FD (mine)"])
+    out, err = capsys.readouterr()
+    assert out.startswith("FD (tiny_net): ") and "warning: --metric_name is left aside" in err
+    evaluator.main(argv)
+    assert "--metric_name" not in capsys.readouterr().err
 
 
 def test_what_the_network_does_not_have_is_refused_by_name(capsys):
@@ -195,6 +205,16 @@ def test_an_export_is_tried_before_it_is_there(tmp_path):
 
     with pytest.raises(UserError, match="gives other features once it is exported"):
         export_network(ByBatch(), tmp_path / "b.pt", ABOUT)
+
+    class Two(torch.nn.Module):
+        """Of two images alone, as the export is made with."""
+
+        def forward(self, x):
+            return x.mean(dim=(2, 3)).repeat(1, 4) + torch.zeros(len(x), 12)
+
+    for suffix in ("pt", "pt2"):
+        with pytest.raises(UserError, match=rf"^tiny_net cannot be exported to \S+\.{suffix}: .+$"):
+            export_network(Two(), tmp_path / f"c.{suffix}", ABOUT)
     assert not list(tmp_path.iterdir())
     assert Description.of(tomllib.loads(ABOUT.as_toml())) == ABOUT
 
@@ -220,6 +240,14 @@ def test_devices_and_cache_give_the_same_and_know_file_and_toml(tmp_path):
     )
     assert other.results[0]["fid"] != pytest.approx(one.results[0]["fid"], rel=1e-3)
     assert len(set((tmp_path / "cache").iterdir())) == 4
+    # So is another network under the same TOML.
+    export_network(tiny_network(seed=4), tmp_path / "net.pt2", ABOUT)
+    assert (tmp_path / "net.toml").read_text() == Path("tiny.toml").read_text()
+    another = evaluate(
+        "ref.npz", "samples.npz", **{**options, "inception_path": str(tmp_path / "net.pt2")}
+    )
+    assert another.results[0]["fid"] != pytest.approx(one.results[0]["fid"], rel=1e-3)
+    assert len(set((tmp_path / "cache").iterdir())) == 6
 
 
 def test_statistics_of_another_network_are_left_aside(capsys):
@@ -248,6 +276,51 @@ def test_statistics_of_another_network_are_left_aside(capsys):
         "were not made with"
         in evaluate("own.npz", "samples.npz", **by_graph).results[0].warnings[0]
     )
+
+
+def test_statistics_of_another_graph_are_left_aside_on_either_side(tmp_path):
+    """Both graphs give 24 features: the width does not tell them apart."""
+    small, other = str(tmp_path / "small.pb"), str(tmp_path / "other.pb")
+    Path(small).write_bytes(small_graph())
+    Path(other).write_bytes(small_graph(size=20))
+    made = {}
+    for name in ("ref", "samples"):
+        made[name] = str(tmp_path / f"{name}.npz")
+        options = {"inception_path": other, "backend": "torch"}
+        make_reference.make_reference(f"{name}.npz", made[name], **options)
+    options = {"inception_path": small, "backend": "torch", "metrics": ("fid", "sfid")}
+    expected = evaluate("ref.npz", "samples.npz", **options).results[0]
+    aside = [f"{path}: its statistics (mu, sigma) were not made with" for path in made.values()]
+    for reference, samples, words in [
+        (made["ref"], "samples.npz", aside[:1]),
+        ("ref.npz", made["samples"], aside[1:]),  # nor are the two swapped
+        (made["ref"], made["samples"], aside),
+    ]:
+        result = evaluate(reference, samples, **options).results[0]
+        assert result.metrics == expected.metrics
+        told = [note for note in result.warnings if "its statistics" in note]
+        assert len(told) == len(words) and all(map(str.startswith, told, words))
+    # Statistics of the graph itself stand, under whatever name that lies.
+    options["inception_path"] = str(Path(small).rename(tmp_path / "renamed.pb"))
+    make_reference.make_reference("ref.npz", made["ref"], inception_path=options["inception_path"])
+    own = evaluate(made["ref"], "samples.npz", **options).results[0]
+    assert not [note for note in own.warnings if "its statistics" in note]
+
+
+def test_statistics_that_do_not_say_their_network_stand_with_a_remark(monkeypatch):
+    """As those of published reference batches, which are the published graph's: no remark then."""
+    with np.load("ref.npz") as file:
+        np.savez("silent.npz", **file, mu=np.zeros(24), sigma=np.eye(24))
+    options = {"inception_path": "small.pb", "backend": "torch", "metrics": "fid"}
+    other = evaluate("silent.npz", "samples.npz", **options).results[0]
+    assert other["fid"] != pytest.approx(
+        evaluate("ref.npz", "samples.npz", **options).results[0]["fid"]
+    )
+    (note,) = other.warnings
+    assert note.startswith("silent.npz: its statistics (mu, sigma) do not say which network")
+    monkeypatch.setattr("evaluations.evaluation.graph_identity", lambda graph: "published")
+    published = evaluate("silent.npz", "samples.npz", **options).results[0]
+    assert published.warnings == () and published["fid"] == other["fid"]
 
 
 def test_clean_resize_is_antialiased_bicubic_without_rounding():
@@ -348,6 +421,51 @@ def test_dinov2_is_exported_with_its_description(tmp_path, capsys):
         export_features.main(["dinov2", out, "--repo", "nowhere"])
     with pytest.raises(UserError, match=r"^OUT: net\.onnx must end in \.pt or \.pt2"):
         export_features.main(["dinov2", "net.onnx"])
+
+
+class StandIn(torch.nn.Module):
+    """A vision model as transformers has them: patches and a class token before them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(6)
+        self.patches = torch.nn.Conv2d(3, 384, 14, stride=14)
+        self.token = torch.nn.Parameter(torch.randn(1, 1, 384))
+        self.mix = torch.nn.Linear(384, 384)
+
+    def forward(self, pixel_values):
+        patches = self.patches(pixel_values).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(patches.shape[0], -1, -1), patches], dim=1)
+        return types.SimpleNamespace(
+            last_hidden_state=self.mix(tokens) + tokens.mean(1, keepdim=True)
+        )
+
+
+@pytest.mark.parametrize("suffix", ["pt", "pt2"])
+def test_the_class_token_of_a_model_of_transformers_is_exported(tmp_path, monkeypatch, suffix):
+    """Where torch hub cannot be reached; the name says so."""
+
+    def no_hub(*_):
+        raise OSError("no network")
+
+    transformers = types.ModuleType("transformers")
+    loaded = []
+    transformers.AutoModel = types.SimpleNamespace(
+        from_pretrained=lambda name: loaded.append(name) or StandIn()
+    )
+    monkeypatch.setitem(sys.modules, "transformers", transformers)
+    monkeypatch.setattr(export_features, "_from_hub", no_hub)
+    out = str(tmp_path / f"dino.{suffix}")
+    export_features.main(["dinov2", out, "--variant", "vits14"])
+    assert loaded == ["facebook/dinov2-small"]
+    network = load_graph(out)
+    assert network.description.name == "dinov2_vits14_hf"
+    images = images_of("samples.npz")[:3]
+    pixels = torch.from_numpy(network.description.prepared(images))
+    with torch.no_grad():
+        expected = StandIn().eval()(pixels).last_hidden_state[:, 0].numpy()
+    got = pool_features(choose_engine(network), images)
+    np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_a_network_that_cannot_be_fetched_is_one_line(tmp_path):

@@ -123,6 +123,15 @@ def test_label_errors(development_kit):
         process_labels.main([*truth, "--meta", str(folder / "truth.txt")])
     with pytest.raises(UserError, match="--meta: there is no file"):
         process_labels.main([*truth, "--meta", str(folder / "none.mat")])
+    with pytest.raises(UserError, match=r"^--meta: cannot read .*: Is a directory$"):
+        process_labels.main([*truth, "--meta", str(folder)])
+    whole = (folder / "meta.mat").read_bytes()
+    for size in (0, 100, 200, len(whole) // 2, len(whole) - 20):
+        (folder / "cut.mat").write_bytes(whole[:size])
+        with pytest.raises(
+            UserError, match=r"^--meta: .*cut\.mat is not .*, or not all of it: .+$"
+        ):
+            process_labels.main([*truth, "--meta", str(folder / "cut.mat")])
     with (folder / "truth.txt").open("a") as lines:
         lines.write("1001\n")
     with pytest.raises(UserError, match=r"line 2001 of .* is '1001', not an id 1 … 1000"):
