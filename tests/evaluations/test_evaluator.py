@@ -549,6 +549,7 @@ def test_flags_and_defaults_are_frozen():
         "allow_mixed_precision": False,
         "batch_size": 64,
         "cache_dir": None,
+        "expect": None,
         "metrics": ("published",),  # which are PUBLISHED_METRICS where the network has them
         "resize": "published",
         "neighbour_arithmetic": "float16",
