@@ -186,7 +186,7 @@ def test_tests_are_linted_first_and_pytest_comes_last(recorded_pip):
         "-m ruff check .",
         "-m ruff format --check --quiet .",
         "-m mypy --no-error-summary",
-        "-m pytest -k unet",
+        "-m pytest --numprocesses auto --maxprocesses 8 --dist loadfile -k unet",
     ]
     assert "-m pip install -r requirements-dev.txt" in asked
 

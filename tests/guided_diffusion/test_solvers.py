@@ -270,5 +270,5 @@ def test_bad_arguments_name_themselves(options, message):
 def test_a_network_that_predicts_the_previous_x_is_refused():
     diffusion = create_gaussian_diffusion(steps=1000)
     diffusion.model_mean_type = ModelMeanType.PREVIOUS_X
-    with pytest.raises(ValueError, match="predicts the noise or x_0"):
+    with pytest.raises(ValueError, match="predicts the noise, x_0 or the velocity"):
         sample(diffusion, steps=4)
