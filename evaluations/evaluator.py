@@ -145,6 +145,8 @@ def main(argv: list[str] | None = None) -> None:
 
     if args["expect"] is not None:
         end_with_parent()
+        waiting = f"waiting for {args['expect']} images in {', '.join(samples)}"
+        print(waiting, file=sys.stderr, flush=True)
     launch = find_launch()
     if launch.rank > 0:
         _assist(launch, reference, *samples, **args)
