@@ -17,6 +17,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,6 @@ BATCH_SIZE, LEARNING_RATE = 8, 2e-3
 # one of many.
 WIDTH = "0.1"
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, arXiv 2303.09556
-LOG_SIGMA = (-1.2, 1.2)  # mean and deviation (EDM, Karras et al. 2022, arXiv 2206.00364)
 SMALLER = {"channel_mult": "1,1"}  # a quarter of the weights
 RECONSTRUCTED_FROM = 0.5  # share of T' from which "reconstructed" meets the VAE's images
 CONTINUED_FROM = 0.5  # share of the steps after which "continue" leaves all timesteps
@@ -61,7 +61,7 @@ CONTINUED_FROM = 0.5  # share of the steps after which "continue" leaves all tim
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A way to train: T' (0: all timesteps) and a name of VARIANTS ("": uniform in t)."""
+    """A way to train: T' (0: all timesteps), and names of VARIANTS with + ("": uniform in t)."""
 
     t_prime: int
     variant: str = ""
@@ -72,48 +72,31 @@ class Arm:
         return f"{timesteps}, {self.variant}" if self.variant else timesteps
 
     @property
+    def variants(self) -> set[str]:
+        return set(filter(None, self.variant.split("+")))
+
+    @property
     def folder(self) -> str:
         return f"stop{self.t_prime}_{self.variant}" if self.variant else f"stop{self.t_prime}"
 
 
 class FixedDensity(ScheduleSampler):
-    """Timesteps below len(density) in proportion to `density`, losses times `loss_weights`."""
+    """Timesteps below len(density) in proportion to `density`, all losses alike."""
 
-    def __init__(self, density: np.ndarray, loss_weights: np.ndarray | None = None):
+    def __init__(self, density: np.ndarray):
         self.num_timesteps = len(density)
         self._density = density
-        self._loss_weights = np.ones(len(density)) if loss_weights is None else loss_weights
 
     def weights(self) -> np.ndarray:
         return self._density
 
     def sample(self, batch_size, device, uniforms=None):
         t, _ = super().sample(batch_size, device, uniforms)
-        return t, torch.from_numpy(self._loss_weights).float()[t]
+        return t, torch.ones(batch_size)
 
 
 def uniform(levels: np.ndarray, evaluations: int) -> FixedDensity:
     return FixedDensity(np.ones(len(levels)))
-
-
-def min_snr(levels: np.ndarray, evaluations: int) -> FixedDensity:
-    """Losses of the noise times min(SNR, gamma) / SNR, their mean over the timesteps 1."""
-    snr = levels / (1 - levels)
-    weights = np.minimum(snr, MIN_SNR_GAMMA) / snr
-    return FixedDensity(np.ones(len(levels)), weights / weights.mean())
-
-
-def p2(levels: np.ndarray, evaluations: int) -> FixedDensity:
-    """Losses of the noise times 1 / (1 + SNR) (Choi et al. 2022, arXiv 2204.00227)."""
-    weights = 1 - levels
-    return FixedDensity(np.ones(len(levels)), weights / weights.mean())
-
-
-def log_normal(levels: np.ndarray, evaluations: int) -> FixedDensity:
-    """Noise levels sigma as EDM draws them, of those below T'."""
-    log_sigma = 0.5 * (np.log1p(-levels) - np.log(levels))
-    density = np.exp(-0.5 * ((log_sigma - LOG_SIGMA[0]) / LOG_SIGMA[1]) ** 2)
-    return FixedDensity(density * np.gradient(log_sigma))
 
 
 def rising(levels: np.ndarray, evaluations: int) -> FixedDensity:
@@ -128,17 +111,8 @@ def evaluated(levels: np.ndarray, evaluations: int) -> FixedDensity:
     return FixedDensity(density)
 
 
-VARIANTS = {
-    "": uniform,
-    "continue": uniform,
-    "smaller": uniform,
-    "reconstructed": uniform,
-    "min-snr": min_snr,
-    "p2": p2,
-    "log-normal": log_normal,
-    "rising": rising,
-    "evaluated": evaluated,
-}
+DENSITIES = {"rising": rising, "evaluated": evaluated}
+VARIANTS = ("continue", "smaller", "reconstructed", "min-snr", *DENSITIES)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -200,7 +174,7 @@ class Study:
                     path.write_text(json.dumps(result))
 
     def snapshots_of(self, arm: Arm) -> list[int]:
-        if arm.variant != "continue":
+        if "continue" not in arm.variants:
             return self.snapshots
         return [step for step in self.snapshots if step > self._leaving]
 
@@ -217,7 +191,7 @@ class Study:
         args, path = self.args, self._path(arm, seed)
         settings = {"iterations": args.iterations, "snapshots": args.snapshots}
         settings |= {"num_samples": args.num_samples}
-        if arm.variant == "evaluated":
+        if "evaluated" in arm.variants:
             settings["evaluations"] = args.evaluations[0]
         if not path.exists():
             return {"settings": settings, "distances": {}, "seconds": []}
@@ -232,12 +206,12 @@ class Study:
         torch.manual_seed(seed)
         flags = model_and_diffusion_defaults() | flags_of(arm)
         model, diffusion = create_model_and_diffusion(**flags)
-        reconstructed = arm.variant == "reconstructed"
+        reconstructed = "reconstructed" in arm.variants
         if reconstructed:
             meet_reconstructions(diffusion, arm.t_prime)
         levels = diffusion.alphas_cumprod[: arm.t_prime or None]
         start = "auto"
-        if arm.variant == "continue" and not any(folder.glob("model*.pt")):
+        if "continue" in arm.variants and not any(folder.glob("model*.pt")):
             full = self.args.results / f"{Arm(0).folder}_seed{seed}"
             start = str(full / f"model{self._leaving:06d}.pt")
         loop = TrainLoop(
@@ -260,7 +234,8 @@ class Study:
             log_interval=50,
             save_interval=step,
             resume_checkpoint=start,
-            schedule_sampler=VARIANTS[arm.variant](levels, self.args.evaluations[0]),
+            schedule_sampler=density_of(arm)(levels, self.args.evaluations[0]),
+            snr_gamma=MIN_SNR_GAMMA if "min-snr" in arm.variants else 0.0,
             iterations=step,
             seed=seed,
             sidecar={
@@ -308,7 +283,11 @@ class Study:
 
 
 def flags_of(arm: Arm) -> dict:
-    return FLAGS | (SMALLER if arm.variant == "smaller" else {})
+    return FLAGS | (SMALLER if "smaller" in arm.variants else {})
+
+
+def density_of(arm: Arm) -> Callable[[np.ndarray, int], FixedDensity]:
+    return next((DENSITIES[name] for name in DENSITIES if name in arm.variants), uniform)
 
 
 def meet_reconstructions(diffusion: GaussianDiffusion, t_prime: int) -> None:
@@ -339,11 +318,12 @@ def log_spaced(last: int, count: int) -> list[int]:
 
 
 def variant_arm(text: str) -> Arm:
-    """`T':NAME`."""
-    t_prime, _, name = text.partition(":")
-    if not t_prime.isdigit() or name not in VARIANTS:
-        raise UserError(f'--variants "{text}": T\':NAME with one of {", ".join(VARIANTS)[2:]}')
-    return Arm(int(t_prime), name)
+    """`T':NAME` or `T':NAME+NAME`."""
+    t_prime, _, names = text.partition(":")
+    arm = Arm(int(t_prime) if t_prime.isdigit() else -1, names)
+    if arm.t_prime < 0 or not arm.variants or not arm.variants.issubset(VARIANTS):
+        raise UserError(f'--variants "{text}": T\':NAME+NAME of {", ".join(VARIANTS)}')
+    return arm
 
 
 # --- what the curves say ---
@@ -446,7 +426,7 @@ def create_argparser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--t_primes", type=int, nargs="+", default=[100, 200, 400])
-    parser.add_argument("--variants", nargs="+", default=[], help="T':NAME, as 200:min-snr")
+    parser.add_argument("--variants", nargs="+", default=[], help="T':NAME+NAME, as 200:min-snr")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[5])
     parser.add_argument("--iterations", type=int, default=800, help="optimiser steps of each")
     parser.add_argument("--snapshots", type=int, default=5, help="networks scored of each run")

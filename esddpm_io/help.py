@@ -21,7 +21,7 @@ GROUPS = {
         classifier_guidance_scale classifier_scale""",
     "training": """
         iterations lr lr_warmup lr_anneal_steps anneal_lr weight_decay grad_clip ema_rate power_ema
-        schedule_sampler early_stop_steps noised kl_weight prior_components prior_images
+        schedule_sampler snr_gamma early_stop_steps noised kl_weight prior_components prior_images
         fp16_scale_growth log_interval eval_interval save_interval sample_interval
         keep_checkpoints""",
     "training images": "random_crop random_flip label_from num_workers",

@@ -83,6 +83,7 @@ FLAG_HELP = {
     "prior_images": "images that the prior is fitted to",
     "data_dir": "folder of images (any depth) or .npz with arr_0 (and arr_1: labels)",
     "schedule_sampler": "uniform, or loss-second-moment",
+    "snr_gamma": "weigh squared errors by min(SNR, this) / SNR, as 5 (0: all alike)",
     "lr_anneal_steps": "lr falls linearly to 0 at this step and training ends (0: constant lr)",
     "lr_warmup": "lr rises linearly over this many first steps (0: at once)",
     "grad_clip": "largest norm of a step's gradient, longer ones are scaled down to it (0: any)",

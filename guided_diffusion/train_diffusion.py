@@ -53,6 +53,7 @@ def train_diffusion(
             diffusion=diffusion,
             data=data,
             schedule_sampler=sampler,
+            snr_gamma=args.snr_gamma,
             ema_rate=args.ema_rate,
             lr_anneal_steps=args.lr_anneal_steps,
             fp16_scale_growth=args.fp16_scale_growth,

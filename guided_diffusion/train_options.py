@@ -65,6 +65,7 @@ def diffusion_training_defaults() -> dict:
     return dict(
         data_dir="",
         schedule_sampler="uniform",
+        snr_gamma=0.0,
         lr=1e-4,
         weight_decay=0.0,
         lr_anneal_steps=0,
@@ -118,7 +119,7 @@ def check_ranges(args: argparse.Namespace) -> None:
     check_seed(args.seed)
     if not 0 < args.lr < math.inf:
         raise UserError(f"--lr is {args.lr}, it must be above 0")
-    for name in ("weight_decay", "grad_clip", "fp16_scale_growth", "kl_weight"):
+    for name in ("weight_decay", "grad_clip", "snr_gamma", "fp16_scale_growth", "kl_weight"):
         value = getattr(args, name, 0.0)
         if not 0 <= value < math.inf:
             raise UserError(f"--{name} is {value}, it must be a number of at least 0")

@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 
+from ..gaussian_diffusion import GaussianDiffusion, ModelMeanType
 from ..resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from ..rng import Draws
 from .loop import Trainer, log_terms
@@ -14,7 +16,8 @@ from .loop import Trainer, log_terms
 class TrainLoop(Trainer):
     """`Trainer` on the loss of a diffusion model; guided-diffusion's class, extended.
 
-    `schedule_sampler` (default uniform) decides the timesteps; all other keywords are `Trainer`'s.
+    `schedule_sampler` (default uniform) decides the timesteps; `snr_gamma`, if not 0, weighs their
+    squared errors as `min_snr_weights`. All other keywords are `Trainer`'s.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class TrainLoop(Trainer):
         schedule_sampler: ScheduleSampler | None = None,
         weight_decay: float = 0.0,
         lr_anneal_steps: int = 0,
+        snr_gamma: float = 0.0,
         **options: Any,
     ):
         self.diffusion = diffusion
@@ -57,6 +61,10 @@ class TrainLoop(Trainer):
             lr_anneal_steps=lr_anneal_steps,
             **options,
         )
+        self.mse_weights = None
+        if snr_gamma:
+            weights = min_snr_weights(diffusion, snr_gamma, self.schedule_sampler_steps())
+            self.mse_weights = torch.from_numpy(weights).float().to(self.device)
         self.use_fp16 = self.precision == "float16"
         self.use_ddp, self.sync_cuda = self.world_size > 1, self.device.type == "cuda"
 
@@ -72,6 +80,8 @@ class TrainLoop(Trainer):
         terms = self.diffusion.training_losses(
             self.ddp_model, batch, t, model_kwargs=cond, noise=draw.noise(batch)
         )
+        if self.mse_weights is not None:
+            terms["loss"] = terms["loss"] + (self.mse_weights[t] - 1) * terms["mse"]
         return {**terms, "t": t, "weight": weights}
 
     def update_sampler(self, terms: dict[str, torch.Tensor]) -> None:
@@ -83,6 +93,24 @@ class TrainLoop(Trainer):
 
     def load_sampler_state(self, state: dict[str, torch.Tensor]) -> None:
         self.schedule_sampler.load_state_dict(state)
+
+
+def min_snr_weights(diffusion: GaussianDiffusion, gamma: float, num_timesteps: int) -> np.ndarray:
+    """Weights of the squared errors at t < `num_timesteps`, float64 [num_timesteps], of mean 1.
+
+    In terms of x_0 they are min(SNR, gamma), SNR = ᾱ / (1-ᾱ) (Hang et al. 2023, arXiv 2303.09556).
+    ValueError for a diffusion whose loss has no squared error of the noise, x_0 or the velocity.
+    """
+    snr = diffusion.alphas_cumprod[:num_timesteps] / (1 - diffusion.alphas_cumprod[:num_timesteps])
+    per_x_start = {  # squared errors of what is predicted, in those of x_0
+        ModelMeanType.START_X: np.ones_like(snr),
+        ModelMeanType.EPSILON: snr,
+        ModelMeanType.VELOCITY: snr + 1,
+    }
+    if diffusion.loss_type.is_vb() or diffusion.model_mean_type not in per_x_start:
+        raise ValueError("snr_gamma goes with losses of the squared error: leave out use_kl")
+    weights = np.minimum(snr, gamma) / per_x_start[diffusion.model_mean_type]
+    return weights / weights.mean()
 
 
 def log_loss_dict(diffusion, ts: torch.Tensor, losses: dict[str, torch.Tensor]) -> None:

@@ -11,7 +11,8 @@ import torch.nn as nn
 from esddpm_io.errors import UserError
 from guided_diffusion import checkpoint_sets, logger
 from guided_diffusion.image_datasets import ArrayImages, BatchStream
-from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.resample import UniformSampler, create_named_schedule_sampler
+from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.train_util import (
     Draws,
     Trainer,
@@ -20,6 +21,7 @@ from guided_diffusion.train_util import (
     log_loss_dict,
     parse_resume_step_from_filename,
 )
+from guided_diffusion.training.diffusion import min_snr_weights
 from tests.golden_values import FOLDER, arrays, meta, small_model
 
 
@@ -61,7 +63,12 @@ def batches(batch_size=4):
     return BatchStream(ArrayImages(pixels, None), batch_size, seed=3)
 
 
-def train_loop(sampler="uniform", model=None, **changes):
+class TimeBlind(nn.Sequential):
+    def forward(self, x, t):
+        return super().forward(x)
+
+
+def train_loop(sampler="uniform", model=None, process=None, **changes):
     options = {
         "data": batches(),
         "batch_size": 4,
@@ -74,7 +81,7 @@ def train_loop(sampler="uniform", model=None, **changes):
         "weight_decay": 0.01,
         "seed": 7,
     }
-    process = Process()
+    process = process or Process()
     if isinstance(sampler, str):
         sampler = create_named_schedule_sampler(sampler, process)
     return TrainLoop(
@@ -538,6 +545,41 @@ def test_gradients_are_scaled_down_to_the_longest_that_is_wanted(precision, limi
     assert trainer.run_step(batch, {})
     torch.testing.assert_close(kept[0][0], factor * batch, rtol=1e-3, atol=1e-6)
     assert logger.getkvs()["grad_norm"] == pytest.approx(1, rel=1e-3)  # before it was scaled
+
+
+@pytest.mark.parametrize(
+    ("flags", "per_x_start"),
+    [
+        ({}, lambda snr: snr),
+        ({"predict_xstart": True}, lambda snr: np.ones_like(snr)),
+        ({"v_prediction": True}, lambda snr: snr + 1),
+        ({"learn_sigma": True}, lambda snr: snr),
+    ],
+)
+def test_min_snr_weighs_squared_errors_alone(flags, per_x_start):
+    """Whatever the network predicts, an error of x_0 counts min(SNR, gamma), up to one factor."""
+    diffusion = create_gaussian_diffusion(steps=1000, noise_schedule="cosine", **flags)
+    model = nn.Conv2d(3, 6 if flags.get("learn_sigma") else 3, 1)
+    loop = train_loop(
+        UniformSampler(diffusion, 400),
+        model=TimeBlind(model),
+        process=diffusion,
+        snr_gamma=5.0,
+    )
+    batch, cond = next(batches())
+    terms = loop.compute_losses(batch, cond, Draws(7, 0, 4, 0))
+    levels = diffusion.alphas_cumprod[:400]
+    snr = levels / (1 - levels)
+    weights = np.minimum(snr, 5) / per_x_start(snr)
+    weights = torch.from_numpy(weights / weights.mean())[terms["t"]]
+    expected = weights * terms["mse"] + terms.get("vb", 0)
+    torch.testing.assert_close(terms["loss"].double(), expected.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_min_snr_is_refused_where_there_is_no_squared_error():
+    diffusion = create_gaussian_diffusion(steps=1000, use_kl=True)
+    with pytest.raises(ValueError, match="^snr_gamma goes with losses of the squared error"):
+        min_snr_weights(diffusion, 5.0, 10)
 
 
 def test_averages_follow_their_rates():

@@ -461,6 +461,7 @@ def test_defaults_of_the_flags_that_guided_diffusion_does_not_have():
     want = {
         "iterations": 0,
         "sample_interval": 0,
+        "snr_gamma": 0.0,
         "early_stop_steps": None,
         "keep_checkpoints": 0,
         "start_anew": False,
@@ -506,6 +507,7 @@ BAD = {
     "lr": (-1, "--lr is -1.0, it must be above 0"),
     "weight_decay": (-1, "--weight_decay is -1.0, it must be a number of at least 0"),
     "grad_clip": (-1, "--grad_clip is -1.0, it must be a number of at least 0"),
+    "snr_gamma": (-1, "--snr_gamma is -1.0, it must be a number of at least 0"),
     "lr_warmup": (-1, "--lr_warmup is -1, it must be at least 0"),
     "fp16_scale_growth": ("nan", "--fp16_scale_growth is nan, it must be a number"),
     "seed": (2**64, r"--seed is 18446744073709551616, it must be in 0 …"),
