@@ -382,7 +382,7 @@ def print_table(study: Study) -> None:
                 share = interval(share_of_compute(study, arm, t_prime, evaluations))
                 print(
                     f"| {t_prime} | {evaluations} | {arm.name} | {spread(own)} |"
-                    f" {spread(full - own)} | {share if arm.t_prime else 1} |"
+                    f" {spread(full - own)} | {share if arm != Arm(0) else 1} |"
                 )
 
 
