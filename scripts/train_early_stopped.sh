@@ -20,6 +20,8 @@ ITERATIONS=${ITERATIONS:-4000}
 BATCH_SIZE=${BATCH_SIZE:-32}
 LR=${LR:-2e-3}
 EMA_RATE=${EMA_RATE:-0.998}
+# min-SNR weights of the loss (0: none), which saved more than leaving timesteps out
+SNR_GAMMA=${SNR_GAMMA:-5}
 SAVE_INTERVAL=${SAVE_INTERVAL:-500}
 # one a GPU
 PROCESSES=${PROCESSES:-1}
@@ -41,6 +43,7 @@ read -r -d '' -a model_flags <<<"$MODEL_FLAGS" || true
 flags=(
     --data_dir "$DATA" --image_size "$IMAGE_SIZE" --early_stop_steps "$T_PRIME"
     --iterations "$ITERATIONS" --batch_size "$BATCH_SIZE" --lr "$LR" --ema_rate "$EMA_RATE"
+    --snr_gamma "$SNR_GAMMA"
     --save_interval "$SAVE_INTERVAL" --resume_checkpoint auto
 )
 export OPENAI_LOGDIR=$OUTPUT
