@@ -8,6 +8,7 @@ srun the processes share the images and meet in --cache_dir; the first one print
 """
 
 import argparse
+import signal
 import sys
 import warnings
 
@@ -129,7 +130,6 @@ def warn(text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    terminate_cleanly()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     args = vars(create_argparser().parse_args(argv))
     reference, samples = args.pop("ref_batch"), args.pop("sample_batch")
@@ -143,7 +143,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--memorization_png takes --metrics memorization and one SAMPLE")
     args["metrics"] = tuple(args["metrics"])
 
-    if args["expect"] is not None:
+    if args["expect"] is None:
+        terminate_cleanly()
+    else:
+        # Nothing is to be tidied, and the thread that waits for images would be waited for.
+        for ending in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(ending, signal.SIG_DFL)
         end_with_parent()
         waiting = f"waiting for {args['expect']} images in {', '.join(samples)}"
         print(waiting, file=sys.stderr, flush=True)

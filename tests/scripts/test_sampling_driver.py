@@ -17,6 +17,7 @@ from PIL import Image
 
 from esddpm_io.errors import UserError, run_main
 from esddpm_io.images import with_caption
+from esddpm_io.parts import part_path
 from esddpm_io.processes import running
 from evaluations.features import BACKENDS
 from guided_diffusion.checkpoints import write_sidecar
@@ -461,20 +462,27 @@ def test_an_evaluator_that_fails_while_sampling_is_run_again(tiny, tmp_path, cap
 
 
 def test_no_evaluator_is_left_when_sampling_ends_early(tiny, tmp_path, monkeypatch):
-    evaluation = scoring.Evaluation(str(tiny.images), str(FEATURE_GRAPH), None, {})
+    """At once, though a thread of it waits for images that never come."""
+    engine = {"backend": "torch"}
+    evaluation = scoring.Evaluation(str(tiny.images), str(FEATURE_GRAPH), None, engine)
+    with np.load(tiny.images) as npz:
+        images = npz["arr_0"]
+    there = np.resize(images, (100, *images.shape[1:]))
+    np.savez(part_path(str(tmp_path), (0, len(there))), there)
     started = []
 
     @contextlib.contextmanager
     def noting(*args, **options):
         with running(*args, **options) as process:
-            started.append(process)
+            started.extend([process, Path(options["stderr"].name)])
             yield process
 
     monkeypatch.setattr(scoring, "running", noting)
-    with pytest.raises(KeyboardInterrupt), evaluation.beside(str(tmp_path), 8):
-        assert started[0].poll() is None
+    with pytest.raises(KeyboardInterrupt), evaluation.beside(str(tmp_path), 200):
+        process, said = started
+        wait_until(lambda: said.read_text().count("features of") > 1, process)
         raise KeyboardInterrupt
-    assert started[0].returncode
+    assert process.returncode == -signal.SIGTERM  # not SIGKILL, after a time
 
 
 @pytest.mark.parametrize(
