@@ -163,8 +163,8 @@ def _prepared(
     reference_set = open_set(reference, flag="REF")
     sample_sets = [open_set(sample, flag="SAMPLE", expect=chosen.expect) for sample in samples]
     graph, chosen, image_sets = _checked(chosen, reference_set, *sample_sets)
+    _check_not_swapped(reference_set, sample_sets)  # with all statistics, those left aside too
     reference_set, *sample_sets = image_sets
-    _check_not_swapped(reference_set, sample_sets)
     if launch.rank == 0:  # the others would open every image for what they read soon enough
         for image_set in image_sets:
             image_set.source.check()

@@ -141,6 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     asked_for = {"memorization", "all"}.intersection(args["metrics"])
     if png_path is not None and (not asked_for or len(samples) > 1):
         raise UserError("--memorization_png takes --metrics memorization and one SAMPLE")
+    if png_path is not None and args["expect"] is not None:
+        raise UserError("--memorization_png cannot go with --expect: it reads whole sets")
     args["metrics"] = tuple(args["metrics"])
 
     if args["expect"] is None:

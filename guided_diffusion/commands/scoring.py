@@ -121,7 +121,7 @@ class Evaluation:
 
 def _pass_on(said: str, process: subprocess.Popen) -> None:
     """Show on stderr what a process has written to a file and goes on to write, until its end."""
-    with open(said, encoding="utf-8") as stream:
+    with open(said, encoding="utf-8", errors="replace") as stream:
         ended = False
         while not ended:
             ended = process.poll() is not None

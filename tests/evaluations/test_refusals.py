@@ -88,6 +88,9 @@ def test_swapped_reference_and_samples_are_refused(score, images, capsys):
     np.savez("samples.npz", arr_0=images[1])
     score("ref.npz", "samples.npz")
     refused_early(score, capsys, "are the two swapped", "samples.npz", "ref.npz")
+    with np.load("ref.npz") as file:
+        np.savez("other.npz", **file, feature_network="0" * 64)  # which are left aside
+    refused_early(score, capsys, "are the two swapped", "samples.npz", "other.npz")
 
 
 def test_library_calls_at_their_edges(score, images, capsys):
