@@ -293,13 +293,14 @@ def test_statistics_of_another_graph_are_left_aside_on_either_side(tmp_path):
     aside = [f"{path}: its statistics (mu, sigma) were not made with" for path in made.values()]
     for reference, samples, words in [
         (made["ref"], "samples.npz", aside[:1]),
-        ("ref.npz", made["samples"], aside[1:]),  # nor are the two swapped
         (made["ref"], made["samples"], aside),
     ]:
         result = evaluate(reference, samples, **options).results[0]
         assert result.metrics == expected.metrics
         told = [note for note in result.warnings if "its statistics" in note]
         assert len(told) == len(words) and all(map(str.startswith, told, words))
+    with pytest.raises(UserError, match="are the two swapped"):
+        evaluate("ref.npz", made["samples"], **options)
     # Statistics of the graph itself stand, under whatever name that lies.
     options["inception_path"] = str(Path(small).rename(tmp_path / "renamed.pb"))
     make_reference.make_reference("ref.npz", made["ref"], inception_path=options["inception_path"])
