@@ -5,9 +5,11 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+# In the environment of a child: the pid of the parent without which it has nobody to work for.
+PARENT_VARIABLE = "ESDDPM_LAUNCHER_PID"
 _PATIENCE_S = 15.0  # for a child to end by itself after SIGTERM
 _POLL_S = 0.5
 
@@ -42,15 +44,18 @@ def running(argv: list[str], **options: Any) -> Iterator[subprocess.Popen]:
             process.wait()
 
 
-def end_with_parent() -> None:
-    """From now on, end this process when its parent is gone, be it by SIGKILL."""
-    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+def watch_parent(parent: int, when_gone: Callable[[], object]) -> None:
+    """Call a function, on a thread, when our parent is not the process `parent` any more.
 
+    The number comes from the parent itself: it may be gone before we ask who it is.
+    """
 
-def _end_after(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_POLL_S)
-    os._exit(1)
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_S)
+        when_gone()
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def available_cores() -> int:

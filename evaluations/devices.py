@@ -20,7 +20,7 @@ import numpy as np
 from esddpm_io.errors import UserError
 from esddpm_io.images import ImageSource
 from esddpm_io.launch import Launch
-from esddpm_io.processes import end_with_parent
+from esddpm_io.processes import watch_parent
 from esddpm_io.progress import Progress
 from evaluations.features import (
     Engine,
@@ -228,7 +228,7 @@ def _serve(
 ) -> None:
     """The process of one device: shares in, features out, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it too, and ends us
-    end_with_parent()
+    watch_parent(multiprocessing.parent_process().pid, lambda: os._exit(1))
     with contextlib.suppress(EOFError, OSError):
         share = connection.recv()
         try:

@@ -8,6 +8,7 @@ srun the processes share the images and meet in --cache_dir; the first one print
 """
 
 import argparse
+import os
 import signal
 import sys
 import warnings
@@ -17,7 +18,7 @@ from esddpm_io.errors import UserError, run_main, terminate_cleanly
 from esddpm_io.files import check_output_file, short_names
 from esddpm_io.help import CommandLine
 from esddpm_io.launch import Launch, find_launch
-from esddpm_io.processes import end_with_parent
+from esddpm_io.processes import PARENT_VARIABLE, watch_parent
 from esddpm_io.progress import quiet
 from evaluations.evaluation import assist, run
 from evaluations.features import BACKENDS, PRECISIONS
@@ -148,12 +149,13 @@ def main(argv: list[str] | None = None) -> None:
     if args["expect"] is None:
         terminate_cleanly()
     else:
-        # Nothing is to be tidied, and the thread that waits for images would be waited for.
+        # At once: to end tidily would be to wait for the thread that waits for images.
         for ending in (signal.SIGINT, signal.SIGTERM):
             signal.signal(ending, signal.SIG_DFL)
-        end_with_parent()
         waiting = f"waiting for {args['expect']} images in {', '.join(samples)}"
         print(waiting, file=sys.stderr, flush=True)
+        parent = int(os.environ.get(PARENT_VARIABLE) or os.getppid())
+        watch_parent(parent, lambda: os._exit(1))
     launch = find_launch()
     if launch.rank > 0:
         _assist(launch, reference, *samples, **args)

@@ -10,14 +10,13 @@ import os
 import shlex
 import signal
 import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from esddpm_io.errors import check_at_least, terminate_cleanly
 from esddpm_io.files import join, read_json
 from esddpm_io.help import CommandLine
+from esddpm_io.processes import PARENT_VARIABLE, watch_parent
 from guided_diffusion.commands.sampler_flags import (
     AUTO,
     COMPILE_HELP,
@@ -36,7 +35,6 @@ from guided_diffusion.flags import (
     str2bool,
 )
 from guided_diffusion.sampling.chunks import default_chunk_size
-from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE
 from guided_diffusion.sampling.job import Job, describe, rank_from_environment
 from guided_diffusion.sampling.worker import run, telling_how_to_continue
 from guided_diffusion.settings.layers import parse, require, without_effect
@@ -285,14 +283,10 @@ def main(argv: list[str] | None = None, *, guided: bool) -> None:
 
 def _stop_with_launcher() -> None:
     """End this process when the launcher that started it is gone without having ended it."""
-    launcher = os.environ.get(LAUNCHER_VARIABLE)
-    if launcher is None:
-        return
 
-    def watch() -> None:
-        while os.getppid() == int(launcher):
-            time.sleep(1.0)
+    def stop() -> None:
         print("the launcher is gone: stopping", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+    if launcher := os.environ.get(PARENT_VARIABLE):
+        watch_parent(int(launcher), stop)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError
 from esddpm_io.files import absolute, exists, join, read_json, sha256
 from esddpm_io.launch import without_launch
-from esddpm_io.processes import run_to_end, running
+from esddpm_io.processes import PARENT_VARIABLE, run_to_end, running
 from guided_diffusion.sampling.point import generator_of, point_of_run
 from guided_diffusion.settings.presets import Preset
 from guided_diffusion.settings.provenance import provenance
@@ -95,8 +96,8 @@ class Evaluation:
             result, said, figures = (join(scratch, name) for name in ("json", "stderr", "stdout"))
             argv = self._command([chunks], json=result, expect=count)
             with open(said, "wb") as stderr, open(figures, "wb") as stdout:
-                streams = {"stdout": stdout, "stderr": stderr, "env": without_launch()}
-                with running(argv, **streams) as process:
+                env = {**without_launch(), PARENT_VARIABLE: str(os.getpid())}
+                with running(argv, stdout=stdout, stderr=stderr, env=env) as process:
 
                     def finish(samples: str) -> dict[str, Any]:
                         _pass_on(said, process)

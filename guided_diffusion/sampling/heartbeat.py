@@ -17,8 +17,6 @@ from pathlib import Path
 from esddpm_io.atomic import write_json
 from esddpm_io.files import join, list_names, read_json, remove
 
-# Set by the launcher for its workers: the process without which they have nobody to work for.
-LAUNCHER_VARIABLE = "ESDDPM_LAUNCHER_PID"
 FOLDER = "workers"
 BEAT_S = 1.0
 # A process that has not written for so long has stopped: many beats, for a shared folder lags.

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from esddpm_io.errors import EXIT_DISK_FULL, EXIT_MAY_PASS, EXIT_USER_ERROR
 from esddpm_io.parts import Range
-from esddpm_io.processes import available_cores
+from esddpm_io.processes import PARENT_VARIABLE, available_cores
 from guided_diffusion.sampling.chunks import ChunkFolder
 from guided_diffusion.sampling.heartbeat import (
     DEAD_AFTER_S,
-    LAUNCHER_VARIABLE,
     Observer,
     machine_id,
 )
@@ -155,7 +154,7 @@ class Launcher:
         self._running[process] = command
 
     def _environment(self) -> dict[str, str]:
-        environment = {**os.environ, LAUNCHER_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         on_cpu = sum(command.device == "cpu" for command in self._commands)
         if on_cpu:
             cores = available_cores()

@@ -18,10 +18,11 @@ import numpy as np
 
 from esddpm_io.files import exists
 from esddpm_io.parts import Range
+from esddpm_io.processes import PARENT_VARIABLE
 from esddpm_io.progress import Progress
 from guided_diffusion.sampling import outputs
 from guided_diffusion.sampling.chunks import ChunkFolder
-from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE, Heartbeat
+from guided_diffusion.sampling.heartbeat import Heartbeat
 from guided_diffusion.sampling.job import Job
 from guided_diffusion.settings.record import Run
 
@@ -45,7 +46,7 @@ def telling_how_to_continue(job: Job, command: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         is_first = job.rank == 0 or not job.any_chunk
-        if is_first and LAUNCHER_VARIABLE not in os.environ:
+        if is_first and PARENT_VARIABLE not in os.environ:
             print(f"what is finished stays; continue with\n  {command}", file=sys.stderr)
         raise
 

@@ -18,7 +18,7 @@ from PIL import Image
 from esddpm_io.errors import UserError, run_main
 from esddpm_io.images import with_caption
 from esddpm_io.parts import part_path
-from esddpm_io.processes import running
+from esddpm_io.processes import PARENT_VARIABLE, running
 from evaluations.features import BACKENDS
 from guided_diffusion.checkpoints import write_sidecar
 from guided_diffusion.commands import driver, gather, sample, scoring, status
@@ -483,6 +483,21 @@ def test_no_evaluator_is_left_when_sampling_ends_early(tiny, tmp_path, monkeypat
         wait_until(lambda: said.read_text().count("features of") > 1, process)
         raise KeyboardInterrupt
     assert process.returncode == -signal.SIGTERM  # not SIGKILL, after a time
+
+
+def test_an_evaluator_whose_parent_is_gone_before_it_looks_ends(tiny, tmp_path):
+    """Nobody would read what it waits for."""
+    gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
+    command = [sys.executable, scoring.EVALUATOR, tiny.images, tmp_path, "--expect", "9"]
+    environment = {**os.environ, PARENT_VARIABLE: gone}
+    done = subprocess.run(
+        [*map(str, command), "--inception_path", str(FEATURE_GRAPH)],
+        env=environment,
+        timeout=PATIENCE_S,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "waiting for 9 images" in done.stderr
 
 
 @pytest.mark.parametrize(

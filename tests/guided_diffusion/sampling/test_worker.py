@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from esddpm_io.errors import UserError
+from esddpm_io.processes import PARENT_VARIABLE
 from guided_diffusion.commands import sample
 from guided_diffusion.sampling import outputs, worker
 from guided_diffusion.sampling.chunks import ChunkFolder
-from guided_diffusion.sampling.heartbeat import LAUNCHER_VARIABLE, Observer, process_runs
+from guided_diffusion.sampling.heartbeat import Observer, process_runs
 from guided_diffusion.sampling.job import Job
 from guided_diffusion.sampling.worker import next_chunk
 from tests.plain_run import plain_run
@@ -374,7 +375,7 @@ def test_workers_do_not_outlive_a_killed_launcher(tiny, tmp_path):
     child = sample_for_long(tiny, tmp_path)
     launcher = (
         "import os, subprocess, sys\n"
-        f"os.environ[{LAUNCHER_VARIABLE!r}] = str(os.getpid())\n"
+        f"os.environ[{PARENT_VARIABLE!r}] = str(os.getpid())\n"
         f"subprocess.run([sys.executable, '-c', {child!r}])"
     )
     process = subprocess.Popen([sys.executable, "-c", launcher], stderr=subprocess.DEVNULL)
