@@ -159,7 +159,7 @@ def _prepared(
     """
     if not samples:
         raise UserError("SAMPLE: give at least one sample batch")
-    _check_launch(chosen, launch)
+    check_launch(chosen, launch)
     reference_set = open_set(reference, flag="REF")
     sample_sets = [open_set(sample, flag="SAMPLE", expect=chosen.expect) for sample in samples]
     graph, chosen, image_sets = _checked(chosen, reference_set, *sample_sets)
@@ -177,7 +177,7 @@ def _prepared(
     return reference_set, sample_sets, _Extractor(engine, graph, chosen, names, launch)
 
 
-def _check_launch(chosen: Settings, launch: Launch) -> None:
+def check_launch(chosen: Settings, launch: Launch) -> None:
     """`UserError` for what several processes of a launcher cannot do."""
     if launch.world_size == 1:
         return

@@ -20,7 +20,7 @@ from esddpm_io.help import CommandLine
 from esddpm_io.launch import Launch, find_launch
 from esddpm_io.processes import PARENT_VARIABLE, watch_parent
 from esddpm_io.progress import quiet
-from evaluations.evaluation import assist, run
+from evaluations.evaluation import assist, check_launch, run
 from evaluations.features import BACKENDS, PRECISIONS
 from evaluations.neighbours import ARITHMETICS
 from evaluations.network_file import is_network_file
@@ -157,6 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         parent = int(os.environ.get(PARENT_VARIABLE) or os.getppid())
         watch_parent(parent, lambda: os._exit(1))
     launch = find_launch()
+    check_launch(Settings.of(args), launch)  # every process says the same of what all are given
     if launch.rank > 0:
         _assist(launch, reference, *samples, **args)
         return

@@ -18,6 +18,8 @@ from esddpm_io.files import check_output_file, open_binary
 from esddpm_io.help import CommandLine
 
 NUM_CLASSES = 1000
+# What SciPy raises for files that are cut, garbled, or of a version or content of another kind.
+_BROKEN_MAT = (OSError, LookupError, ValueError, TypeError, NotImplementedError, zlib.error)
 _MOVE = re.compile(r"^\s*mv\s+(ILSVRC2012_val_\d{8}\.JPEG)\s+(n\d{8})/?\s*$", re.MULTILINE)
 
 
@@ -63,12 +65,11 @@ def classes_by_id(meta: str) -> dict[int, int]:
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
-    broken = (OSError, LookupError, ValueError, TypeError, NotImplementedError, zlib.error)
     with open_binary(meta, flag="--meta") as stream:
         try:
             synsets = loadmat(stream, squeeze_me=True)["synsets"]
             wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-        except (*broken, MatReadError) as error:
+        except (*_BROKEN_MAT, MatReadError) as error:
             raise UserError(
                 f"--meta: {meta} is not the development kit's meta.mat, or not all of it: "
                 f"{first_line(error)}"
