@@ -234,13 +234,42 @@ def _held(value: object) -> Mapping[Any, object]:
         return dict(enumerate(value))
     if isinstance(value, types.MethodType):
         return {"function": value.__func__, "self": value.__self__}
+    if isinstance(value, functools.partial):
+        return {"function": value.func, "arguments": value.args, "keywords": value.keywords}
     if isinstance(value, (type, types.ModuleType)):
         return {}
     held = dict(getattr(value, "__dict__", {}))  # what a decorator wraps is in it, too
     if isinstance(value, types.FunctionType):
-        with contextlib.suppress(ValueError):  # a name in a closure that has no value yet
-            variables = inspect.getclosurevars(value)
-            held |= {**variables.globals, **variables.nonlocals}
+        return {**held, **_named_in(value)}
+    if type(value).__module__ == "builtins":
+        return held
+    # Of its class values and what is called; slots have their values in the instance.
+    of_class = {
+        name: one
+        for base in reversed(type(value).__mro__)
+        for name, one in vars(base).items()
+        if name == "__call__" or not name.startswith("__")
+    }
+    for name, one in of_class.items():
+        if isinstance(one, types.MemberDescriptorType):
+            of_class[name] = getattr(value, name, None)
+    return {**of_class, **held}
+
+
+def _named_in(function: types.FunctionType) -> dict[str, object]:
+    """What a function and those within it find in their closure and among their globals.
+
+    An empty cell is left out: its name has no value yet, or in this case none at all.
+    """
+    code = [function.__code__]
+    for one in code:  # grows by comprehensions, lambdas and inner functions
+        code += [const for const in one.co_consts if isinstance(const, types.CodeType)]
+    named = {name for one in code for name in one.co_names}
+    held = {name: function.__globals__[name] for name in named & function.__globals__.keys()}
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    for name, cell in cells:
+        with contextlib.suppress(ValueError):
+            held[name] = cell.cell_contents
     return held
 
 

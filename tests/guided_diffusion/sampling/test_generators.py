@@ -1,5 +1,6 @@
 """Images that a function makes: the same by index whatever is asked for, and errors in one line."""
 
+import functools
 import json
 import shutil
 
@@ -153,7 +154,61 @@ def in_a_lambda_of_an_object(network):
     return lambda latents: holder(latents)
 
 
-@pytest.mark.parametrize("make", [named_globally, in_a_closure, Holder, in_a_lambda_of_an_object])
+def in_a_partial(network):
+    return functools.partial(lambda net, latents: net(latents), network)
+
+
+def named_in_a_comprehension(network):
+    global NETWORK
+    NETWORK = network
+    return lambda latents: torch.stack([NETWORK(one) for one in latents])
+
+
+def beside_an_empty_cell(network):
+    def generate(latents):
+        return network(latents) if latents.device.type == "cpu" else scaler(network(latents))
+
+    if network is None:
+        scaler = abs
+    return generate
+
+
+def of_a_class(network):
+    class Generate:
+        net = network
+
+        def __call__(self, latents):
+            return self.net(latents)
+
+    return Generate()
+
+
+def named_where_it_is_called(network):
+    class Generate:
+        def __call__(self, latents):
+            return network(latents)
+
+    return Generate()
+
+
+class InASlot:
+    __slots__ = ("latent_shape", "network")
+
+    def __init__(self, network):
+        self.network = network
+
+    def __call__(self, latents):
+        return self.network(latents)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(named_globally, in_a_closure, Holder, in_a_lambda_of_an_object, in_a_partial),
+        *(named_in_a_comprehension, beside_an_empty_cell, of_a_class, named_where_it_is_called),
+        InASlot,
+    ],
+)
 def test_contents_tell_the_weights_apart_that_a_function_holds(make):
     def contents_with(bias: float) -> str:
         network = torch.nn.Linear(2, 3)
