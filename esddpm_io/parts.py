@@ -1,13 +1,15 @@
 """Images in parts: a folder of files START-STOP.npz, by global index, that may still be growing."""
 
 import functools
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from esddpm_io.files import join, list_names
+from esddpm_io.errors import UserError
+from esddpm_io.files import is_blob, join, list_names
 from esddpm_io.images import ImageSource, check_image_array
 from esddpm_io.npz import NpzReader
 
@@ -57,10 +59,12 @@ class GrowingImages(ImageSource):
     """Images 0 … count-1 in a folder of parts (`arr_0`, perhaps `arr_1`) that others write.
 
     What is not there yet is waited for, however long it takes, the first part in the constructor.
+    UserError for what is no folder, and for one that has files, but neither parts nor beginnings.
     """
 
     def __init__(self, folder: str, count: int, *, flag: str):
         self._folder, self._flag = folder, flag
+        _check_growing(folder, flag)
         # One part is read a few batches at a time, or a batch has several parts.
         self._arrays = functools.lru_cache(1)(self._read_part)
         part, _ = self._wait_for(0, 1)[0]
@@ -93,3 +97,11 @@ class GrowingImages(ImageSource):
         with NpzReader(part_path(self._folder, part), flag=self._flag) as reader:
             labels = reader.array("arr_1") if "arr_1" in reader.names else None
             return reader.array("arr_0"), labels
+
+
+def _check_growing(folder: str, flag: str) -> None:
+    if not (is_blob(folder) or os.path.isdir(folder)):
+        raise UserError(f"{flag}: there is no folder {folder}")
+    names = list_names(folder)
+    if names and not any(_NAME.fullmatch(name) or name.startswith(".tmp-") for name in names):
+        raise UserError(f"{flag}: the folder {folder} has no chunks START-STOP.npz")

@@ -196,7 +196,10 @@ def check_launch(chosen: Settings, launch: Launch) -> None:
 
 
 def reference_gaussian(reference: Images, graph: Network, engine: Engine) -> Gaussian:
-    """The Gaussian of the reference's pool features: as given in it, or of all its images."""
+    """The Gaussian of the reference's pool features: as given in it, or of all its images.
+
+    `check_inputs` tells what a reader of figures has to know of it.
+    """
     image_set = _with_own_statistics(open_set(reference, flag="REF"), graph)
     if image_set.pool_gaussian is not None:
         return image_set.pool_gaussian
@@ -204,17 +207,19 @@ def reference_gaussian(reference: Images, graph: Network, engine: Engine) -> Gau
     return extract(engine, image_set.source, name=name, keep_pool=False).pool_gaussian
 
 
-def check_inputs(reference: str, num_samples: int | None = None, **settings) -> None:
+def check_inputs(reference: str, num_samples: int | None = None, **settings) -> tuple[str, ...]:
     """`UserError` for what `evaluate` would refuse before there are samples: `num_samples` of them.
 
+    Returns what it would warn of the reference's statistics.
     Reads headers and the graph, and loads no engine: for callers that have hours of work to do
     before they evaluate.
     """
     chosen = Settings.of(settings)
-    _, chosen, _ = _checked(chosen, open_set(reference, flag="--ref_batch"))
+    _, chosen, [checked] = _checked(chosen, open_set(reference, flag="--ref_batch"))
     check_engine(chosen.backend, chosen.precision, chosen.device)
     if num_samples is not None:
         _check_count("the sample batch", num_samples, chosen.metrics)
+    return checked.notes
 
 
 def nearest_in_reference(
@@ -355,10 +360,9 @@ def _scorer(graph: Network, chosen: Settings, *sides: tuple[ImageSet, Features])
 def _result(
     image_set: ImageSet, scorer: Scorer, chosen: Settings, notes: list[str], told: _Warnings
 ) -> Result:
-    count = len(image_set.source)
+    count, groups = len(image_set.source), chosen.bootstrap
     try:
         values = {name: scorer.value(name) for name in chosen.metrics}
-        groups = chosen.bootstrap
         found = {name: scorer.replicates(name, groups) for name in chosen.metrics if groups}
     except ValueError as error:
         raise UserError(f"{image_set.name}: {error}") from error
@@ -368,6 +372,11 @@ def _result(
         for name, values in replicates.items()
     }
     of_values = [note for value in values.values() for note in value.notes]
+    of_values += [
+        f"no interval of {name}: it takes {METRICS[name].fewest_for_interval} samples"
+        for name in chosen.metrics
+        if groups and METRICS[name].resampled and count < METRICS[name].fewest_for_interval
+    ]
     notes = notes + told([f"{image_set.name}: {note}" for note in of_values])
     suspicious = ()
     if "memorization" in values:

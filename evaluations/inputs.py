@@ -74,6 +74,8 @@ def open_set(images: Images, *, flag: str, expect: int | None = None) -> ImageSe
     stand. expect: it is a folder of parts instead, which will hold so many images.
     """
     if expect is not None:
+        if not isinstance(images, str | os.PathLike):
+            raise UserError(f"{flag}: with --expect it is a folder, not an array")
         return ImageSet(str(images), GrowingImages(str(images), expect, flag=flag), images=images)
     if not isinstance(images, str | os.PathLike):
         images = _array(images, flag)

@@ -20,7 +20,7 @@ ITERATIONS=${ITERATIONS:-4000}
 BATCH_SIZE=${BATCH_SIZE:-32}
 LR=${LR:-2e-3}
 EMA_RATE=${EMA_RATE:-0.998}
-# min-SNR weights of the loss (0: none); a run that goes on does not remember them by itself
+# min-SNR weights of the loss (0: none)
 SNR_GAMMA=${SNR_GAMMA:-5}
 SAVE_INTERVAL=${SAVE_INTERVAL:-500}
 # one a GPU

@@ -513,8 +513,10 @@ def _ignored_flags(args: argparse.Namespace, typed: set[str], preset: Preset) ->
                 "with --classifier_guidance_scale 0",
             ),
             "save_dir_suffix": (bool(args.output_dir), "with --output_dir"),
-            **dict.fromkeys(
-                (*scoring.FLAGS, "eval_while_sampling"), (not _evaluates(args), unevaluated)
+            **dict.fromkeys(scoring.FLAGS, (not _evaluates(args), unevaluated)),
+            "eval_while_sampling": (
+                not _evaluates(args) or slurm.is_wanted(args),
+                "with --submit slurm" if slurm.is_wanted(args) else unevaluated,
             ),
         },
     )

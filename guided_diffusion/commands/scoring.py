@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError
-from esddpm_io.files import absolute, exists, join, read_json, sha256
+from esddpm_io.files import absolute, exists, is_blob, join, read_json, sha256
 from esddpm_io.launch import without_launch
 from esddpm_io.processes import PARENT_VARIABLE, run_to_end, running
 from guided_diffusion.sampling.point import generator_of, point_of_run
@@ -53,11 +53,13 @@ class Evaluation:
         from evaluations.evaluation import check_inputs
 
         try:
-            check_inputs(self.reference, count, inception_path=self.graph, **self.engine)
+            notes = check_inputs(self.reference, count, inception_path=self.graph, **self.engine)
         except UserError as error:
             # What the evaluator says of its flags, under the names that they have here.
             text = re.sub(r"--(backend|device|cache_dir)\b", r"--eval_\1", str(error))
             raise UserError(f"{text}; --not_eval_metrics leaves the evaluation out") from error
+        for note in notes:
+            print(f"warning: {note}", file=sys.stderr)
 
     def made(self, record: Mapping[str, Any]) -> bool:
         """Whether a metrics.json has figures of this evaluation, wherever features were kept."""
@@ -92,6 +94,8 @@ class Evaluation:
         Gives what is called in place of `score` once they are gathered, in a file that is named to
         it: it shows what the evaluator has said so far, and waits for the rest.
         """
+        if not is_blob(chunks):
+            os.makedirs(chunks, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
             result, said, figures = (join(scratch, name) for name in ("json", "stderr", "stdout"))
             argv = self._command([chunks], json=result, expect=count)
@@ -107,7 +111,10 @@ class Evaluation:
                         print(Path(figures).read_text(), end="", flush=True)
                         found = read_json(result)
                         assert isinstance(found, dict)
-                        found["results"][0]["sample"] = samples
+                        [scored] = found["results"]
+                        scored["sample"] = samples
+                        warnings = scored["warnings"]
+                        scored["warnings"] = [note.replace(chunks, samples) for note in warnings]
                         return found
 
                     yield finish

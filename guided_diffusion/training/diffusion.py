@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from .. import logger
 from ..gaussian_diffusion import GaussianDiffusion, ModelMeanType
 from ..resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from ..rng import Draws
@@ -43,7 +44,11 @@ class TrainLoop(Trainer):
     ):
         self.diffusion = diffusion
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
-        self.fp16_scale_growth = fp16_scale_growth
+        self.fp16_scale_growth, self.snr_gamma = fp16_scale_growth, snr_gamma
+        self.mse_weights: torch.Tensor | None = None
+        if snr_gamma:
+            weights = min_snr_weights(diffusion, snr_gamma, self.schedule_sampler_steps())
+            self.mse_weights = torch.from_numpy(weights).float()
         options.setdefault("num_timesteps", self.schedule_sampler_steps())
         super().__init__(
             model=model,
@@ -61,10 +66,6 @@ class TrainLoop(Trainer):
             lr_anneal_steps=lr_anneal_steps,
             **options,
         )
-        self.mse_weights = None
-        if snr_gamma:
-            weights = min_snr_weights(diffusion, snr_gamma, self.schedule_sampler_steps())
-            self.mse_weights = torch.from_numpy(weights).float().to(self.device)
         self.use_fp16 = self.precision == "float16"
         self.use_ddp, self.sync_cuda = self.world_size > 1, self.device.type == "cuda"
 
@@ -81,7 +82,8 @@ class TrainLoop(Trainer):
             self.ddp_model, batch, t, model_kwargs=cond, noise=draw.noise(batch)
         )
         if self.mse_weights is not None:
-            terms["loss"] = terms["loss"] + (self.mse_weights[t] - 1) * terms["mse"]
+            extra = self.mse_weights.to(t.device)[t] - 1
+            terms["loss"] = terms["loss"] + extra * terms["mse"]
         return {**terms, "t": t, "weight": weights}
 
     def update_sampler(self, terms: dict[str, torch.Tensor]) -> None:
@@ -89,9 +91,15 @@ class TrainLoop(Trainer):
             self.schedule_sampler.update_with_local_losses(terms["t"], terms["loss"])
 
     def sampler_state(self) -> dict[str, torch.Tensor]:
-        return self.schedule_sampler.state_dict()
+        gamma = torch.tensor(self.snr_gamma, dtype=torch.float64)
+        return {**self.schedule_sampler.state_dict(), "snr_gamma": gamma}
 
     def load_sampler_state(self, state: dict[str, torch.Tensor]) -> None:
+        before = float(state.get("snr_gamma", 0.0))
+        if before != self.snr_gamma:
+            logger.warn(
+                f"--snr_gamma {self.snr_gamma:g}: the steps so far had {before:g} (0: no weights)"
+            )
         self.schedule_sampler.load_state_dict(state)
 
 

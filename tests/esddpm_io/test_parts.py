@@ -57,6 +57,14 @@ def test_labels_come_with_them(tmp_path):
     np.testing.assert_array_equal(source.labels(2, 7), np.arange(2, 7))
 
 
+def test_what_never_grows_is_refused(tmp_path):
+    with pytest.raises(UserError, match="SAMPLE: there is no folder .*nowhere"):
+        GrowingImages(str(tmp_path / "nowhere"), 9, flag="SAMPLE")
+    (tmp_path / "settings.json").touch()
+    with pytest.raises(UserError, match=r"SAMPLE: the folder .* has no chunks START-STOP.npz"):
+        GrowingImages(str(tmp_path), 9, flag="SAMPLE")
+
+
 def test_what_is_no_part_of_images(tmp_path):
     assert find_parts(str(tmp_path / "nowhere")) == []
     (tmp_path / "3-4.npz").touch()

@@ -567,7 +567,10 @@ def test_fewer_samples_than_dimensions_are_scored_exactly(folder):
     """The spatial distance of 60 and 50 images in 1792 dimensions, from kept features."""
     options = {"inception_path": str(folder / "small.pb"), "backend": "torch", "bootstrap": 2}
     evaluation = evaluate(folder / "ref.npz", folder / "samples.npz", **options)
-    assert "covariance is singular" in " ".join(evaluation.results[0].warnings)
+    told = " ".join(evaluation.results[0].warnings)
+    assert "covariance is singular" in told
+    assert "no interval of sfid: it takes 1000 samples" in told
+    assert "no interval of fid" not in told and "of recall" not in told
     from evaluations.features import choose_engine, flatten_outputs, load_graph
 
     engine = choose_engine(load_graph(options["inception_path"]), "torch")

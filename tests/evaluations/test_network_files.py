@@ -319,6 +319,7 @@ def test_statistics_that_do_not_say_their_network_stand_with_a_remark(monkeypatc
     )
     (note,) = other.warnings
     assert note.startswith("silent.npz: its statistics (mu, sigma) do not say which network")
+    assert check_inputs("silent.npz", inception_path="small.pb") == (note,)  # before there are any
     monkeypatch.setattr("evaluations.evaluation.graph_identity", lambda graph: "published")
     published = evaluate("silent.npz", "samples.npz", **options).results[0]
     assert published.warnings == () and published["fid"] == other["fid"]

@@ -576,6 +576,20 @@ def test_min_snr_weighs_squared_errors_alone(flags, per_x_start):
     torch.testing.assert_close(terms["loss"].double(), expected.double(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_run_that_goes_on_with_other_weights_says_so(log_folder):
+    diffusion = create_gaussian_diffusion(steps=1000)
+    options = {"model": TimeBlind(nn.Conv2d(3, 3, 1)), "process": diffusion}
+    loop = train_loop(UniformSampler(diffusion), snr_gamma=5.0, **options)
+    loop.run_step(*next(batches()))
+    loop.save()
+    for gamma, says in ((5.0, False), (0.0, True)):
+        logger.configure(str(log_folder), ["log"])
+        train_loop(UniformSampler(diffusion), snr_gamma=gamma, resume_checkpoint="auto", **options)
+        logger.reset()
+        said = (log_folder / "log.txt").read_text()
+        assert ("--snr_gamma 0: the steps so far had 5 (0: no weights)" in said) == says
+
+
 def test_min_snr_is_refused_where_there_is_no_squared_error():
     diffusion = create_gaussian_diffusion(steps=1000, use_kl=True)
     with pytest.raises(ValueError, match="^snr_gamma goes with losses of the squared error"):

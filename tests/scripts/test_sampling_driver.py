@@ -27,6 +27,7 @@ from guided_diffusion.sampling.heartbeat import Observer
 from guided_diffusion.sampling.sources import open_generator_images
 from guided_diffusion.script_util import model_and_diffusion_defaults
 from guided_diffusion.settings import presets
+from guided_diffusion.settings.layers import parse
 from guided_diffusion.settings.record import Run
 from tests.plain_run import plain_run
 from tests.tiny_sampling import (
@@ -591,6 +592,10 @@ def test_commands_are_printed_for_devices_of_another_machine(capsys):
                 "--ref_batch has no effect with --not_eval_metrics",
             ],
         ),
+        (
+            "--not_eval_metrics --eval_while_sampling",
+            ["--eval_while_sampling has no effect with --not_eval_metrics"],
+        ),
         ("--classifier_guidance_scale 0 --dataset_path x.npz --limit 3", []),
     ],
 )
@@ -604,6 +609,12 @@ def test_flags_typed_in_vain_are_warned_of(capsys, argv, warnings):
 def test_an_address_that_is_none_is_told_with_its_flag(tiny, tmp_path, flag):
     with pytest.raises(UserError, match=f"^--{flag}: hf://x is not of the form"):
         driver.main(["--execute", *flags(tiny, tmp_path / "out", **{flag: "hf://x"})])
+
+
+def test_a_job_after_the_array_finds_all_samples_there():
+    args, typed = parse(driver.create_argparser(), ["--submit", "slurm", "--eval_while_sampling"])
+    said = driver._ignored_flags(args, typed, presets.load_preset("emoji32"))
+    assert "--eval_while_sampling has no effect with --submit slurm" in said
 
 
 def test_precision_and_eta_reach_the_workers(tiny, tmp_path):
