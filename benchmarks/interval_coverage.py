@@ -1,6 +1,6 @@
 """How often the evaluator's 95 % interval of FID and sFID holds the true value, in a simulation.
 
-    OMP_NUM_THREADS=1 python benchmarks/interval_coverage.py [--trials 1000] [--images 300 500 1000 2000]
+    OMP_NUM_THREADS=1 python benchmarks/interval_coverage.py [--trials 1000] [--images 300 500 …]
 
 Features stand for those of images: rectified mixtures of independent numbers, of falling variance
 for the pool's (64 of them) and correlated between neighbouring places for the spatial ones (63, 7
