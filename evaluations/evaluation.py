@@ -372,12 +372,12 @@ def _result(
         for name, values in replicates.items()
     }
     of_values = [note for value in values.values() for note in value.notes]
-    of_values += [
+    left_out = [
         f"no interval of {name}: it takes {METRICS[name].fewest_for_interval} samples"
         for name in chosen.metrics
         if groups and METRICS[name].resampled and count < METRICS[name].fewest_for_interval
     ]
-    notes = notes + told([f"{image_set.name}: {note}" for note in of_values])
+    notes = notes + told([f"{image_set.name}: {note}" for note in of_values]) + told(left_out)
     suspicious = ()
     if "memorization" in values:
         suspicious = tuple(scorer.memorization.most_suspicious(_SUSPICIOUS))
