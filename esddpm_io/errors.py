@@ -7,6 +7,9 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 EXIT_MAY_PASS = 1  # something that another try may mend, as any fault of the program is
@@ -16,6 +19,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 EXIT_TERMINATED = 143  # 128 + SIGTERM
 
+_SWALLOWED_S = 1.0  # between two looks whether `Terminated` is still on its way
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY)
 
@@ -54,20 +58,41 @@ class Terminated(KeyboardInterrupt):
 def terminate_cleanly() -> None:
     """From now on SIGTERM, or a terminal that closes, raises `Terminated`: `finally` blocks run.
 
-    Once: a second one, as from a job scheduler and from the parent, must not cut the clean-up.
+    Once: a second one, as from a job scheduler and from the parent, must not cut the clean-up. But
+    again where it was lost on its way, as in a package's `except:` or in code in C that clears
+    errors, which happens while packages are imported.
     """
-    signals = [signal.SIGTERM]
-    closes = getattr(signal, "SIGHUP", None)  # not on Windows
-    if closes and signal.getsignal(closes) is not signal.SIG_IGN:  # nohup ignores it
-        signals.append(closes)
+    on_its_way: Callable[[], Terminated | None] | None = None
 
     def handle(signum: int, frame: object) -> None:
-        for number in signals:
-            signal.signal(number, signal.SIG_IGN)
-        raise Terminated
+        nonlocal on_its_way
+        if on_its_way is None:
+            threading.Thread(target=insist, args=(signum,), daemon=True).start()
+        elif on_its_way() is not None:
+            return
+        error = Terminated()
+        on_its_way = weakref.ref(error)
+        try:
+            raise error
+        finally:
+            del error  # which this frame, and with it the error's own traceback, would hold
 
-    for number in signals:
+    def insist(signum: int) -> None:
+        while True:
+            time.sleep(_SWALLOWED_S)
+            if on_its_way is not None and on_its_way() is None:
+                os.kill(os.getpid(), signum)
+
+    for number in _terminating():
         signal.signal(number, handle)
+
+
+def _terminating() -> Iterator[signal.Signals]:
+    """SIGTERM and SIGHUP, of a terminal that closes, unless nohup has it ignored."""
+    yield signal.SIGTERM
+    closes = getattr(signal, "SIGHUP", None)  # not on Windows
+    if closes and signal.getsignal(closes) is not signal.SIG_IGN:
+        yield closes
 
 
 def did_you_mean(words: str | Iterable[str], known: Iterable[str]) -> str:
@@ -151,6 +176,8 @@ def errors_in_one_line() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except Terminated:
+        for number in _terminating():
+            signal.signal(number, signal.SIG_IGN)
         print("terminated", file=sys.stderr)
         sys.exit(EXIT_TERMINATED)
     except KeyboardInterrupt:

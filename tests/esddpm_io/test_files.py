@@ -147,6 +147,44 @@ def test_a_child_ends_with_its_parent_and_cleans_up(tmp_path, signum, code):
     assert os.listdir(tmp_path) == []
 
 
+SWALLOWING = """
+import os, signal, sys, time
+from esddpm_io.errors import run_main, terminate_cleanly
+class Deaf:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)  # the error is printed and forgotten
+def main():
+    terminate_cleanly()
+    if sys.argv[1] == "del":
+        Deaf()
+    else:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except:
+            pass
+    try:
+        time.sleep(600)
+    finally:
+        for _ in range(30):  # longer than one look; more signals do not cut it short
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        print("clean")
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("how", ["del", "except"])
+def test_a_sigterm_that_a_package_swallows_comes_again(how):
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWING, how],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert (done.returncode, done.stdout) == (143, "clean\n")
+    assert done.stderr.endswith("terminated\n")
+
+
 def test_a_child_that_a_signal_ended_has_a_shell_s_exit_code():
     argv = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
     assert run_to_end(argv) == 137
