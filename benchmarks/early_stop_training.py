@@ -425,7 +425,7 @@ def create_argparser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--t_primes", type=int, nargs="+", default=[100, 200, 400])
+    parser.add_argument("--t_primes", type=int, nargs="*", default=[100, 200, 400])
     parser.add_argument("--variants", nargs="+", default=[], help="T':NAME+NAME, as 200:min-snr")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[5])
     parser.add_argument("--iterations", type=int, default=800, help="optimiser steps of each")

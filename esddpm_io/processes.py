@@ -1,6 +1,7 @@
-"""Child processes that end when their parents do, and the cores that we may use."""
+"""Child processes that end when their parents do; the cores that we may use, and what these can."""
 
 import contextlib
+import functools
 import os
 import subprocess
 import threading
@@ -56,6 +57,14 @@ def watch_parent(parent: int, when_gone: Callable[[], object]) -> None:
         when_gone()
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@functools.cache
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor computes in bfloat16 rather than imitating it (known on Linux only)."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as info:
+        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(info.read().split())
+    return False
 
 
 def available_cores() -> int:

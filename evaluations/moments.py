@@ -95,18 +95,22 @@ class RunningMoments:
             self._fold()
 
     def gaussian(self) -> Gaussian:
-        """The Gaussian of all rows so far. One row has no spread: its covariance is zero."""
+        """The Gaussian of all rows; no more can follow. One row's covariance is zero."""
         if self._count == 0:
             mean = self._mean_of_pending()
             rows = self._pending_about(mean) / np.sqrt(max(self._pending_rows - 1, 1))
             return Gaussian(mean, rows=rows, count=len(rows))
         if self._pending:
             self._fold()
-        shift = self._sums / self._count
-        covariance = self._products - np.outer(self._sums, shift)
+        covariance, self._products = self._products, None  # it takes the place of the products
+        if covariance.size:
+            covariance = scipy.linalg.blas.dsyr(
+                -1.0 / self._count, self._sums, lower=1, a=covariance, overwrite_a=True
+            )
+        covariance = covariance.T  # rows as NumPy has them
         covariance /= self._count - 1
         _mirror_upper(covariance)
-        return Gaussian(self._origin + shift, covariance, count=self._count)
+        return Gaussian(self._origin + self._sums / self._count, covariance, count=self._count)
 
     def _mean_of_pending(self) -> np.ndarray:
         sums = [rows.sum(axis=0, dtype=np.float64) for rows in self._pending]
@@ -133,9 +137,9 @@ class RunningMoments:
         if rows.shape[1] == 0:  # no spatial features, which BLAS does not take
             return
         self._sums += rows.sum(axis=0)
-        # The upper triangle only, added in place: half the work of a product.
+        # The lower triangle only, added in place: half the work of a product.
         self._products = scipy.linalg.blas.dsyrk(
-            1.0, rows.T, beta=1.0, c=self._products, overwrite_c=True
+            1.0, rows.T, beta=1.0, c=self._products, lower=1, overwrite_c=True
         )
 
 

@@ -1,4 +1,4 @@
-"""Nearest neighbours in feature space, a block of distances at a time.
+"""Nearest neighbours in feature space.
 
 Squared Euclidean distances are |u|^2 - 2uv + |v|^2, in one of two arithmetics:
 
@@ -7,6 +7,11 @@ Squared Euclidean distances are |u|^2 - 2uv + |v|^2, in one of two arithmetics:
   0.01, so published figures can only be met with it. Numbers stay in float32 arrays here, rounded
   to the 11 bits of half precision, because NumPy's own half arithmetic is slow.
 * `float32` throughout.
+
+Few pairs matter: those that may be within a limit. They are found from coarse distances, of centred
+features that are rounded to bfloat16, which processors of today multiply several times as fast. How
+far off a coarse distance can be is known, so none is overlooked, and the distances of the pairs
+that are found are then computed in their arithmetic.
 """
 
 import functools
@@ -15,80 +20,140 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from esddpm_io.processes import cpu_has_bfloat16
+
 ARITHMETICS = ("float16", "float32")
 PUBLISHED_TILE = 10_000  # rows on a side of the tiles in which one infinity turns all to float32
-_BLOCK = 2048  # rows on a side of the blocks held in memory: 16 MB of distances
-_BLOCKS_KEPT = 6  # rounded, of a row and the columns of a tile: 100 MB of Inception features
-_NORM_ROWS = 256  # rows whose norms are summed at a time: 2 MB of features stay in the cache
+_BLOCK = 1024  # rows on a side of the blocks held in memory: 8 MB of coarse distances
+_ROWS = 256  # rows that are worked on at a time: 2 MB of features stay in the cache
+_MANY = 1 / 32  # share of a block's pairs for which a product of all is the quicker one
+_PENDING = 64  # pairs a point that may wait for their distances
 _LANES, _ACCUMULATORS, _LEAF = 8, 4, 1024  # of Eigen's half-precision sums
 _HALF_TINY = 2.0**-14  # below it, half precision has fewer than 11 bits
 _HALF_OVERFLOW = 65520.0  # from here on, rounding to half precision gives infinity
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Rows float32 [n, D] as they enter the product, and their squared norms float32 [n]."""
-
-    values: np.ndarray
-    norms: np.ndarray
-
-    def __getitem__(self, part: slice) -> "_Rows":
-        return _Rows(self.values[part], self.norms[part])
-
-    def __len__(self) -> int:
-        return len(self.values)
+_WIDENED = np.float32(1 + 1.01 * 2.0**-8)  # for what rounding to bfloat16 takes off or adds
+_NORM_PARTS = 3  # bfloat16 numbers that add up to one of float32
 
 
 class Points:
     """Rows of `features` [N, D] in an arithmetic, ready for any number of distances.
 
-    `full` is what float32 needs. `half_norms` are the squared norms that float16 needs, float32
-    [N], and None with float32; its rows are rounded when they are used, a copy of all of them
-    would be as large as the features.
+    `half_norms` are the squared norms that float16 needs, float32 [N], and None with float32.
+    Points that are compared with others have the same `origin` [D], the better the nearer to all.
     """
 
-    def __init__(self, features: np.ndarray, arithmetic: str = "float16"):
+    def __init__(
+        self, features: np.ndarray, arithmetic: str = "float16", origin: np.ndarray | None = None
+    ):
         if arithmetic not in ARITHMETICS:
             raise ValueError(f"arithmetic {arithmetic!r}: choose from {', '.join(ARITHMETICS)}")
-        self.full = _full_rows(features)
-        self.half_norms = _half_norms(self.full.values) if arithmetic == "float16" else None
+        self.values = np.ascontiguousarray(features, np.float32)
+        self.full_norms = np.einsum("nd,nd->n", self.values, self.values)
+        self.half_norms = _half_norms(self.values) if arithmetic == "float16" else None
+        self.origin = self.values.mean(axis=0) if origin is None else origin
+        self._coarse: dict[bool, _Coarse] = {}
 
     def __len__(self) -> int:
-        return len(self.full)
+        return len(self.values)
 
-    def half(self, start: int, stop: int) -> _Rows:
-        """Rows start … stop-1 rounded to half precision."""
-        return _Rows(_half(self.full.values[start:stop]), self.half_norms[start:stop])
+    def norms(self, half: bool) -> np.ndarray:
+        """Squared norms float32 [N]."""
+        return self.half_norms if half else self.full_norms
+
+    def rows(self, which: slice | np.ndarray, half: bool) -> np.ndarray:
+        """The rows as they enter an exact product, float32."""
+        return _half(self.values[which]) if half else self.values[which]
+
+    def coarse(self, half: bool) -> "_Coarse":
+        """All rows as they enter coarse products."""
+        if half not in self._coarse:
+            self._coarse[half] = _Coarse.of(self, half)
+        return self._coarse[half]
 
 
-class PairwiseDistances:
-    """Squared distances of the points `u` [n, D] and `v` [m, D] of one arithmetic, by blocks.
+@dataclass(frozen=True)
+class _Coarse:
+    """Points for coarse distances: rows less an origin, rounded to bfloat16.
 
-    Without `v`, those of `u` with itself; then only blocks on and above the diagonal appear and
-    each comes with its mirror image.
+    codes: int16 [N, D + 6], the bits of the rounded rows, of half the squared norms that leave half
+        the distance when the product is taken off, in three parts, and of three ones
+    lengths, errors: float32 [N], of the rounded rows, and of what rounding took off them
+    largest: the largest squared norm
+    """
+
+    codes: np.ndarray
+    lengths: np.ndarray
+    errors: np.ndarray
+    largest: float
+
+    @classmethod
+    def of(cls, points: Points, half: bool) -> "_Coarse":
+        count, width = points.values.shape
+        codes = np.empty((count, width + 2 * _NORM_PARTS), np.int16)
+        codes[:, -_NORM_PARTS:] = _bfloat16_codes(np.ones(1, np.float32))
+        lengths, errors = np.empty(count, np.float32), np.empty(count, np.float32)
+        norms = points.norms(half)
+        for start in range(0, count, _ROWS):
+            part = slice(start, start + _ROWS)
+            rows = points.rows(part, half)
+            centred = rows - points.origin
+            codes[part, :width] = _bfloat16_codes(centred)
+            # 2uv = 2u'v' + |u|^2 - |u'|^2 + |v|^2 - |v'|^2 for u' = u - origin: all but the first
+            # goes to the norms. In half precision these are not just |u|^2.
+            rest = norms[part] - _squares(rows) + _squares(centred)
+            for column in range(width, width + _NORM_PARTS):
+                codes[part, column] = _bfloat16_codes(rest / 2)
+                rest = rest - 2 * _of_bfloat16(codes[part, column])
+            rounded = _of_bfloat16(codes[part, :width])
+            lengths[part] = np.sqrt(_squares(rounded))
+            errors[part] = np.sqrt(_squares(centred - rounded))
+        # What float32 takes off while centring
+        errors += np.float32(2.0**-23) * lengths
+        return cls(
+            codes,
+            lengths,
+            errors,
+            float(max(norms.max(), points.full_norms.max(), lengths.max() ** 2)),
+        )
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def margins(self, other: "_Coarse", rows: slice) -> np.ndarray:
+        """How far a coarse distance of `rows` from any of the other's can be off, float32 [n].
+
+        By the rounding of rows, |uv - (u+e)(v+f)| <= |e||v| + |f||u| + |e||f|, and by sums of
+        float32 numbers; that of the result itself comes on top.
+        """
+        furthest, worst = other.lengths.max(), other.errors.max()
+        rounding = 2 * (self.errors[rows] * (furthest + worst) + worst * self.lengths[rows])
+        terms = self.codes.shape[1]
+        return rounding + np.float32(4 * terms * 2.0**-24) * max(self.largest, other.largest)
+
+
+class Pairs:
+    """The pairs of the points `u` [n, D] and `v` [m, D] of one arithmetic, by blocks.
+
+    Without `v`, those of `u` with itself; then only blocks on and above the diagonal appear, and
+    each stands for its mirror image too.
     """
 
     def __init__(self, u: Points, v: Points | None = None):
         self._symmetric = v is None
-        self._points = u, u if v is None else v
-        # Blocks come tile by tile, so each is rounded twice a tile at the most.
-        self._half = functools.lru_cache(_BLOCKS_KEPT)(lambda points, *part: points.half(*part))
+        self.u, self.v = u, u if v is None else v
 
-    def blocks(self) -> Iterator[tuple[slice, slice, "Block"]]:
-        """Rows, columns and the block of distances between them, those on the diagonal first."""
-        sizes = [len(points) for points in self._points]
+    def blocks(self) -> Iterator["_Block"]:
+        """All of them, those on the diagonal first."""
         parts = []
-        for top in range(0, sizes[0], PUBLISHED_TILE):
-            for left in range(top if self._symmetric else 0, sizes[1], PUBLISHED_TILE):
-                rows = slice(top, min(top + PUBLISHED_TILE, sizes[0]))
-                columns = slice(left, min(left + PUBLISHED_TILE, sizes[1]))
-                half = self._points[0].half_norms is not None and self._half_is_finite(
-                    rows, columns
-                )
+        for top in range(0, len(self.u), PUBLISHED_TILE):
+            for left in range(top if self._symmetric else 0, len(self.v), PUBLISHED_TILE):
+                rows = slice(top, min(top + PUBLISHED_TILE, len(self.u)))
+                columns = slice(left, min(left + PUBLISHED_TILE, len(self.v)))
+                half = self.u.half_norms is not None and self._half_is_finite(rows, columns)
                 parts += [(*part, half) for part in self._block_slices(rows, columns)]
         parts.sort(key=lambda part: part[0] != part[1])
-        for rows, columns, half in parts:
-            yield rows, columns, self._block(rows, columns, half)
+        for part in parts:
+            yield _Block(self.u, self.v, *part)
 
     def _block_slices(self, rows: slice, columns: slice) -> Iterator[tuple[slice, slice]]:
         for top in range(rows.start, rows.stop, _BLOCK):
@@ -100,89 +165,185 @@ class PairwiseDistances:
                     slice(left, min(left + _BLOCK, columns.stop)),
                 )
 
-    def _block(self, part: slice, other: slice, half: bool) -> "Block":
-        sides = zip(self._points, (part, other), strict=True)
-        if half:
-            return Block(*(self._half(points, own.start, own.stop) for points, own in sides), half)
-        return Block(*(points.full[own] for points, own in sides), half)
-
     def _half_is_finite(self, rows: slice, columns: slice) -> bool:
         """Whether no step of a tile's distances overflows half precision."""
-        u, v = self._points
-        largest = max(u.half_norms[rows].max(), v.half_norms[columns].max())
+        largest = max(self.u.half_norms[rows].max(), self.v.half_norms[columns].max())
         if 4.2 * largest < _HALF_OVERFLOW:  # |u|^2 + 2|uv| + |v|^2 <= 4 max, and some rounding
             return True
         if not np.isfinite(largest):
             return False
-        blocks = (self._block(*part, half=True) for part in self._block_slices(rows, columns))
+        parts = self._block_slices(rows, columns)
+        blocks = (_Block(self.u, self.v, *part, half=True) for part in parts)
         return all(
             np.abs(distances).max() < _HALF_OVERFLOW
             for block in blocks
-            for distances in (block.distances(), block.mirror())
+            for distances in (block.distances(), block.mirror().distances())
         )
 
 
-class Block:
-    """Squared distances of a few rows `u` [n, D] from a few rows `v` [m, D], float32.
+class _Block:
+    """Squared distances of the points `rows` of `u` from the points `columns` of `v`, float32.
 
-    Rounding costs more than the product itself, so it is done for all pairs only where all are
-    wanted, and else for those that may be near enough.
+    Indices of its methods count from the first of these rows and columns.
     """
 
-    def __init__(self, u: _Rows, v: _Rows, half: bool):
-        self._u, self._v, self._half = u, v, half
-        self._products = u.values @ v.values.T
+    def __init__(self, u: Points, v: Points, rows: slice, columns: slice, half: bool):
+        self.rows, self.columns, self.half = rows, columns, half
+        self._u, self._v = u, v
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+    def mirror(self) -> "_Block":
+        """The distances of v from u. In half precision they are not just the transpose."""
+        mirrored = _Block(self._v, self._u, self.columns, self.rows, self.half)
+        mirrored.__dict__["codes"] = self.codes.T
+        return mirrored
+
+    @functools.cached_property
+    def codes(self) -> np.ndarray:
+        """int16, the bits of bfloat16: half the coarse distances. They are in the numbers' order,
+        but for negative ones, which are next to zero."""
+        u, v = self._u.coarse(self.half), self._v.coarse(self.half)
+        return _coarse_product(u.codes[self.rows], v.codes[self.columns])
+
+    def near(
+        self, limits: np.ndarray, column_limits: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and columns of all pairs whose distance may be within the limit of their row, or
+        of their column, and of few others."""
+        u, v = self._u.coarse(self.half), self._v.coarse(self.half)
+        mask = self.codes <= _limit_codes(limits, u, v, self.rows, self.half)[:, None]
+        if column_limits is not None:
+            mask |= self.codes <= _limit_codes(column_limits, v, u, self.columns, self.half)
+        if mask.flags.c_contiguous:  # several times as fast as `nonzero` of two dimensions
+            return np.divmod(np.flatnonzero(mask), mask.shape[1])
+        return np.divmod(np.flatnonzero(mask.T), mask.shape[0])[::-1]
+
+    def at_most(self, rows: np.ndarray | slice, codes: np.ndarray) -> np.ndarray:
+        """What distances with these `codes` are at the most."""
+        u, v = self._u.coarse(self.half), self._v.coarse(self.half)
+        coarse = np.maximum(2 * _of_bfloat16(codes), 0)
+        margins = u.margins(v, self.rows)[rows]
+        coarse = coarse * _WIDENED + margins.reshape(-1, *[1] * (codes.ndim - 1))
+        return coarse + _half_slack(coarse, u, v) if self.half else coarse
+
+    def smallest(self, k: int) -> np.ndarray:
+        """What the k-th smallest distance of each row is at the most, [n]."""
+        if self.shape[1] < k:
+            return np.full(self.shape[0], np.inf, np.float32)
+        codes = np.partition(self.codes, k - 1, axis=1)[:, k - 1]
+        return self.at_most(slice(None), codes)
 
     def distances(self) -> np.ndarray:
         """All of them, [n, m]."""
-        return self._combine(self._u.norms[:, None], self._products, self._v.norms)
-
-    def mirror(self) -> np.ndarray:
-        """Those of v from u, [m, n]. In half precision they are not just the transpose."""
-        return self._combine(self._v.norms[:, None], self._products.T, self._u.norms)
-
-    def candidates(self, *limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Indices, sorted by row, of all pairs that are within any of `limits` (of shapes that
-        spread to [n, m]), or so close to it that only rounding can tell."""
-        slack = np.float32(0)
-        if self._half:
-            # Three roundings, each by 2^-11 at the most of terms up to 2, 3 and 4 times the
-            # largest norm, or by 2^-25 of the tiniest numbers (twice that after doubling).
-            largest = max(self._u.norms.max(), self._v.norms.max())
-            slack = largest * np.float32(2.0**-7) + np.float32(2.0**-22)
-        near = functools.reduce(np.logical_or, (self._unrounded <= x + slack for x in limits))
-        # Several times as fast as `nonzero` of two dimensions.
-        return np.divmod(np.flatnonzero(near), len(self._v))
-
-    @functools.cached_property
-    def _unrounded(self) -> np.ndarray:
-        distances = self._products * np.float32(-2.0)
-        distances += self._u.norms[:, None]
-        distances += self._v.norms
-        return distances
+        u, v = self._u.rows(self.rows, self.half), self._v.rows(self.columns, self.half)
+        norms = self._u.norms(self.half)[self.rows], self._v.norms(self.half)[self.columns]
+        return _combine(norms[0][:, None], u @ v.T, norms[1], self.half)
 
     def at(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Elements of `distances()`, [number of indices]."""
-        products = self._products[rows, columns]
-        return self._combine(self._u.norms[rows], products, self._v.norms[columns])
+        """Those of some pairs, [number of pairs]; fastest where `rows` are in order."""
+        if len(rows) > _MANY * self.shape[0] * self.shape[1]:
+            return self.distances()[rows, columns]
+        rows, columns = rows + self.rows.start, columns + self.columns.start
+        return _distances_of_pairs(self._u, self._v, rows, columns, self.half)
 
-    def mirror_at(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Elements [column, row] of `mirror()`, [number of indices]."""
-        products = self._products[rows, columns]
-        return self._combine(self._v.norms[columns], products, self._u.norms[rows])
 
-    def _combine(self, first: np.ndarray, products: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """(first norm - 2uv) + second norm, each step rounded in half precision."""
-        if not self._half:
-            return np.maximum((first - 2.0 * products) + second, 0.0)
-        doubled = products.copy()
-        _round_half(doubled, _HALF_OVERFLOW / 2)
-        doubled *= 2.0
-        distances = np.subtract(first, doubled, order="C")
-        _round_bits(distances)
-        distances += second
-        _round_bits(distances)
-        return distances
+def _distances_of_pairs(
+    u: Points, v: Points, rows: np.ndarray, columns: np.ndarray, half: bool
+) -> np.ndarray:
+    """Squared distances of pairs, float32 [number of pairs]; fastest where `rows` are in order."""
+    products = np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), _ROWS):
+        part = slice(start, start + _ROWS)
+        own, which = np.unique(rows[part], return_inverse=True)
+        first, second = u.rows(own, half)[which], v.rows(columns[part], half)
+        products[part] = np.einsum("nd,nd->n", first, second)
+    return _combine(u.norms(half)[rows], products, v.norms(half)[columns], half)
+
+
+def _combine(first: np.ndarray, products: np.ndarray, second: np.ndarray, half: bool) -> np.ndarray:
+    """(first norm - 2uv) + second norm, each step rounded in half precision."""
+    if not half:
+        return np.maximum((first - 2.0 * products) + second, 0.0)
+    _round_half(products, _HALF_OVERFLOW / 2)
+    products *= 2.0
+    distances = np.subtract(first, products, order="C")
+    _round_bits(distances)
+    distances += second
+    _round_bits(distances)
+    return distances
+
+
+# --- coarse distances ---
+
+
+def _limit_codes(limits: np.ndarray, u: _Coarse, v: _Coarse, rows: slice, half: bool) -> np.ndarray:
+    """int16 [n]: distances of u's `rows` from v that are within `limits` have no larger codes."""
+    coarse = np.maximum(limits, 0) + u.margins(v, rows)
+    if half:  # where sums of rounded numbers may be below zero, too
+        coarse += _half_slack(limits, u, v)
+    coarse *= np.float32(0.5) * _WIDENED
+    return (coarse.view(np.uint32) >> np.uint32(16)).astype(np.int16)
+
+
+def _half_slack(distances: np.ndarray, u: _Coarse, v: _Coarse) -> np.ndarray:
+    """How much half precision may take off or add, as it rounds three times.
+
+    By 2^-11 each, of 2uv, of the difference, and of the distance itself, or by 2^-25 of the tiniest
+    numbers (twice that after doubling).
+    """
+    terms = 3 * np.maximum(distances, max(u.largest, v.largest)) + distances
+    return np.float32(1.01 * 2.0**-11) * terms + np.float32(2.0**-22)
+
+
+def _coarse_product(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Codes [n, m] of half the coarse distances of rows with the codes `u` and `v`."""
+    left = u.copy()
+    left[:, : -2 * _NORM_PARTS] ^= np.int16(-(2**15))  # the sign
+    left[:, -2 * _NORM_PARTS :] = np.roll(u[:, -2 * _NORM_PARTS :], _NORM_PARTS, axis=1)
+    torch = _torch()
+    # Small ones may be added up in bfloat16.
+    if torch is None or not cpu_has_bfloat16() or min(*u.shape, len(v)) < _ROWS:
+        return _bfloat16_codes(_of_bfloat16(left) @ _of_bfloat16(v).T)
+    product = [torch.from_numpy(x).view(torch.bfloat16) for x in (left, v)]
+    return (product[0] @ product[1].T).view(torch.int16).numpy()
+
+
+@functools.cache
+def _torch():
+    """PyTorch, where it is installed: TensorFlow's engine does without."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch
+
+
+def _bfloat16_codes(values: np.ndarray) -> np.ndarray:
+    """The bits int16 of float32 `values` rounded to bfloat16, ties to even."""
+    bits = values.view(np.uint32)
+    odd = bits >> np.uint32(16)
+    odd &= np.uint32(1)
+    odd += np.uint32(0x7FFF)
+    odd += bits
+    odd >>= np.uint32(16)
+    return odd.astype(np.uint16).view(np.int16)
+
+
+def _of_bfloat16(codes: np.ndarray) -> np.ndarray:
+    """The numbers float32 that have these bits."""
+    bits = codes.view(np.uint16).astype(np.uint32)
+    bits <<= np.uint32(16)
+    return bits.view(np.float32)
+
+
+def _squares(rows: np.ndarray) -> np.ndarray:
+    return np.einsum("nd,nd->n", rows, rows)
+
+
+# --- half precision ---
 
 
 def _round_half(values: np.ndarray, overflow: float = _HALF_OVERFLOW) -> None:
@@ -214,13 +375,10 @@ def _round_bits(values: np.ndarray) -> None:
     bits &= np.uint32(0xFFFFE000)
 
 
-def _full_rows(features: np.ndarray) -> _Rows:
-    values = np.ascontiguousarray(features, np.float32)
-    return _Rows(values, np.einsum("nd,nd->n", values, values))
-
-
 def _half(values: np.ndarray) -> np.ndarray:
     """float32 `values` rounded to half precision, as float32; infinite from 65520 on."""
+    if (torch := _torch()) is not None:  # many times as fast
+        return torch.from_numpy(values).half().float().numpy()
     # Infinities are looked for, and lead to float32.
     with np.errstate(over="ignore"):
         return values.astype(np.float16).astype(np.float32)
@@ -230,9 +388,9 @@ def _half_norms(values: np.ndarray) -> np.ndarray:
     norms = np.empty(len(values), np.float32)
     # An infinite value may give NaN on its way.
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, len(values), _NORM_ROWS):
-            squares = _half(_half(values[start : start + _NORM_ROWS]) ** 2)
-            norms[start : start + _NORM_ROWS] = _half_sum(squares)
+        for start in range(0, len(values), _ROWS):
+            squares = _half(_half(values[start : start + _ROWS]) ** 2)
+            norms[start : start + _ROWS] = _half_sum(squares)
     norms[norms >= _HALF_OVERFLOW] = np.inf
     return norms
 
@@ -274,6 +432,106 @@ def _rounded(sums: np.ndarray) -> np.ndarray:
     return sums
 
 
+# --- neighbours ---
+
+
+class _Nearest:
+    """The k nearest of the points `v` to each of the points `u`, from blocks in any order.
+
+    `columns` int64 [N, k] are their indices and `squared` float32 [N, k] their squared distances,
+    from near to far.
+    """
+
+    def __init__(self, u: Points, v: Points, k: int):
+        self._u, self._v, self._k = u, v, k
+        self.columns = np.zeros((len(u), k), np.int64)
+        self.squared = np.full((len(u), k), np.inf, np.float32)
+        # Of all pairs seen, what the k smallest distances are at the most.
+        self._at_most = self.squared.copy()
+        self._pending: dict[bool, list[tuple[np.ndarray, ...]]] = {True: [], False: []}
+        self._num_pending = 0
+
+    def look(self, block: _Block) -> None:
+        """Take in the distances of a block."""
+        limits = self._limits(block.rows)
+        if np.isinf(limits).any():
+            limits = np.minimum(limits, block.smallest(self._k))
+        rows, columns = block.near(limits)
+        if len(rows) > _MANY * block.shape[0] * block.shape[1]:
+            self._look_at_all(block)
+            return
+        codes = block.codes[rows, columns]
+        at_most = _table(rows, block.at_most(rows, codes), block.shape[0])
+        at_most = np.concatenate([self._at_most[block.rows], at_most], axis=1)
+        self._at_most[block.rows] = np.partition(at_most, self._k - 1, axis=1)[:, : self._k]
+        found = rows + block.rows.start, columns + block.columns.start, codes
+        self._pending[block.half].append(found)
+        self._num_pending += len(rows)
+        if self._num_pending > _PENDING * len(self._u):
+            self.finish()
+
+    def finish(self) -> None:
+        """Bring `columns` and `squared` up to what has been looked at."""
+        for half, pending in self._pending.items():
+            if not pending:
+                continue
+            rows, columns, codes = (np.concatenate(part) for part in zip(*pending, strict=True))
+            pending.clear()
+            order = np.lexsort((codes, rows))
+            rows, columns, codes = rows[order], columns[order], codes[order]
+            first = _places(rows) < self._k  # with them the limits get narrower for the others
+            for part in (first, ~first):
+                self._look_closely(rows[part], columns[part], codes[part], half)
+        self._num_pending = 0
+
+    def _look_closely(
+        self, rows: np.ndarray, columns: np.ndarray, codes: np.ndarray, half: bool
+    ) -> None:
+        everyone = slice(None)
+        u, v = self._u.coarse(half), self._v.coarse(half)
+        kept = codes <= _limit_codes(self._limits(everyone), u, v, everyone, half)[rows]
+        rows, columns = rows[kept], columns[kept]
+        self._keep(rows, columns, _distances_of_pairs(self._u, self._v, rows, columns, half))
+
+    def _limits(self, rows: slice) -> np.ndarray:
+        """What the k-th smallest distance is at the most, [n]."""
+        return np.minimum(self._at_most[rows].max(axis=1), self.squared[rows].max(axis=1))
+
+    def _look_at_all(self, block: _Block) -> None:
+        distances = block.distances()
+        columns = _columns_of_smallest(distances, self._k)
+        rows = np.repeat(np.arange(len(distances)), columns.shape[1])
+        values = distances[rows, columns.ravel()]
+        self._keep(rows + block.rows.start, columns.ravel() + block.columns.start, values)
+
+    def _keep(self, rows: np.ndarray, columns: np.ndarray, squared: np.ndarray) -> None:
+        """Merge pairs and their distances with the nearest so far."""
+        own = np.repeat(np.arange(len(self._u)), self._k)
+        rows = np.concatenate([own, rows])
+        columns = np.concatenate([self.columns.ravel(), columns])
+        squared = np.concatenate([self.squared.ravel(), squared])
+        order = np.lexsort((columns, squared, rows))
+        order = order[_places(rows[order]) < self._k]
+        self.columns = columns[order].reshape(-1, self._k)
+        self.squared = squared[order].reshape(-1, self._k)
+
+
+def _places(rows: np.ndarray) -> np.ndarray:
+    """0, 1, 2, … within each row, of sorted row numbers."""
+    lengths = np.bincount(rows)
+    return np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def _table(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """Values by the row that they belong to, float32 [count, most of one row], filled with inf."""
+    order = np.argsort(rows, kind="stable")
+    rows, values = rows[order], values[order]
+    places = _places(rows)
+    table = np.full((count, places.max(initial=-1) + 1), np.inf, np.float32)
+    table[rows, places] = values
+    return table
+
+
 def neighbour_radii(features: np.ndarray, k: int, arithmetic: str = "float16") -> np.ndarray:
     """Squared distance of each row of `features` [N, D] to its k-th neighbour, float32 [N].
 
@@ -283,41 +541,20 @@ def neighbour_radii(features: np.ndarray, k: int, arithmetic: str = "float16") -
 
 
 def _radii(points: Points, k: int) -> np.ndarray:
-    count = len(points)
-    if count <= k:
-        raise ValueError(f"{count} points: at least {k + 1} are needed for {k} neighbours")
-    nearest = np.full((count, k + 1), np.inf, np.float32)
-    bound = np.full(count, np.inf, np.float32)  # what the next candidate has to beat
-
-    def keep(rows: slice, distances: np.ndarray) -> None:
-        both = np.concatenate([nearest[rows], distances], axis=1)
-        nearest[rows] = np.partition(both, k, axis=1)[:, : k + 1]
-        bound[rows] = nearest[rows].max(axis=1)
-
-    for rows, columns, block in PairwiseDistances(points).blocks():
-        if np.isinf(bound[rows]).any():
-            keep(rows, block.distances())
-        else:
-            near = block.candidates(bound[rows, None])
-            keep(rows, _table(near[0], block.at(*near), rows.stop - rows.start))
-        if rows != columns and np.isinf(bound[columns]).any():
-            keep(columns, block.mirror())
-        elif rows != columns:
-            near = block.candidates(bound[columns])
-            keep(columns, _table(near[1], block.mirror_at(*near), columns.stop - columns.start))
-        del block  # before there is the next one
-    return bound
+    if len(points) <= k:
+        raise ValueError(f"{len(points)} points: at least {k + 1} are needed for {k} neighbours")
+    search = _Nearest(points, points, k + 1)
+    for block in Pairs(points).blocks():
+        search.look(block)
+        if block.rows != block.columns:
+            search.look(block.mirror())
+    search.finish()
+    return search.squared[:, k]
 
 
-def _table(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    """Values by the row that they belong to, float32 [count, most of one row], filled with inf."""
-    order = np.argsort(rows, kind="stable")
-    rows, values = rows[order], values[order]
-    lengths = np.bincount(rows, minlength=count)
-    slots = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    table = np.full((count, lengths.max()), np.inf, np.float32)
-    table[rows, slots] = values
-    return table
+def _both(reference: np.ndarray, samples: np.ndarray, arithmetic: str) -> tuple[Points, Points]:
+    points = Points(reference, arithmetic)
+    return points, Points(samples, arithmetic, points.origin)
 
 
 def precision_recall(
@@ -329,16 +566,22 @@ def precision_recall(
     point, and bool [M] for `reference` [M, D] the other way round: their means are the precision
     and the recall.
     """
-    points = [Points(features, arithmetic) for features in (reference, samples)]
+    points = _both(reference, samples, arithmetic)
     reference_radii, sample_radii = (_radii(own, k) for own in points)
     precise, recalled = np.zeros(len(samples), bool), np.zeros(len(reference), bool)
-    for rows, columns, block in PairwiseDistances(*points).blocks():
-        outer, inner = reference_radii[rows], sample_radii[columns]
-        near = block.candidates(outer[:, None], inner)
-        distances = block.at(*near)
-        precise[columns][near[1][distances <= outer[near[0]]]] = True
-        recalled[rows][near[0][distances <= inner[near[1]]]] = True
-        del block  # before there is the next one
+
+    def note(block: _Block, rows: np.ndarray, columns: np.ndarray, distances: np.ndarray) -> None:
+        inside = distances <= reference_radii[block.rows][rows]
+        precise[block.columns][columns[inside]] = True
+        inside = distances <= sample_radii[block.columns][columns]
+        recalled[block.rows][rows[inside]] = True
+
+    for block in Pairs(*points).blocks():
+        rows, columns = block.near(reference_radii[block.rows], sample_radii[block.columns])
+        note(block, rows, columns, block.at_most(rows, block.codes[rows, columns]))
+        is_open = ~(recalled[block.rows][rows] & precise[block.columns][columns])
+        rows, columns = rows[is_open], columns[is_open]
+        note(block, rows, columns, block.at(rows, columns))
     return precise, recalled
 
 
@@ -351,13 +594,15 @@ def density_coverage(
     and bool [M] for `reference` [M, D], whether its nearest sample is in its own ball: their means
     are the density and the coverage.
     """
-    points = [Points(features, arithmetic) for features in (reference, samples)]
+    points = _both(reference, samples, arithmetic)
     radii = _radii(points[0], k)
     balls, covered = np.zeros(len(samples), np.int64), np.zeros(len(reference), bool)
-    for rows, columns, block in PairwiseDistances(*points).blocks():
-        inside = block.distances() < radii[rows, None]
-        balls[columns] += inside.sum(axis=0)
-        covered[rows] |= inside.any(axis=1)
+    for block in Pairs(*points).blocks():
+        limits = radii[block.rows]
+        rows, columns = block.near(limits)
+        inside = block.at(rows, columns) < limits[rows]
+        balls[block.columns] += np.bincount(columns[inside], minlength=block.shape[1])
+        covered[block.rows][rows[inside]] = True
     return balls / k, covered
 
 
@@ -371,24 +616,16 @@ def nearest(
     """
     if len(reference) < k:
         raise ValueError(f"{len(reference)} points: at least {k} are needed")
-    points = [Points(features, arithmetic) for features in (samples, reference)]
-    rows = np.zeros((len(samples), k), np.int64)
-    squared = np.full((len(samples), k), np.inf, np.float32)
-    for part, columns, block in PairwiseDistances(*points).blocks():
-        distances = block.distances()
-        found = _columns_of_smallest(distances, k)
-        both = np.concatenate([squared[part], np.take_along_axis(distances, found, axis=1)], axis=1)
-        order = np.argsort(both, axis=1, kind="stable")[:, :k]
-        squared[part] = np.take_along_axis(both, order, axis=1)
-        candidates = np.concatenate([rows[part], found + columns.start], axis=1)
-        rows[part] = np.take_along_axis(candidates, order, axis=1)
-    return rows, np.sqrt(squared)
+    points = _both(reference, samples, arithmetic)[::-1]
+    search = _Nearest(*points, k)
+    for block in Pairs(*points).blocks():
+        search.look(block)
+    search.finish()
+    return search.columns, np.sqrt(np.maximum(search.squared, 0))
 
 
 def _columns_of_smallest(values: np.ndarray, k: int) -> np.ndarray:
-    """Where the k smallest numbers of each row are (all, if there are no more), in rising order."""
-    if k == 1:
-        return values.argmin(axis=1)[:, None]
+    """Where the k smallest numbers of each row are (all, if there are no more), int64 [n, <= k]."""
     if values.shape[1] <= k:
         return np.broadcast_to(np.arange(values.shape[1]), values.shape)
-    return np.sort(np.argpartition(values, k - 1, axis=1)[:, :k], axis=1)
+    return np.argpartition(values, k - 1, axis=1)[:, :k]

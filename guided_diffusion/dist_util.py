@@ -7,7 +7,6 @@ devices and by gloo between CPUs; a single process has a group of one, so that c
 """
 
 import atexit
-import contextlib
 import gc
 import importlib
 import io
@@ -145,13 +144,6 @@ def dev() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the processor computes in bfloat16 rather than imitating it (known on Linux only)."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as info:
-        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(info.read().split())
-    return False
 
 
 def rank() -> int:

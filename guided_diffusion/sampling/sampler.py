@@ -9,10 +9,10 @@ import torch
 
 from esddpm_io.errors import UserError
 from esddpm_io.launch import find_launch
+from esddpm_io.processes import cpu_has_bfloat16
 from guided_diffusion.checkpoints import check_fit, fingerprint, read_checkpoint
 from guided_diffusion.compiling import Compiled, compile_for_sampling
 from guided_diffusion.diffusers_network import DiffusersNetwork
-from guided_diffusion.dist_util import cpu_has_bfloat16
 from guided_diffusion.pixels import to_uint8
 from guided_diffusion.rng import DrawnAhead, RandomStreams
 from guided_diffusion.sampling.job import Job

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from esddpm_io.errors import UserError
+from esddpm_io.processes import cpu_has_bfloat16
 from guided_diffusion import dist_util, logger
 from guided_diffusion.checkpoint_sets import find_set, newest_set, set_aside
 from guided_diffusion.checkpoints import read_sidecar
@@ -64,7 +65,7 @@ def settle_device_options(args: argparse.Namespace, fp16_flag: str) -> None:
         check_compiler(device.type)
     wanted = args.precision or ("float16" if getattr(args, fp16_flag) else "float32")
     if wanted == "float16" and device.type == "cpu":
-        wanted = "bfloat16" if dist_util.cpu_has_bfloat16() else "float32"
+        wanted = "bfloat16" if cpu_has_bfloat16() else "float32"
         logger.log(f"float16 needs CUDA: training in {wanted} on this CPU")
     args.precision = wanted
     setattr(args, fp16_flag, wanted == "float16")

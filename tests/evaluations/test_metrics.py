@@ -153,8 +153,9 @@ def test_moments_of_a_stream_are_those_of_the_whole(rows):
     np.testing.assert_allclose(gaussian.full_covariance(), expected, rtol=1e-9, atol=1e-9)
 
 
-def distances_of(*features: np.ndarray) -> neighbours.PairwiseDistances:
-    return neighbours.PairwiseDistances(*map(neighbours.Points, features))
+def pairs_of(u: np.ndarray, *v: np.ndarray) -> neighbours.Pairs:
+    origin = u.mean(axis=0)
+    return neighbours.Pairs(*(neighbours.Points(x, origin=origin) for x in (u, *v)))
 
 
 def half_arithmetic(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -171,30 +172,103 @@ def test_distances_are_rounded_as_half_precision_is(scale, monkeypatch):
     rng = np.random.default_rng(0)
     u, v = (scale * rng.standard_normal((n, 24)).astype(np.float32) for n in (50, 70))
     got = np.empty((50, 70), np.float32)
-    for rows, columns, block in distances_of(u, v).blocks():
-        got[rows, columns] = block.distances()
-        everywhere = np.indices(got[rows, columns].shape).reshape(2, -1)
+    for block in pairs_of(u, v).blocks():
+        got[block.rows, block.columns] = block.distances()
+        everywhere = np.indices(block.shape).reshape(2, -1)
         np.testing.assert_array_equal(block.at(*everywhere), block.distances().ravel())
-        # No pair within a limit is overlooked for being rounded later.
-        limit = np.median(block.distances())
-        found = np.zeros(block.distances().shape, bool)
-        found[block.candidates(limit)] = True
-        assert found[block.distances() <= limit].all()
     own = np.full((50, 50), np.nan, np.float32)
-    for rows, columns, block in distances_of(u).blocks():
-        own[rows, columns] = block.distances()
-        own[columns, rows] = block.mirror()
-        everywhere = np.indices(own[rows, columns].shape).reshape(2, -1)
-        np.testing.assert_array_equal(block.mirror_at(*everywhere), block.mirror().T.ravel())
+    for block in pairs_of(u).blocks():
+        for way in (block, block.mirror()):
+            own[way.rows, way.columns] = way.distances()
     # A product may fall on the other side of a tie when BLAS adds in another order.
     assert np.mean(got == half_arithmetic(u, v)) > 0.999
     assert np.mean(own == half_arithmetic(u, u)) > 0.999
 
 
+def near_and_far(rows: int, kind: str, width: int = 270) -> np.ndarray:
+    """Features with what may lead coarse distances astray."""
+    rng = np.random.default_rng(rows)
+    features = np.maximum(rng.standard_normal((rows, width)), 0).astype(np.float32)
+    if kind == "far from zero":
+        features += 3
+    elif kind == "outliers":
+        features[::50] *= 8
+    elif kind == "tiny":
+        features *= 1e-4
+    elif kind == "the same":
+        features[:] = features[0]
+    elif kind == "twins":
+        features[1::2] = features[::2]
+    return features
+
+
+KINDS = ["plain", "far from zero", "outliers", "tiny", "the same", "twins"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arithmetic", neighbours.ARITHMETICS)
+@pytest.mark.parametrize("native", [True, False])
+def test_coarse_distances_overlook_nothing(native, arithmetic, kind, monkeypatch):
+    """Whether the processor multiplies bfloat16 or it is imitated (PyTorch can on any)."""
+    monkeypatch.setattr(neighbours, "cpu_has_bfloat16", lambda: native)
+    u, v = near_and_far(300, kind), near_and_far(260, kind)
+    points = neighbours.Points(u, arithmetic)
+    (block,) = neighbours.Pairs(points, neighbours.Points(v, arithmetic, points.origin)).blocks()
+    for way in (block, block.mirror()):
+        distances = way.distances()
+        everywhere = np.indices(way.shape).reshape(2, -1)
+        assert (way.at_most(everywhere[0], way.codes.ravel()) >= distances.ravel()).all()
+        limits = np.sort(distances, axis=1)[:, 3]
+        assert (way.smallest(4) >= limits).all()
+        found, wanted = np.zeros(way.shape, bool), distances <= limits[:, None]
+        found[way.near(limits)] = True
+        assert found[wanted].all()
+        if kind in ("plain", "far from zero", "twins"):
+            assert found.sum() < 3 * wanted.sum()  # and few others
+        limits = np.zeros(way.shape[0], np.float32)
+        others = np.sort(distances, axis=0)[3]
+        found = np.zeros(way.shape, bool)
+        found[way.near(limits, others)] = True
+        assert found[distances <= others].all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arithmetic", neighbours.ARITHMETICS)
+@pytest.mark.parametrize("pending", [0, 64])
+def test_neighbours_are_those_of_all_distances(pending, arithmetic, kind, monkeypatch):
+    """With many pairs that look near, and where distances are computed early and late."""
+    monkeypatch.setattr(neighbours, "_BLOCK", 64)
+    monkeypatch.setattr(neighbours, "_PENDING", pending)
+    u, v = near_and_far(300, kind, 40), near_and_far(130, kind, 40)
+    points = neighbours.Points(u, arithmetic)
+    others = neighbours.Points(v, arithmetic, points.origin)
+    own, between = np.empty((300, 300), np.float32), np.empty((300, 130), np.float32)
+    for block in neighbours.Pairs(points).blocks():
+        for way in (block.mirror(), block):
+            own[way.rows, way.columns] = way.distances()
+    for block in neighbours.Pairs(points, others).blocks():
+        between[block.rows, block.columns] = block.distances()
+    # A product may fall on the other side of a tie when BLAS adds in another order.
+    near = {"rtol": 2e-3 if arithmetic == "float16" else 1e-4, "atol": 1e-10}
+    radii = [neighbour_radii(u, 3, arithmetic), neighbour_radii(v, 3, arithmetic)]
+    np.testing.assert_allclose(radii[0], np.sort(own, axis=1)[:, 3], **near)
+    rows, distances = nearest(v, u, 5, arithmetic)
+    positive = np.maximum(between, 0)  # rounded sums of tiny numbers may be below
+    np.testing.assert_allclose(distances**2, np.sort(positive, axis=1)[:, :5], **near)
+    np.testing.assert_allclose(np.take_along_axis(positive, rows, axis=1), distances**2, **near)
+    precise, recalled = precision_recall(u, v, 3, arithmetic)
+    assert np.mean(precise == (between <= radii[0][:, None]).any(axis=0)) > 0.99
+    assert np.mean(recalled == (between <= radii[1]).any(axis=1)) > 0.99
+    balls, covered = density_coverage(u, v, 3, arithmetic)
+    inside = between < radii[0][:, None]
+    assert np.mean(balls == inside.sum(axis=0) / 3) > 0.99
+    assert np.mean(covered == inside.any(axis=1)) > 0.99
+
+
 def test_overflow_of_half_precision_leads_to_float32():
     rng = np.random.default_rng(0)
     u, v = (rng.standard_normal((n, 24)).astype(np.float32) * 60 for n in (40, 30))
-    ((_, _, block),) = distances_of(u, v).blocks()
+    (block,) = pairs_of(u, v).blocks()
     got = block.distances()
     exact = ((u[:, None].astype(np.float64) - v) ** 2).sum(axis=-1)
     assert exact.max() > 65504
@@ -204,7 +278,7 @@ def test_overflow_of_half_precision_leads_to_float32():
     for tile in (20, 40):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(neighbours, "PUBLISHED_TILE", tile)
-            blocks = [b.distances() for *_, b in distances_of(u, u[:20]).blocks()]
+            blocks = [block.distances() for block in pairs_of(u, u[:20]).blocks()]
         with np.errstate(over="ignore"):
             is_half = [np.array_equal(b, b.astype(np.float16)) for b in blocks]
         assert is_half == ([True, False] if tile == 20 else [False])
