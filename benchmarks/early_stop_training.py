@@ -18,6 +18,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -391,16 +392,16 @@ def spread(values: np.ndarray) -> str:
 
 
 def draw_curves(study: Study, path: Path) -> None:
-    """Mean and spread over seeds, one panel for each T', its variants in it."""
+    """Mean and spread over seeds: a column of panels for each T', a row for each --evaluations."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    evaluations = study.args.evaluations[0]
-    times = study.t_primes_of(Arm(0))
-    figure, axes = plt.subplots(1, len(times), figsize=(4 * len(times), 3.2), squeeze=False)
-    for axis, t_prime in zip(axes[0], times, strict=True):
+    rows, times = study.args.evaluations, study.t_primes_of(Arm(0))
+    size = (4 * len(times), 3.2 * len(rows))
+    figure, axes = plt.subplots(len(rows), len(times), figsize=size, squeeze=False)
+    for axis, (evaluations, t_prime) in zip(axes.flat, product(rows, times), strict=True):
         for arm in study.arms:
             if arm.t_prime not in (0, t_prime):
                 continue
@@ -413,7 +414,8 @@ def draw_curves(study: Study, path: Path) -> None:
         axis.set_xticks(study.snapshots, map(str, study.snapshots))
         axis.minorticks_off()
         axis.legend(fontsize=7)
-    axes[0][0].set_ylabel("Fréchet distance (emoji32 features)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("Fréchet distance (emoji32 features)")
     figure.tight_layout()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
