@@ -173,8 +173,7 @@ def main(argv: list[str] | None = None) -> None:
 def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
     """Check the flags and their files; None where commands can only be printed."""
     preset = load_preset(args.dataset)
-    for remark in _ignored_flags(args, typed, preset):
-        print(f"warning: {remark}", file=sys.stderr)
+    _warn_of_flags_in_vain(typed, _flags_in_vain(args, preset) | _scoring_in_vain(args))
     named = by_name(args, typed, ("chain_length", "reverse_steps"))
     if not named:
         print(_describe_steps(args, _chain(args, preset)))
@@ -349,6 +348,7 @@ def _plan_again(args: argparse.Namespace, typed: set[str]) -> Plan:
         not surplus,
         f"--again repeats a run as it was: leave out {', '.join(f'--{name}' for name in surplus)}",
     )
+    _warn_of_flags_in_vain(typed, _scoring_in_vain(args))
     require(bool(args.output_dir), "--again: name a new folder with --output_dir")
     record = read_json(args.again)
     require(record is not None, f"--again: there is no file {args.again}")
@@ -483,43 +483,51 @@ def _log_name(args: argparse.Namespace, named: bool) -> str:
     return f"ddpm_{args.chain_length}_length{part}_global_rank_{{rank}}.log"
 
 
-def _ignored_flags(args: argparse.Namespace, typed: set[str], preset: Preset) -> list[str]:
-    """A remark for each flag that the user typed in vain."""
+def _warn_of_flags_in_vain(typed: set[str], in_vain: Mapping[str, tuple[bool, str]]) -> None:
+    for remark in without_effect(typed, in_vain):
+        print(f"warning: {remark}", file=sys.stderr)
+
+
+def _flags_in_vain(args: argparse.Namespace, preset: Preset) -> dict[str, tuple[bool, str]]:
+    """Whether flags of the sampling do nothing, and when, as `without_effect` takes it."""
     scratch = args.start_from_scratch
-    unguided = not (preset.is_guided or args.classifier_path)
+    return {
+        "num_samples": unused_num_samples(args),
+        "generator": (scratch, "with --start_from_scratch"),
+        "reverse_steps": (scratch, "with --start_from_scratch"),
+        "dataset_path": (scratch, "with --start_from_scratch"),
+        "limit": (scratch, "with --start_from_scratch"),
+        "eta": (
+            not _uses_ddim(args) and args.sampler not in WITH_ETA,
+            "without DDIM (--chain_length ddim250, say) or --sampler dpmpp_2m_sde",
+        ),
+        "variance": (
+            _uses_ddim(args) or args.sampler not in (None, "ddpm"),
+            "without DDPM (--sampler ddpm)",
+        ),
+        "classifier_guidance_scale": (
+            not (preset.is_guided or args.classifier_path),
+            f"with the data set {preset.name}: it has no classifier (see --classifier_path)",
+        ),
+        "classifier_path": (
+            args.classifier_guidance_scale == 0,
+            "with --classifier_guidance_scale 0",
+        ),
+        "save_dir_suffix": (bool(args.output_dir), "with --output_dir"),
+    }
+
+
+def _scoring_in_vain(args: argparse.Namespace) -> dict[str, tuple[bool, str]]:
+    """The same of flags of the evaluation."""
     unevaluated = "with --not_eval_metrics" if args.not_eval_metrics else "but on machine 0"
-    return without_effect(
-        typed,
-        {
-            "num_samples": unused_num_samples(args),
-            "generator": (scratch, "with --start_from_scratch"),
-            "reverse_steps": (scratch, "with --start_from_scratch"),
-            "dataset_path": (scratch, "with --start_from_scratch"),
-            "limit": (scratch, "with --start_from_scratch"),
-            "eta": (
-                not _uses_ddim(args) and args.sampler not in WITH_ETA,
-                "without DDIM (--chain_length ddim250, say) or --sampler dpmpp_2m_sde",
-            ),
-            "variance": (
-                _uses_ddim(args) or args.sampler not in (None, "ddpm"),
-                "without DDPM (--sampler ddpm)",
-            ),
-            "classifier_guidance_scale": (
-                unguided,
-                f"with the data set {preset.name}: it has no classifier (see --classifier_path)",
-            ),
-            "classifier_path": (
-                args.classifier_guidance_scale == 0,
-                "with --classifier_guidance_scale 0",
-            ),
-            "save_dir_suffix": (bool(args.output_dir), "with --output_dir"),
-            **dict.fromkeys(scoring.FLAGS, (not _evaluates(args), unevaluated)),
-            "eval_while_sampling": (
-                not _evaluates(args) or slurm.is_wanted(args),
-                "with --submit slurm" if slurm.is_wanted(args) else unevaluated,
-            ),
-        },
-    )
+    submitted = slurm.is_wanted(args)
+    return {
+        **dict.fromkeys(scoring.FLAGS, (not _evaluates(args), unevaluated)),
+        "eval_while_sampling": (
+            not _evaluates(args) or submitted,
+            "with --submit slurm" if submitted else unevaluated,
+        ),
+    }
 
 
 def _uses_ddim(args: argparse.Namespace) -> bool:

@@ -27,7 +27,7 @@ from guided_diffusion.sampling.heartbeat import Observer
 from guided_diffusion.sampling.sources import open_generator_images
 from guided_diffusion.script_util import model_and_diffusion_defaults
 from guided_diffusion.settings import presets
-from guided_diffusion.settings.layers import parse
+from guided_diffusion.settings.layers import parse, without_effect
 from guided_diffusion.settings.record import Run
 from tests.plain_run import plain_run
 from tests.tiny_sampling import (
@@ -217,6 +217,13 @@ def test_what_cannot_be_repeated(whole_job, tmp_path, monkeypatch, more, message
     with pytest.raises(UserError, match=message):
         driver.main(["--again", str(whole_job[1] / "metrics.json"), *more])
     assert not Path("x").exists()
+
+
+def test_flags_in_vain_beside_again_are_warned_of(whole_job, tmp_path, capsys):
+    argv = ["--again", str(whole_job[1] / "metrics.json"), "--output_dir", str(tmp_path / "out")]
+    driver.main([*argv, "--not_eval_metrics", "--eval_while_sampling"])
+    said = capsys.readouterr().err
+    assert "warning: --eval_while_sampling has no effect with --not_eval_metrics\n" in said
 
 
 def test_a_byte_that_changed_in_a_chunk_is_sampled_again(tiny, tmp_path, whole_job):
@@ -613,7 +620,7 @@ def test_an_address_that_is_none_is_told_with_its_flag(tiny, tmp_path, flag):
 
 def test_a_job_after_the_array_finds_all_samples_there():
     args, typed = parse(driver.create_argparser(), ["--submit", "slurm", "--eval_while_sampling"])
-    said = driver._ignored_flags(args, typed, presets.load_preset("emoji32"))
+    said = without_effect(typed, driver._scoring_in_vain(args))
     assert "--eval_while_sampling has no effect with --submit slurm" in said
 
 
