@@ -227,14 +227,7 @@ def process_of(preset: Preset, steps: int) -> SpacedDiffusion:
     flags = {**diffusion_defaults(), **preset.diffusion_flags}
     known = {name: flags[name] for name in diffusion_defaults()}
     whole = diffusion_from(known, "")
-    return SpacedDiffusion(
-        use_timesteps=evaluation_timesteps(whole.alphas_cumprod, T_PRIME, steps),
-        betas=whole.original_betas,
-        model_mean_type=whole.model_mean_type,
-        model_var_type=whole.model_var_type,
-        loss_type=whole.loss_type,
-        rescale_timesteps=whole.rescale_timesteps,
-    )
+    return whole.keeping(evaluation_timesteps(whole.alphas_cumprod, T_PRIME, steps))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ in [-1, 1]; t is an int64 tensor [N] of step indices, 0 the least noisy.
 import enum
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ import torch
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
 from .solvers import evaluation_timesteps, make_solver
+
+if TYPE_CHECKING:
+    from .respace import SpacedDiffusion
 
 Randn = Callable[[torch.Tensor], torch.Tensor]
 
@@ -560,12 +563,8 @@ class GaussianDiffusion:
         stop = None if t_prime is None else process.num_timesteps
         return process._reverse_loop(step, model, shape, noise, device, progress, stop, randn)
 
-    def _respaced(
-        self, t_prime: int | None, steps: int | None, spacing: str
-    ) -> "GaussianDiffusion":
+    def _respaced(self, t_prime: int | None, steps: int | None, spacing: str) -> "SpacedDiffusion":
         """The process that keeps only the timesteps that a solver evaluates."""
-        from .respace import SpacedDiffusion  # which is derived from this class
-
         total = len(self.original_betas)
         stop = total if t_prime is None else t_prime
         levels = np.cumprod(1.0 - self.original_betas)
@@ -573,8 +572,14 @@ class GaussianDiffusion:
         times = evaluation_timesteps(levels, stop, 1 if steps is None else steps, spacing)
         if steps is None:
             times = [t for t in self._kept_timesteps() if t < stop]
+        return self.keeping(times)
+
+    def keeping(self, timesteps: Iterable[int]) -> "SpacedDiffusion":
+        """The process that keeps only these timesteps of the original one."""
+        from .respace import SpacedDiffusion  # which is derived from this class
+
         return SpacedDiffusion(
-            use_timesteps=times,
+            use_timesteps=timesteps,
             betas=self.original_betas,
             model_mean_type=self.model_mean_type,
             model_var_type=self.model_var_type,

@@ -9,7 +9,6 @@ import torch
 from esddpm_io.images import image_grid
 
 from .flags import args_to_dict
-from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import BatchStream
 from .pixels import to_uint8
 from .resample import create_named_schedule_sampler
@@ -32,7 +31,7 @@ def train_diffusion(
     *,
     kind: str,
     flag_names: Iterable[str],
-    create: Callable[..., tuple[torch.nn.Module, GaussianDiffusion]],
+    create: Callable[..., tuple[torch.nn.Module, SpacedDiffusion]],
     load: Callable[..., BatchStream],
 ) -> None:
     """Train a network of diffusion_training_defaults and its own flags to the end.
@@ -66,7 +65,7 @@ def train_diffusion(
 
 
 def sample_drawer(
-    diffusion: GaussianDiffusion,
+    diffusion: SpacedDiffusion,
     data: BatchStream,
     early_stop_steps: int | None = None,
     seed: int = 0,
@@ -82,34 +81,23 @@ def sample_drawer(
     data.seek(0)
     start = batch[:_COLUMNS]
     cond = {name: value[:_COLUMNS] for name, value in cond.items()}
-    chain = _short_chain(diffusion, early_stop_steps or diffusion.num_timesteps)
+    stop = early_stop_steps or diffusion.num_timesteps
+    spaced = np.linspace(0, stop - 1, min(_STEPS, stop)).round().astype(int)
+    chain = diffusion.keeping(diffusion.timestep_map[index] for index in spaced)
 
     @torch.no_grad()
     def draw(model: torch.nn.Module) -> np.ndarray:
         device = next(model.parameters()).device
         torch.manual_seed(seed)
-        stop = {"noise": start, "denoise_steps": chain.num_timesteps} if early_stop_steps else {}
+        early = {"noise": start, "denoise_steps": chain.num_timesteps} if early_stop_steps else {}
         samples = chain.ddim_sample_loop(
             model,
             tuple(start.shape),
             model_kwargs={name: value.to(device) for name, value in cond.items()},
             device=device,
-            **stop,
+            **early,
         ).cpu()
         rows = torch.cat([start, samples]) if early_stop_steps else samples
         return image_grid(to_uint8(rows), len(start))
 
     return draw
-
-
-def _short_chain(diffusion: GaussianDiffusion, stop: int) -> SpacedDiffusion:
-    """Steps of `diffusion` below `stop`, evenly spaced, 0 and stop - 1 among them."""
-    steps = np.linspace(0, stop - 1, min(_STEPS, stop)).round().astype(int).tolist()
-    return SpacedDiffusion(
-        use_timesteps=steps,
-        betas=diffusion.betas,
-        model_mean_type=diffusion.model_mean_type,
-        model_var_type=diffusion.model_var_type,
-        loss_type=diffusion.loss_type,
-        rescale_timesteps=diffusion.rescale_timesteps,
-    )

@@ -191,24 +191,14 @@ class Run:
 
 def diffusion_of(run: Run) -> "SpacedDiffusion":
     """The respaced diffusion process of a run."""
-    # Brings torch, which gathering and status do without.
-    from guided_diffusion.respace import SpacedDiffusion
-
     if run.sampler.respacing is not None:
         return diffusion_from(run.process, run.sampler.respacing)
-    whole = diffusion_from(run.process, "")
-    return SpacedDiffusion(
-        use_timesteps=run.sampler.timesteps,
-        betas=whole.original_betas,
-        model_mean_type=whole.model_mean_type,
-        model_var_type=whole.model_var_type,
-        loss_type=whole.loss_type,
-        rescale_timesteps=whole.rescale_timesteps,
-    )
+    return diffusion_from(run.process, "").keeping(run.sampler.timesteps)
 
 
 def diffusion_from(process: Mapping[str, Value], respacing: str) -> "SpacedDiffusion":
     """The diffusion process of these flags, of which `respacing` keeps some steps."""
+    # Brings torch, which gathering and status do without.
     from guided_diffusion.script_util import create_gaussian_diffusion
 
     flags: dict[str, typing.Any] = {**process, "timestep_respacing": respacing}

@@ -39,6 +39,12 @@ def test_samples_take_even_steps_from_the_first_noise_level_to_the_last(stop, fi
     assert count == 1 or gaps.max() - gaps.min() <= 1
 
 
+def test_of_a_respaced_process_the_network_is_asked_at_original_timesteps():
+    model, diffusion = Recorder(), create_gaussian_diffusion(timestep_respacing="5")
+    sample_drawer(diffusion, stream())(model)
+    assert model.seen == diffusion.timestep_map[::-1] == [999, 749, 500, 250, 0]
+
+
 def test_a_grid_repeats_and_leaves_the_data_where_they_were():
     data, diffusion = stream(), create_gaussian_diffusion()
     draw = sample_drawer(diffusion, data)
