@@ -16,12 +16,13 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError
 from esddpm_io.files import blobfile, fingerprint_file, is_blob, open_binary
-from esddpm_io.npz import NpyReader, NpzReader
+from esddpm_io.npz import NpyReader, NpzReader, NpzWriter
 from esddpm_io.progress import Progress
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _LABELLED_NAME = re.compile(r"\d+_label_(\d+)\.[^.]+$")
 _FILES_AT_ONCE = 8
+_IMAGES_AT_ONCE = 64  # in memory, of what is written
 _CAPTION_SIZE = 16  # pixels of a line of text
 # What decoders raise for damaged files.
 _BROKEN_IMAGE = (
@@ -278,6 +279,28 @@ def save_png(path: str | os.PathLike, array: np.ndarray) -> None:
     """Write one image, uint8 [H, W, 3], atomically."""
     with atomic_path(path) as temporary:
         Image.fromarray(array).save(temporary, format="PNG")
+
+
+def write_npz(
+    path: str | os.PathLike,
+    images: ImageSource,
+    count: int,
+    tell: Callable[[int], object] = lambda done: None,
+) -> None:
+    """Stream the first `count` images, and their labels if they have some, into an .npz.
+
+    tell: is called with the number of images that are written more.
+    """
+    read = {"arr_0": images.read}
+    layout: dict = {"arr_0": ((count, *images.shape[1:]), np.uint8)}
+    if images.has_labels:
+        read["arr_1"], layout["arr_1"] = images.labels, ((count,), np.int64)
+    with NpzWriter(path, layout) as writer:
+        for start in range(0, count, _IMAGES_AT_ONCE):
+            stop = min(start + _IMAGES_AT_ONCE, count)
+            for name in layout:
+                writer.append(name, read[name](start, stop))
+            tell(stop - start)
 
 
 def png_name(index: int, label: int | None) -> str:

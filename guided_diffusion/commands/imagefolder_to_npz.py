@@ -12,11 +12,8 @@ import os
 from esddpm_io.errors import UserError, terminate_cleanly
 from esddpm_io.files import check_output_file
 from esddpm_io.help import CommandLine
-from esddpm_io.images import ImageSource, open_images
-from esddpm_io.npz import NpzWriter
+from esddpm_io.images import open_images, write_npz
 from esddpm_io.progress import Progress
-
-_IMAGES_AT_ONCE = 64
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -24,20 +21,6 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", required=True, help="folder of images")
     parser.add_argument("--output", help="the .npz to write; default: FOLDER.npz")
     return parser
-
-
-def write_npz(images: ImageSource, path: str) -> None:
-    """Stream images, and their labels if they have some, into an .npz."""
-    layout = {"arr_0": (images.shape, "uint8")}
-    if images.has_labels:
-        layout["arr_1"] = (images.shape[:1], "int64")
-    with Progress(len(images), "images", "packing") as bar, NpzWriter(path, layout) as writer:
-        for start in range(0, len(images), _IMAGES_AT_ONCE):
-            stop = min(start + _IMAGES_AT_ONCE, len(images))
-            writer.append("arr_0", images.read(start, stop))
-            if images.has_labels:
-                writer.append("arr_1", images.labels(start, stop))
-            bar.update(stop - start)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output must end in .npz, not {output}")
     check_output_file(output, flag="--output")
     images = open_images(args.folder, flag="--folder")
-    write_npz(images, output)
+    with Progress(len(images), "images", "packing") as bar:
+        write_npz(output, images, len(images), bar.update)
     labels = "with" if images.has_labels else "without"
     print(f"{output}: {len(images)} images {labels} labels")

@@ -6,17 +6,14 @@ T' = 0 is the generator itself: its folder holds no run, but the images and `gen
 import dataclasses
 from typing import Any
 
-import numpy as np
-
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError
 from esddpm_io.files import exists, join, read_json
-from esddpm_io.npz import NpzWriter
+from esddpm_io.images import write_npz
 from guided_diffusion.sampling.gathering import SAMPLES_FILE, open_start_images, t_prime
 from guided_diffusion.settings.record import Run
 
 GENERATOR_FILE = "generator.json"
-_ROWS_AT_ONCE = 64
 
 
 def point_of_run(run: Run, seconds_per_image: float | None) -> dict[str, Any]:
@@ -94,15 +91,7 @@ class GeneratorPoint:
         if generator_of(folder) == self and exists(samples):
             return
         images = open_start_images(self.path, self.samples, self.seed, device)
-        layout: dict = {"arr_0": ((self.samples, *images.shape[1:]), "uint8")}
-        if images.has_labels:
-            layout["arr_1"] = ((self.samples,), "int64")
-        given = {"arr_0": images.read, "arr_1": images.labels}
-        with NpzWriter(samples, layout) as writer:
-            for row in range(0, self.samples, _ROWS_AT_ONCE):
-                stop = min(row + _ROWS_AT_ONCE, self.samples)
-                for name in layout:
-                    writer.append(name, np.asarray(given[name](row, stop)))
+        write_npz(samples, images, self.samples)
         write_json(join(folder, GENERATOR_FILE), dataclasses.asdict(self))
 
 
