@@ -51,7 +51,11 @@ class ImageSource:
 
     def labels(self, start: int, stop: int) -> np.ndarray | None:
         """Their labels, int64 [n], or None if the source has none."""
-        raise NotImplementedError
+        return None
+
+    def pick(self, indices: Iterable[int]) -> np.ndarray:
+        """Images of any indices, uint8 [n, H, W, 3]."""
+        return np.concatenate([self.read(index, index + 1) for index in indices])
 
     def check(self) -> None:
         """`UserError`, naming the image, for what reading all of them would meet, at less cost.
@@ -68,7 +72,7 @@ class ImageSource:
 
         None where `fingerprint` reads no more than that itself.
         """
-        raise NotImplementedError
+        return None
 
 
 class _NpzImages(ImageSource):
@@ -102,9 +106,6 @@ class _NpzImages(ImageSource):
             f"{name}{self._reader.shape(name)}{self._reader.crc(name)}" for name in names
         )
 
-    def stamp(self) -> None:
-        return None
-
 
 class _NpyImages(ImageSource):
     """One uint8 array [N, H, W, 3], no labels."""
@@ -118,9 +119,6 @@ class _NpyImages(ImageSource):
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self._reader.rows(start, stop)
-
-    def labels(self, start: int, stop: int) -> None:
-        return None
 
     def fingerprint(self) -> str:
         return fingerprint_file(self._path, flag=self._flag)

@@ -32,9 +32,6 @@ class ArrayImages(ImageSource):
     def read(self, start: int, stop: int) -> np.ndarray:
         return np.ascontiguousarray(self._images[start:stop])  # PyTorch takes no negative strides
 
-    def labels(self, start: int, stop: int) -> None:
-        return None
-
 
 Images = str | os.PathLike | np.ndarray
 

@@ -36,14 +36,14 @@ def nearest_real(group: Group, samples: int) -> Nearest | str:
         return "There are no samples of a network among these runs."
     point = best.points[0]
     picked = np.linspace(0, len(point.images) - 1, min(len(point.images), samples)).astype(int)
-    pixels = np.concatenate([point.images.read(index, index + 1) for index in picked])
+    pixels = point.images.pick(picked)
     try:
         reference, rows, distances = _search(point, pixels)
     except UserError as error:
         return f"They cannot be looked for: {error}."
     images = open_images(reference, flag="reference")
-    real = [np.concatenate([images.read(row, row + 1) for row in own]) for own in rows]
-    return Nearest(best, picked.tolist(), pixels, np.stack(real), distances)
+    real = np.stack([images.pick(own) for own in rows])
+    return Nearest(best, picked.tolist(), pixels, real, distances)
 
 
 def _search(point: Point, samples: np.ndarray) -> tuple[str, np.ndarray, np.ndarray]:

@@ -57,7 +57,7 @@ def _strip(group: Group, series: Series) -> Strip:
     count = min(len(point.images) for point in points)
     picked = np.linspace(0, count - 1, min(count, _IMAGES)).astype(int)
     rows = [
-        Row(one.name, one, _pick(point, picked))
+        Row(one.name, one, point.images.pick(picked))
         for one, point in zip(series.settings, points, strict=True)
     ]
     # What they start from goes first, whether it was scored or not.
@@ -67,15 +67,11 @@ def _strip(group: Group, series: Series) -> Strip:
         # A generator that is a function makes others of another seed.
         found = scored[0].points
         same = next((point for point in found if point.about["seed"] == seed), found[0])
-        rows.insert(0, Row(scored[0].name, scored[0], _pick(same, picked)))
+        rows.insert(0, Row(scored[0].name, scored[0], same.images.pick(picked)))
     elif not scored and start:
         images = _start_images(points[0], picked)
         rows[:0] = [] if images is None else [Row("generator", None, images)]
     return Strip(series.label, seed, picked.tolist(), rows)
-
-
-def _pick(point: Point, indices: np.ndarray) -> np.ndarray:
-    return np.concatenate([point.images.read(index, index + 1) for index in indices])
 
 
 def _start_images(point: Point, indices: np.ndarray) -> np.ndarray | None:
@@ -84,7 +80,6 @@ def _start_images(point: Point, indices: np.ndarray) -> np.ndarray | None:
     if not then or not exists(then["path"]) or sha256_of(then["path"]) != then["sha256"]:
         return None
     try:
-        source = open_images(then["path"], flag="start images")
-        return np.concatenate([source.read(index, index + 1) for index in indices])
+        return open_images(then["path"], flag="start images").pick(indices)
     except UserError:
         return None

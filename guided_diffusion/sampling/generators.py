@@ -148,9 +148,6 @@ class GeneratedImages(ImageSource):
     def fingerprint(self) -> str:
         return self._generator.contents
 
-    def stamp(self) -> None:
-        return None
-
 
 def full_target(target: str) -> str:
     """The target with the absolute path of its file, if it names one: for processes elsewhere."""
