@@ -69,12 +69,7 @@ def _check_beside(target: str, sidecar: Mapping[str, Any] | None) -> None:
 def _save(tensors: conversion.Tensors, sidecar: Mapping[str, Any] | None, target: str) -> None:
     save_checkpoint(tensors, target, sidecar)
     if sidecar is not None and not target.endswith(SAFETENSORS):
-        write_sidecar(
-            target,
-            sidecar["flags"],
-            kind=sidecar["kind"],
-            early_stop_steps=sidecar["early_stop_steps"],
-        )
+        write_sidecar(target, **sidecar)
 
 
 def to_file(source: str, target: str) -> None:

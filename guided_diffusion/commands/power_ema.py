@@ -51,8 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     newest = str(max(files, key=lambda file: files[file].step))
     sidecar = read_sidecar(newest)
     if sidecar:
-        kind, stop = sidecar["kind"], sidecar["early_stop_steps"]
-        write_sidecar(path, sidecar["flags"], kind=kind, early_stop_steps=stop)
+        write_sidecar(path, **sidecar)
     save_checkpoint(added_up(dict(zip(map(str, files), factors, strict=True)), newest), path)
     print(f"{path}, of {len(files)} averages")
 
