@@ -20,17 +20,6 @@ from esddpm_io.files import exists, is_blob, open_binary
 from esddpm_io.optional import import_extra
 from guided_diffusion.diffusers_folder import is_diffusers, read_folder, read_tensors
 
-__all__ = [
-    "check_fit",
-    "load_object",
-    "load_weights",
-    "read_checkpoint",
-    "read_sidecar",
-    "save_checkpoint",
-    "sidecar_path",
-    "write_sidecar",
-]
-
 KINDS = ("model", "classifier", "sr", "vae")
 _NAMED = 3  # tensors that an error names, of each sort
 

@@ -4,6 +4,5 @@
 - `layers`: values with their origins, the later layer winning
 - `presets`: data sets as TOML files; `recognition`: flags told from names and shapes of tensors
 - `resolver`: the flags of a network, from all of these and the checkpoint's sidecar
-- `sampling_flags`: the published flags of the sampling scripts, as an adapter that makes a record
-- `provenance`: what else is to be known to repeat a run: versions, devices, hashes of inputs
+- `provenance`: what else is to be known to repeat a run: versions, machine, commit
 """

@@ -98,12 +98,6 @@ def own_classes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, object]:
     return {} if count == script_util.NUM_CLASSES else {"num_classes": count}
 
 
-def recognise(state_dict: Mapping[str, torch.Tensor]) -> dict | None:
-    """The flags of `identify` alone, or None."""
-    found = identify(state_dict)
-    return None if found is None else dict(found.flags)
-
-
 @functools.cache
 def published_flags() -> dict[str, dict]:
     """By file name: `kind`, and the `flags` that its documentation gives it."""
