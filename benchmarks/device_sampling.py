@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from sampling_speed import plain_loop, timed
 
+from esddpm_io.help import CommandLine
 from guided_diffusion.checkpoints import load_weights
 from guided_diffusion.compiling import compile_for_sampling
 from guided_diffusion.respace import SpacedDiffusion
@@ -76,9 +77,7 @@ class Case:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine(description=__doc__)
     parser.add_argument("--device", default="", help="cpu, or the index of a GPU (default: 0)")
     parser.add_argument("--networks", default="imagenet64,lsun_cat", help="presets")
     parser.add_argument("--batch_sizes", default="32,100")

@@ -8,11 +8,11 @@ rest: reading images, noise, the arithmetic of the steps, pixels. Processor time
 on the machine disturbs it less.
 """
 
-import argparse
 import time
 
 import torch
 
+from esddpm_io.help import CommandLine
 from guided_diffusion.commands.sample import read_jobs
 from guided_diffusion.sampling.sampler import Sampler
 from guided_diffusion.settings.presets import load_preset
@@ -20,9 +20,7 @@ from guided_diffusion.unet import UNetModel
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine(description=__doc__)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=8, help="network evaluations an image")
     parser.add_argument("--rounds", type=int, default=3, help="the best one counts")

@@ -30,6 +30,7 @@ import torch
 from scipy.special import stdtrit
 
 from esddpm_io.errors import UserError, run_main
+from esddpm_io.help import CommandLine
 from esddpm_io.images import image_grid, open_images, save_png
 from evaluations.features import choose_engine, load_graph, pool_features
 from evaluations.metrics import Gaussian, frechet_distance, gaussian_of, precision_recall
@@ -105,9 +106,7 @@ class Row:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine(description=__doc__)
     parser.add_argument("--dataset", default="emoji32")
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="SAMPLER:K[:OPTION,…]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -8,7 +8,6 @@ depend on the input); gathering joins all chunks into samples_all.npz. At 50,000
 about 20 GB of disk, which is given back.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from esddpm_io.help import CommandLine
 from esddpm_io.images import save_png
 from esddpm_io.npz import NpzWriter
 from guided_diffusion.sampling.chunks import ChunkFolder
@@ -43,9 +43,7 @@ MODEL = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine(description=__doc__)
     parser.add_argument("--images", type=int, nargs="+", default=[2000, 50000])
     parser.add_argument("--inputs", nargs="+", choices=INPUTS, default=list(INPUTS))
     parser.add_argument("--folder", help="where the inputs are made; default: a temporary folder")

@@ -10,13 +10,13 @@ turn; each figure is the best of the rounds, by the clock and by the time of the
 other work on the machine disturbs less.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from esddpm_io.help import CommandLine
 from guided_diffusion.rng import RandomStreams
 from guided_diffusion.script_util import (
     classifier_defaults,
@@ -31,9 +31,7 @@ CHAIN, STEPS = "50", 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()

@@ -26,6 +26,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from esddpm_io.errors import run_main
+from esddpm_io.help import CommandLine
 from esddpm_io.images import open_images
 from evaluations.features import choose_engine, load_graph, pool_features
 from evaluations.metrics import frechet_distance, gaussian_of
@@ -49,9 +50,7 @@ PRIORS = ("vae", "weak_vae", "blur0.5", "blur1", "blur2", "blocks", "jpeg", "rea
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine(description=__doc__)
     parser.add_argument("--dataset", default="emoji32")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

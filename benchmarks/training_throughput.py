@@ -10,7 +10,6 @@ that a machine whose speed drifts slows both. On a CPU the time is the processor
 process, which other programs disturb least; on CUDA it is the wall clock's.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from esddpm_io.errors import run_main
+from esddpm_io.help import CommandLine
 from guided_diffusion import dist_util, logger
 from guided_diffusion.image_datasets import ArrayImages, BatchStream
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
@@ -34,9 +34,7 @@ class WithoutCheckpoints(TrainLoop):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine(description=__doc__)
     parser.add_argument("--preset", default="emoji32", help="whose network is trained")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=5, help="steps of a block")
