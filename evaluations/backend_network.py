@@ -27,15 +27,13 @@ _TOLERANCE = 1e-4  # of the largest feature: what another order of sums may chan
 class NetworkEngine:
     """Features of a `NetworkFile`, float32; there are no spatial ones (width 0).
 
-    device: `auto` (CUDA where there is one, else the CPU) or a torch device. `UserError` for a file
-    that is no network or gives other than [N, D] features.
+    device: as of `check_device`. `UserError` for a file that is no network or gives other than
+    [N, D] features.
     """
 
     name = "torch"
 
     def __init__(self, network: NetworkFile, device: str = "auto"):
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = check_device(device)
         self._network = network
         try:

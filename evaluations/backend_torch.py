@@ -36,15 +36,15 @@ _PASSED_THROUGH = {"Identity", "CheckNumerics", "StopGradient"}
 class TorchEngine:
     """Pool and spatial features of a frozen graph by PyTorch.
 
-    device: `auto` (CUDA where there is one, else the CPU) or a torch device. precision: `float32`,
-    `bfloat16` or, with CUDA, `float16`; resizing is float32 in any case. `UserError` naming the
-    operation if the graph has one that is not known here.
+    device: as of `check_device`. precision: `float32`, `bfloat16` or, with CUDA, `float16`;
+    resizing is float32 in any case. `UserError` naming the operation if the graph has one that is
+    not known here.
     """
 
     name = "torch"
 
     def __init__(self, graph: Graph, precision: str = "float32", device: str = "auto"):
-        self.device = _device(device)
+        self.device = check_device(device)
         self.dtype = getattr(torch, precision)
         _check_precision(precision, self.device)
         self._graph = graph
@@ -214,14 +214,13 @@ class TorchEngine:
         return self._build(convolution, build)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return check_device(name)
-
-
 def check_device(name: str) -> torch.device:
-    """The device of that name; `UserError` if it is not there. Takes no memory on a GPU."""
+    """The device of that name; `UserError` if it is not there. Takes no memory on a GPU.
+
+    `auto` is CUDA where there is one, else the CPU.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda":

@@ -14,7 +14,7 @@ import numpy as np
 from esddpm_io.atomic import write_json
 from esddpm_io.download import download
 from esddpm_io.errors import UserError, check_choice
-from esddpm_io.files import open_binary, read_json
+from esddpm_io.files import open_binary, read_json, sha256
 from esddpm_io.images import ImageSource
 from esddpm_io.progress import Progress
 from evaluations.graph_file import (
@@ -101,9 +101,7 @@ def published_graph() -> str | None:
 
 def remember_graph(path: str | os.PathLike) -> None:
     """Note the SHA-256 of a graph that has just come from `GRAPH_URL`: it is the published one."""
-    with open_binary(path) as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    write_json(_known_graphs_path(), {GRAPH_NAME: digest})
+    write_json(_known_graphs_path(), {GRAPH_NAME: sha256(path)})
 
 
 def _known_graphs_path() -> Path:
