@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
+
+from . import dist_util
 
 SAMPLERS = ("uniform", "loss-second-moment")
 
@@ -98,11 +99,7 @@ class LossAwareSampler(ScheduleSampler):
 
         Processes may bring batches of different sizes. Order of the update: by rank.
         """
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            self.update_with_all_losses(local_ts.tolist(), local_losses.tolist())
-            return
-        gathered: list = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (local_ts.tolist(), local_losses.tolist()))
+        gathered = dist_util.gather_objects((local_ts.tolist(), local_losses.tolist()))
         self.update_with_all_losses(
             [t for ts, _ in gathered for t in ts], [loss for _, ls in gathered for loss in ls]
         )

@@ -35,7 +35,7 @@ import torch
 import torch.nn as nn
 
 from esddpm_io.errors import UserError
-from esddpm_io.progress import Progress
+from esddpm_io.progress import Progress, quiet
 
 from .. import dist_util, logger
 from ..compiling import Compiled
@@ -461,10 +461,9 @@ class Trainer(RunState):
 
     # Between steps.
 
-    def _progress(self, images: int | None):
-        if self.rank:
-            return contextlib.nullcontext(_NoProgress())
-        return Progress(images, "images", "training")
+    def _progress(self, images: int | None) -> Progress:
+        with quiet() if self.rank else contextlib.nullcontext():
+            return Progress(images, "images", "training")
 
     def _dump_figures(self) -> None:
         logger.logkv("param_norm", self.mp_trainer.param_norm())
@@ -489,13 +488,6 @@ def log_terms(
 
 def _concatenated(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-class _NoProgress:
-    """The other ranks' share of the progress bar."""
-
-    def update(self, n: int, note: str = "") -> None:
-        pass
 
 
 def parse_rates(ema_rate: float | str) -> list[float]:
