@@ -26,11 +26,10 @@ from guided_diffusion.commands import scoring, slurm
 from guided_diffusion.commands.sampler_flags import (
     AUTO,
     COMPILE_HELP,
-    WITH_ETA,
     add_precision_flag,
     add_sampler_flags,
     by_name,
-    unused_num_samples,
+    unused_flags,
 )
 from guided_diffusion.flag_help import GENERATOR_HELP
 from guided_diffusion.flags import str2bool
@@ -45,7 +44,7 @@ from guided_diffusion.settings.presets import (
 )
 
 if TYPE_CHECKING:
-    from guided_diffusion.commands.request import Request, Settled
+    from guided_diffusion.commands.request import Request
     from guided_diffusion.sampling.chunks import ChunkFolder
     from guided_diffusion.sampling.launcher import WorkerCommand, WorkersFailed
     from guided_diffusion.settings.record import Run
@@ -144,10 +143,8 @@ class Plan:
     output: str
     commands: "list[WorkerCommand]"
     evaluation: scoring.Evaluation | None
-    eval_while_sampling: bool
     dataset: str | None
-    save_png_files: bool
-    machine_idx: int
+    args: argparse.Namespace
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -162,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     if plan is None or not args.execute:
         return
     if slurm.is_wanted(args):
-        open_folder(plan.output, plan.run, plan.machine_idx)
+        open_folder(plan.output, plan.run, args.machine_idx)
         [worker] = plan.commands
         argv = ["--execute", *argv]
         slurm.hand_over(args, worker.argv, DRIVER, argv, plan.output, worker.log.parent)
@@ -184,9 +181,11 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
     only_print = not (args.execute or args.print_settings)
     if named.get("t_prime") == AUTO:
         named["t_prime"] = _measured_t_prime(args, typed, preset, named, output)
+    from guided_diffusion.commands.request import settle
+
     try:
         check_files(args, typed, preset, output)
-        settled = _settle(request_of(args, typed, preset, named), output)
+        settled = settle(request_of(args, typed, preset, named), output)
     except UserError as error:
         if not only_print:
             raise
@@ -206,7 +205,7 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
     if args.execute and _evaluates(args):
         evaluation = scoring.read_flags(args, preset)
         evaluation.check(settled.run.num_samples)
-    guided = preset.is_guided or bool(args.classifier_path)
+    guided = is_guided(args, preset)
     log = log_folder(args, output) / _log_name(args, bool(named))
     settings = [settings_path(output, args.machine_idx)]
     commands = worker_commands(args, choose_devices(args, typed), guided, settings, log)
@@ -216,16 +215,7 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
         return None
     if only_print:
         open_folder(output, settled.run, args.machine_idx)
-    return Plan(
-        settled.run,
-        output,
-        commands,
-        evaluation,
-        args.eval_while_sampling,
-        preset.name,
-        args.save_png_files,
-        args.machine_idx,
-    )
+    return Plan(settled.run, output, commands, evaluation, preset.name, args)
 
 
 def _measured_t_prime(
@@ -253,12 +243,6 @@ def may_measure(args: argparse.Namespace) -> bool:
     return args.execute and args.machine_idx == 0 and not slurm.is_wanted(args)
 
 
-def _settle(request: "Request", output: str) -> "Settled":
-    from guided_diffusion.commands.request import settle
-
-    return settle(request, output)
-
-
 def open_folder(output: str, run: "Run", machine_idx: int) -> "ChunkFolder":
     """Open the folder, and write what this machine's processes read: the run with our paths."""
     from guided_diffusion.sampling.chunks import ChunkFolder
@@ -283,22 +267,22 @@ def _execute(plan: Plan, argv: list[str]) -> None:
     from guided_diffusion.sampling.completion import complete
 
     terminate_cleanly()
-    folder = open_folder(plan.output, plan.run, plan.machine_idx)
+    folder = open_folder(plan.output, plan.run, plan.args.machine_idx)
     with contextlib.ExitStack() as stack:
         stack.enter_context(telling_how_to_continue([str(DRIVER), *argv]))
         score = None
-        if plan.evaluation and plan.eval_while_sampling:
+        if plan.evaluation and plan.args.eval_while_sampling:
             beside = plan.evaluation.beside(folder.chunks, folder.num_samples)
             score = stack.enter_context(beside)
         complete(
             [folder],
             lambda _: plan.commands,
-            gathers=plan.machine_idx == 0,
+            gathers=plan.args.machine_idx == 0,
             on_failure=_give_up,
         )
-        if plan.save_png_files:
+        if plan.args.save_png_files:
             outputs.export_pngs(folder, 0, folder.num_samples)
-        if plan.machine_idx:
+        if plan.args.machine_idx:
             print(
                 f"all samples are there; machine 0 gathers them, or, if it is gone\n  "
                 f"{_gather_command(plan)}"
@@ -370,16 +354,7 @@ def _plan_again(args: argparse.Namespace, typed: set[str]) -> Plan:
         print(command, flush=True)
     if not args.execute:
         open_folder(output, run, args.machine_idx)
-    return Plan(
-        run,
-        output,
-        commands,
-        evaluation,
-        args.eval_while_sampling,
-        record.get("dataset"),
-        args.save_png_files,
-        args.machine_idx,
-    )
+    return Plan(run, output, commands, evaluation, record.get("dataset"), args)
 
 
 def _evaluation_again(
@@ -460,14 +435,13 @@ def _describe_steps(args: argparse.Namespace, steps: list[int]) -> str:
 def _default_output(args: argparse.Namespace, preset: Preset, named: bool) -> Path:
     """The output folder that stands for what is sampled and how."""
     if named:
-        suffix = f"_{args.save_dir_suffix}" if args.save_dir_suffix else ""
-        return RESULTS_FOLDER / "exps" / preset.name / f"{point_name(args)}_steps{suffix}"
-    kind = f"diffusion_and_reverse_{args.reverse_steps}_steps"
-    if args.start_from_scratch:
-        kind = "generate_from_scratch"
+        name = f"{point_name(args)}_steps"
+    else:
+        kind = f"diffusion_and_reverse_{args.reverse_steps}_steps"
+        kind = "generate_from_scratch" if args.start_from_scratch else kind
+        name = f"ddpm_{args.chain_length}_steps/{kind}"
     suffix = f"_{args.save_dir_suffix}" if args.save_dir_suffix else ""
-    chain = f"ddpm_{args.chain_length}_steps"
-    return RESULTS_FOLDER / "exps" / preset.name / chain / f"{kind}{suffix}"
+    return RESULTS_FOLDER / "exps" / preset.name / f"{name}{suffix}"
 
 
 def point_name(args: argparse.Namespace) -> str:
@@ -490,23 +464,11 @@ def _warn_of_flags_in_vain(typed: set[str], in_vain: Mapping[str, tuple[bool, st
 
 def _flags_in_vain(args: argparse.Namespace, preset: Preset) -> dict[str, tuple[bool, str]]:
     """Whether flags of the sampling do nothing, and when, as `without_effect` takes it."""
-    scratch = args.start_from_scratch
+    with_eta = "DDIM (--chain_length ddim250, say) or --sampler dpmpp_2m_sde"
     return {
-        "num_samples": unused_num_samples(args),
-        "generator": (scratch, "with --start_from_scratch"),
-        "reverse_steps": (scratch, "with --start_from_scratch"),
-        "dataset_path": (scratch, "with --start_from_scratch"),
-        "limit": (scratch, "with --start_from_scratch"),
-        "eta": (
-            not _uses_ddim(args) and args.sampler not in WITH_ETA,
-            "without DDIM (--chain_length ddim250, say) or --sampler dpmpp_2m_sde",
-        ),
-        "variance": (
-            _uses_ddim(args) or args.sampler not in (None, "ddpm"),
-            "without DDPM (--sampler ddpm)",
-        ),
+        **unused_flags(args, _uses_ddim(args), with_eta),
         "classifier_guidance_scale": (
-            not (preset.is_guided or args.classifier_path),
+            not is_guided(args, preset),
             f"with the data set {preset.name}: it has no classifier (see --classifier_path)",
         ),
         "classifier_path": (
@@ -528,6 +490,11 @@ def _scoring_in_vain(args: argparse.Namespace) -> dict[str, tuple[bool, str]]:
             "with --submit slurm" if submitted else unevaluated,
         ),
     }
+
+
+def is_guided(args: argparse.Namespace, preset: Preset) -> bool:
+    """Whether a classifier can guide the run."""
+    return preset.is_guided or bool(args.classifier_path)
 
 
 def _uses_ddim(args: argparse.Namespace) -> bool:
@@ -560,7 +527,6 @@ def request_of(
     from guided_diffusion.commands.request import Request
 
     files = files_of(args, typed, preset)
-    guided = preset.is_guided or bool(args.classifier_path)
     return Request(
         kind="model",
         model_path=files["model_path"],
@@ -578,7 +544,7 @@ def request_of(
         num_samples=args.num_samples,
         limit=args.limit,
         classifier_path=files["classifier_path"],
-        classifier_scale=args.classifier_guidance_scale if guided else 0.0,
+        classifier_scale=args.classifier_guidance_scale if is_guided(args, preset) else 0.0,
         preset=preset,
         override=args.override_checkpoint_flags,
         precision=args.precision,
@@ -596,8 +562,7 @@ def check_files(args: argparse.Namespace, typed: set[str], preset: Preset, outpu
     unneeded = {"inception_path"} if not files["inception_path"] else set()
     if args.start_from_scratch or args.generator:
         unneeded.add("dataset_path")
-    guided = preset.is_guided or bool(args.classifier_path)
-    if not (guided and args.classifier_guidance_scale):
+    if not (is_guided(args, preset) and args.classifier_guidance_scale):
         unneeded.add("classifier_path")
     if not _evaluates(args):
         unneeded |= {"ref_batch", "inception_path"}

@@ -20,11 +20,10 @@ from esddpm_io.processes import PARENT_VARIABLE, watch_parent
 from guided_diffusion.commands.sampler_flags import (
     AUTO,
     COMPILE_HELP,
-    WITH_ETA,
     add_precision_flag,
     add_sampler_flags,
     by_name,
-    unused_num_samples,
+    unused_flags,
 )
 from guided_diffusion.flag_help import FLAG_HELP
 from guided_diffusion.flags import (
@@ -146,7 +145,8 @@ def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
     if args.compile:
         check_compiler(device.type)
     if args.settings:
-        run, source, remarks = _recorded(args, typed, device)
+        run, source = _recorded(args, typed, device)
+        remarks = []
     else:
         named = bool(args.save_dir) or args.print_settings
         require(named, "--save_dir: name the folder for the samples")
@@ -160,7 +160,9 @@ def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
             request = dataclasses.replace(request, t_prime=propose.kept(request, path))
         settled = settle(request, args.save_dir)
         run, source = settled.run, settled.source
-        remarks = [*settled.remarks, *_in_vain(args, typed)]
+        with_eta = "--use_ddim True, --sampler ddim or dpmpp_2m_sde"
+        in_vain = without_effect(typed, unused_flags(args, args.use_ddim, with_eta))
+        remarks = [*settled.remarks, *in_vain]
     rank, world_size, launched = place
     return Job(
         run=run,
@@ -182,7 +184,7 @@ def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
 
 def _recorded(
     args: argparse.Namespace, typed: set[str], device: "torch.device"
-) -> tuple[Run, "Source", list[str]]:
+) -> tuple[Run, "Source"]:
     """The run that --settings FILE says, its start images found unchanged."""
     from guided_diffusion.sampling.sources import check_source, open_source
 
@@ -198,7 +200,7 @@ def _recorded(
     args.save_dir = args.save_dir or os.path.dirname(path)
     source = open_source(run.start, run.num_samples, run.seed, device)
     check_source(source, run.start, args.save_dir)
-    return run, source, []
+    return run, source
 
 
 def _request(args: argparse.Namespace, typed: set[str], kind: str) -> "Request":
@@ -227,28 +229,6 @@ def _request(args: argparse.Namespace, typed: set[str], kind: str) -> "Request":
         classifier_scale=getattr(args, "classifier_scale", 0.0),
         override=args.override_checkpoint_flags,
         precision=args.precision,
-    )
-
-
-def _in_vain(args: argparse.Namespace, typed: set[str]) -> list[str]:
-    scratch = args.start_from_scratch
-    return without_effect(
-        typed,
-        {
-            "num_samples": unused_num_samples(args),
-            "generator": (scratch, "with --start_from_scratch"),
-            "denoise_steps": (scratch, "with --start_from_scratch"),
-            "dataset_path": (scratch, "with --start_from_scratch"),
-            "limit": (scratch, "with --start_from_scratch"),
-            "eta": (
-                not args.use_ddim and args.sampler not in WITH_ETA,
-                "without --use_ddim True, --sampler ddim or dpmpp_2m_sde",
-            ),
-            "variance": (
-                args.use_ddim or args.sampler not in (None, "ddpm"),
-                "without DDPM (--sampler ddpm)",
-            ),
-        },
     )
 
 

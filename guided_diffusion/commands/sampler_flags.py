@@ -70,8 +70,22 @@ def by_name(
     return {**named, "t_prime": args.t_prime, "steps": args.steps, "spacing": args.spacing}
 
 
-def unused_num_samples(args: argparse.Namespace) -> tuple[bool, str]:
-    """Whether --num_samples does nothing, and when, as `without_effect` takes it."""
+def unused_flags(
+    args: argparse.Namespace, uses_ddim: bool, without_ddim: str
+) -> dict[str, tuple[bool, str]]:
+    """What does nothing in a run, and when, as `without_effect` takes it, but for classifiers.
+
+    uses_ddim: by the published flags. without_ddim: how to have a sampler that --eta is for.
+    """
     if args.start_from_scratch or not args.generator:
-        return not args.start_from_scratch, "without --start_from_scratch or --generator"
-    return bool(args.limit), "with --limit, which goes first"
+        unused = not args.start_from_scratch, "without --start_from_scratch or --generator"
+    else:
+        unused = bool(args.limit), "with --limit, which goes first"
+    of_starts = ("generator", "reverse_steps", "denoise_steps", "dataset_path", "limit")
+    other = uses_ddim or args.sampler not in (None, "ddpm")
+    return {
+        "num_samples": unused,
+        **dict.fromkeys(of_starts, (args.start_from_scratch, "with --start_from_scratch")),
+        "eta": (not uses_ddim and args.sampler not in WITH_ETA, f"without {without_ddim}"),
+        "variance": (other, "without DDPM (--sampler ddpm)"),
+    }

@@ -32,7 +32,6 @@ from guided_diffusion.commands.sweep_points import (
     SCRATCH,
     Point,
     combinations_of,
-    is_guided,
     settle_all,
 )
 from guided_diffusion.commands.sweep_table import write_tables
@@ -246,7 +245,7 @@ def _score(sweep: Sweep, points: list[Point]) -> None:
 
 
 def _commands(sweep: Sweep, folders: "Sequence[ChunkFolder]") -> "list[WorkerCommand]":
-    guided = is_guided(sweep.args, sweep.preset)
+    guided = driver.is_guided(sweep.args, sweep.preset)
     machine = sweep.args.machine_idx
     settings = [driver.settings_path(folder.folder, machine) for folder in folders]
     log = driver.log_folder(sweep.args, sweep.output) / "sweep_global_rank_{rank}.log"

@@ -158,11 +158,11 @@ def settle_all(
             found[identity] = dataclasses.replace(point, proposal=own.proposal or point.proposal)
         else:
             stems = {name: _stem(values[name]) for name in several}
-            name = there.get(identity) or _name(own, what, stems, is_guided(args, preset))
+            name = there.get(identity) or _name(own, what, stems, driver.is_guided(args, preset))
             found[identity] = Point(join(output, name), what, own.proposal)
     if problems:
         raise UserError("; ".join(problems))
-    if "classifier_guidance_scale" in typed and not is_guided(args, preset):
+    if "classifier_guidance_scale" in typed and not driver.is_guided(args, preset):
         remarks["--classifier_guidance_scale has no effect: there is no classifier"] = None
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
@@ -290,10 +290,6 @@ def _name(
     if what.seed:
         parts.append(f"seed{what.seed}")
     return "_".join(parts)
-
-
-def is_guided(args: argparse.Namespace, preset: Preset) -> bool:
-    return preset.is_guided or bool(args.classifier_path)
 
 
 def _stem(path: str) -> str:
