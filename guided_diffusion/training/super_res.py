@@ -24,6 +24,20 @@ class SmallImages:
         return batch, {**cond, "low_res": F.interpolate(batch, self._small_size, mode="area")}
 
 
-def load_superres_data(large_size: int, small_size: int, **options) -> SmallImages:
-    """Endless (images, {"low_res": small images, ["y": labels]}); `options` as of `load_data`."""
-    return SmallImages(load_data(image_size=large_size, **options), small_size)
+def load_superres_data(
+    data_dir: str,
+    batch_size: int,
+    large_size: int,
+    small_size: int,
+    class_cond: bool = False,
+    **more,
+) -> SmallImages:
+    """Endless (images, {"low_res": small images, ["y": labels]}); `more` goes to `load_data`."""
+    data = load_data(
+        data_dir=data_dir,
+        batch_size=batch_size,
+        image_size=large_size,
+        class_cond=class_cond,
+        **more,
+    )
+    return SmallImages(data, small_size)

@@ -495,7 +495,7 @@ def test_super_resolution(data, tmp_path):
     folder = tmp_path / "run"
     assert read_sidecar(str(folder / "model000002.pt"))["flags"]["large_size"] == 8
     assert (folder / "samples000002.png").exists()
-    stream = load_superres_data(8, 4, data_dir=data, batch_size=3, seed=0)
+    stream = load_superres_data(data, 3, large_size=8, small_size=4, seed=0)
     batch, cond = next(stream)
     want = batch.view(3, 3, 4, 2, 4, 2).mean((3, 5))
     torch.testing.assert_close(cond["low_res"], want)
