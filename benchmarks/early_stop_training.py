@@ -413,7 +413,9 @@ def draw_curves(study: Study, path: Path) -> None:
         axis.set(xscale="log", xlabel="steps", title=f"T' = {t_prime}, {evaluations} evaluations")
         axis.set_xticks(study.snapshots, map(str, study.snapshots))
         axis.minorticks_off()
-        axis.legend(fontsize=7)
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high + 0.3 * (high - low))  # room for the legend
+        axis.legend(fontsize=7, loc="upper right")
     for axis in axes[:, 0]:
         axis.set_ylabel("Fréchet distance (emoji32 features)")
     figure.tight_layout()
