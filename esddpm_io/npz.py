@@ -1,6 +1,7 @@
 """Reading and writing .npz files a few rows at a time, so that memory does not grow with them."""
 
 import contextlib
+import lzma
 import math
 import os
 import shutil
@@ -20,7 +21,10 @@ from esddpm_io.files import open_binary
 
 _LOCAL_HEADER = struct.Struct("<26x2H")  # the two lengths that end a zip member's local header
 _SKIP_BYTES = 1 << 20
-_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, struct.error, RuntimeError)
+_BROKEN = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, struct.error),
+    *(RuntimeError, MemoryError),  # of a header that asks for what there cannot be
+)
 # What NumPy's parser of headers lets through when their text is no Python literal
 _BAD_HEADER = (tokenize.TokenError, SyntaxError, TypeError, KeyError, AttributeError)
 

@@ -67,12 +67,11 @@ class GrowingImages(ImageSource):
         _check_growing(folder, flag)
         # One part is read a few batches at a time, or a batch has several parts.
         self._arrays = functools.lru_cache(1)(self._read_part)
+        self._first: tuple[tuple[int, ...], bool] | None = None  # size of images, and labels or not
         part, _ = self._wait_for(0, 1)[0]
         images, labels = self._arrays(part)
-        where = f"{flag}: arr_0 of {part_path(folder, part)}"
-        _, *shape = check_image_array(images.shape, images.dtype, where)
-        self.shape = (count, *shape)
-        self.has_labels = labels is not None
+        self._first = images.shape[1:], labels is not None
+        self.shape, self.has_labels = (count, *images.shape[1:]), labels is not None
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return np.concatenate([images for images, _ in self._pieces(start, stop)])
@@ -96,7 +95,16 @@ class GrowingImages(ImageSource):
     def _read_part(self, part: Range) -> tuple[np.ndarray, np.ndarray | None]:
         with NpzReader(part_path(self._folder, part), flag=self._flag) as reader:
             labels = reader.array("arr_1") if "arr_1" in reader.names else None
-            return reader.array("arr_0"), labels
+            images = reader.array("arr_0")
+        where = f"{self._flag}: arr_0 of {part_path(self._folder, part)}"
+        check_image_array(images.shape, images.dtype, where)
+        size, has_labels = self._first or (images.shape[1:], labels is not None)
+        wanted = (part[1] - part[0], *size)
+        if images.shape != wanted:
+            raise UserError(f"{where} has the shape {list(images.shape)}, not {list(wanted)}")
+        if has_labels != (labels is not None) or (has_labels and labels.shape != wanted[:1]):
+            raise UserError(f"{where}: its labels (arr_1) are not those of all its images")
+        return images, labels
 
 
 def _check_growing(folder: str, flag: str) -> None:

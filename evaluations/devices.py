@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from esddpm_io.errors import UserError
-from esddpm_io.images import ImageSource
+from esddpm_io.images import ImageSource, open_images
 from esddpm_io.launch import Launch
 from esddpm_io.processes import watch_parent
 from esddpm_io.progress import Progress
@@ -33,6 +33,7 @@ from evaluations.features import (
 from evaluations.inputs import FeatureCache, Images, open_set
 from evaluations.moments import merged
 
+_READ_ROWS = 256
 _MOST_IMAGES = 8192  # of a share: what a process that is killed loses
 Share = tuple[int, int]  # first image and the one after the last
 
@@ -90,7 +91,9 @@ def extract_on_devices(
                 progress.update(share[1] - share[0])
 
         arguments = images, engine, name, batch_size, keep_spatial
-        _work_through(waiting, devices[: waiting.qsize()], arguments, keep)
+        # Whoever has named the file of the cache has read all of the set.
+        unread = images if store is None else None
+        _work_through(waiting, devices[: waiting.qsize()], arguments, keep, unread)
     return merge([done[share] for share in shares])
 
 
@@ -180,12 +183,16 @@ def _work_through(
     devices: list[str],
     arguments: tuple,
     keep: Callable[[Share, Features], None],
+    unread: Images | None,
 ) -> None:
-    """One process a device and one thread that hands shares to it; the first error is raised."""
+    """One process a device and one thread that hands shares to it; the first error is raised.
+
+    Beside them the set `unread` is read by one thread from its first byte to its last.
+    """
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with contextlib.ExitStack() as stack:
-        threads = stack.enter_context(ThreadPoolExecutor(max(len(devices), 1)))
-        futures = []
+        threads = stack.enter_context(ThreadPoolExecutor(len(devices) + 1))
+        futures = [threads.submit(_check_sum, unread)]
         for device in devices:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, device, *arguments), daemon=True)
@@ -196,6 +203,14 @@ def _work_through(
             futures.append(threads.submit(_hand_out, waiting, ours, device, keep))
         for future in futures:
             future.result()
+
+
+def _check_sum(images: Images | None) -> None:
+    """Have the CRC-32 of an .npz checked, of which each process sees a part only."""
+    if isinstance(images, str | os.PathLike) and str(images).endswith(".npz"):
+        source = open_images(images, flag="SAMPLE")
+        for start in range(0, len(source), _READ_ROWS):
+            source.read(start, min(start + _READ_ROWS, len(source)))
 
 
 def _hand_out(

@@ -373,9 +373,9 @@ def _result(
     }
     of_values = [note for value in values.values() for note in value.notes]
     left_out = [
-        f"no interval of {name}: it takes {METRICS[name].fewest_for_interval} samples"
+        f"no interval of {name}: {why}"
         for name in chosen.metrics
-        if groups and METRICS[name].resampled and count < METRICS[name].fewest_for_interval
+        if groups and METRICS[name].resampled and (why := METRICS[name].no_interval(scorer))
     ]
     notes = notes + told([f"{image_set.name}: {note}" for note in of_values]) + told(left_out)
     suspicious = ()

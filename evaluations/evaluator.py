@@ -97,8 +97,8 @@ def create_argparser() -> argparse.ArgumentParser:
     what.add_argument(
         "--neighbour_arithmetic",
         choices=ARITHMETICS,
-        default=defaults.neighbour_arithmetic,
-        help="of precision and recall; float16 is the published rounding",
+        help="of precision and recall; by default float16, the published rounding, with a frozen "
+        "graph, and float32 with a .pt or .pt2",
     )
     what.add_argument(
         "--kid_subsets", type=int, default=defaults.kid_subsets, help="random subsets of KID"

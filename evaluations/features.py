@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -116,7 +117,11 @@ def graph_identity(graph: Network) -> str:
     """
     if isinstance(graph, NetworkFile) or not graph.has_inception_nodes:
         return OTHER
-    known = read_json(_known_graphs_path())
+    try:
+        known = read_json(_known_graphs_path())
+    except UserError as error:
+        warnings.warn(f"{error}: it is left aside", stacklevel=2)
+        known = None
     if isinstance(known, dict) and known.get(GRAPH_NAME) == graph.digest:
         return PUBLISHED
     with open_binary(graph.path, flag="--inception_path") as stream:

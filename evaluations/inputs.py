@@ -30,7 +30,8 @@ class ArrayImages(ImageSource):
         self._images = images
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        return np.ascontiguousarray(self._images[start:stop])  # PyTorch takes no negative strides
+        # PyTorch takes no negative strides, and warns of what cannot be written.
+        return np.require(self._images[start:stop], requirements="CW")
 
 
 Images = str | os.PathLike | np.ndarray
@@ -121,6 +122,8 @@ def _given_gaussian(reader: NpzReader, mean: str, covariance: str, flag: str) ->
     gaussian = Gaussian(mu.astype(np.float64), sigma.astype(np.float64))
     if not gaussian.is_finite():
         raise UserError(f"{where} hold NaN or infinite values")
+    if not gaussian.has_covariance():
+        raise UserError(f"{where}: {covariance} is no covariance (symmetric, nowhere negative)")
     return gaussian
 
 

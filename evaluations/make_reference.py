@@ -52,12 +52,17 @@ def make_reference(
     """
     if not str(out).endswith(".npz"):
         raise UserError(f"OUT: {out} must end in .npz")
-    for flag, value in [("--keep", keep), ("--batch_size", batch_size)]:
-        if value < 1:
-            raise UserError(f"{flag} {value}: it must be at least 1")
+    for flag, value, least in [
+        ("--keep", keep, 1),
+        ("--batch_size", batch_size, 1),
+        ("--seed", seed, 0),
+    ]:
+        if value < least:
+            raise UserError(f"{flag} {value}: it must be at least {least}")
     check_output_file(out, flag="OUT")
     image_set = open_set(images, flag="IMAGES")
     name, source = os.path.basename(image_set.name.rstrip("/")), image_set.source
+    source.check()
     if len(source) < 2:
         raise UserError(f"IMAGES: {image_set.name} has 1 image, a covariance needs 2 or more")
     graph = load_graph(inception_path)
@@ -101,8 +106,8 @@ def _write(
             rows = kept[(kept >= start) & (kept < stop)] - start
             if len(rows):
                 writer.append("arr_0", source.read(start, stop)[rows])
-                if source.has_labels:
-                    writer.append("arr_1", source.labels(start, stop)[rows])
+            if source.has_labels:  # all of them: their CRC-32 is known at the last
+                writer.append("arr_1", source.labels(start, stop)[rows])
         for name, value in statistics.items():
             writer.append(name, value)
 

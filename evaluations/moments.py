@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy  # its parts are loaded when they are used
 
+_ROUNDING = 1e-5  # of a covariance that was kept as float32
 _TOLERANCE = 1e-9  # relative error of a distance that is good enough
 
 
@@ -33,6 +34,14 @@ class Gaussian:
     def is_finite(self) -> bool:
         spread = self.covariance if self.rows is None else self.rows
         return bool(np.isfinite(self.mean).all() and np.isfinite(spread).all())
+
+    def has_covariance(self) -> bool:
+        """Whether `covariance` is symmetric and positive semidefinite, up to rounding."""
+        largest = np.abs(self.covariance).max(initial=0.0)
+        if np.abs(self.covariance - self.covariance.T).max(initial=0.0) > _ROUNDING * largest:
+            return False
+        widened = self.covariance + _ROUNDING * largest * np.eye(self.dimensions)
+        return not scipy.linalg.lapack.dpotrf(widened, lower=1, overwrite_a=1)[1] or not largest
 
     def too_few(self) -> str | None:
         """`N images for D-dimensional features` where these leave the covariance singular."""

@@ -18,7 +18,7 @@ from esddpm_io.images import (
 from evaluations.evaluation import Evaluation, Result
 from evaluations.features import OTHER, PUBLISHED
 from evaluations.resizing import PUBLISHED_RESIZE
-from evaluations.scoring import METRICS
+from evaluations.scoring import METRICS, PUBLISHED_METRICS
 
 _PAIR_WIDTH = 128  # pixels of an image of the PNG, at least
 _PAIRS_A_ROW = 4
@@ -74,6 +74,8 @@ def lines(result: Result, names: Names) -> list[str]:
     out = []
     for metric, value in result.metrics.items():
         text = f"{names.label(metric)}: {value.value:.6g}"
+        if value.deviation is not None and metric not in PUBLISHED_METRICS:  # others parse these
+            text += f" ± {value.deviation:.2g}"
         if metric in result.intervals:
             low, high = result.intervals[metric]
             text += f" (95 % interval {low:.6g} to {high:.6g})"

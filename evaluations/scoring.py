@@ -46,7 +46,7 @@ class Scorer:
         None where they tell no error. The reference, its statistics and its radii stay as they are.
         """
         metric, count = METRICS[name], len(self.samples.pool)
-        if metric.resampled is None or count < metric.fewest_for_interval:
+        if metric.resampled is None or metric.no_interval(self) is not None:
             return None
         if metric.gaussian is not None and not self.value(name).value > 0:  # a set against itself
             return None
@@ -90,6 +90,24 @@ class Scorer:
         return metrics.density_coverage(*pools, DENSITY_NEIGHBOURS)
 
 
+def _too_few_for(which: str, fewest: int) -> Callable[[Scorer], str | None]:
+    """An interval takes `fewest` samples, and twice as many as features: with less the jackknife's
+    errors are too large, of few samples and features alike in size twofold."""
+
+    def no_interval(scorer: Scorer) -> str | None:
+        gaussian = getattr(scorer.samples, f"{which}_gaussian")
+        needed = max(fewest, 2 * gaussian.dimensions)
+        return f"it takes {needed} samples" if gaussian.count < needed else None
+
+    return no_interval
+
+
+def _too_near_a_bound(scorer: Scorer) -> str | None:
+    inside = scorer.precision_recall[0]
+    fewer = min(inside.sum(), (~inside).sum())
+    return "it takes 10 samples inside and 10 outside" if fewer < 10 else None
+
+
 def _mean(points: np.ndarray) -> Value:
     return Value(float(points.mean()))
 
@@ -109,9 +127,9 @@ class Metric:
     compares, if it does. resampled: the metric as a function of sample rows, from which its
     interval comes; None for those whose error leaving out samples does not tell: recall and
     coverage are shares of the reference's points, the Inception score is too skewed (intervals
-    cover 84 % where it is near 1), and KID has its deviation over subsets. fewest_for_interval:
-    samples from which that is offered; of 500 with the worst tails sFID's covers less than 93 %
-    (`benchmarks/interval_coverage.py`).
+    cover 84 % where it is near 1), and KID has its deviation over subsets. no_interval: why there
+    is none for these samples, or None; of 500 with the worst tails sFID's covers less than 93 %
+    (`benchmarks/interval_coverage.py`), of shares next to 0 or 1 the jackknife sees no spread.
     """
 
     published: str
@@ -120,7 +138,7 @@ class Metric:
     fewest: int
     value: Callable[[Scorer], Value]
     resampled: Callable[[Scorer], Estimate] | None = None
-    fewest_for_interval: int = 3
+    no_interval: Callable[[Scorer], str | None] = lambda scorer: None
     needs: tuple[str, ...] = ()
     gaussian: str | None = None
 
@@ -141,6 +159,7 @@ METRICS = {
         fewest=2,
         value=lambda s: s.frechet("pool"),
         resampled=lambda s: s.frechet_of_rows("pool"),
+        no_interval=_too_few_for("pool", 3),
         gaussian="pool_gaussian",
     ),
     "sfid": Metric(
@@ -150,7 +169,7 @@ METRICS = {
         fewest=2,
         value=lambda s: s.frechet("spatial"),
         resampled=lambda s: s.frechet_of_rows("spatial"),
-        fewest_for_interval=1000,
+        no_interval=_too_few_for("spatial", 1000),
         needs=("spatial",),
         gaussian="spatial_gaussian",
     ),
@@ -161,6 +180,7 @@ METRICS = {
         fewest=PRECISION_NEIGHBOURS + 1,
         value=lambda s: _mean(s.precision_recall[0]),
         resampled=lambda s: _mean_of_rows(s.precision_recall[0]),
+        no_interval=_too_near_a_bound,
         needs=("images",),
     ),
     "recall": Metric(

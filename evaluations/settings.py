@@ -4,7 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from esddpm_io.errors import UserError, check_choice
+from esddpm_io.files import is_blob
 from evaluations.neighbours import ARITHMETICS
+from evaluations.network_file import is_network_file
 from evaluations.resizing import PUBLISHED_RESIZE, RESIZES
 from evaluations.scoring import METRICS
 
@@ -15,7 +17,8 @@ class Settings:
 
     metrics: names of `METRICS`, or `published` or `all` for those of these that network and files
     allow. resize: `published`, by the graph itself, or `clean`, antialiased. neighbour_arithmetic:
-    `float16`, the published rounding of distances for precision and recall, or `float32`.
+    `float16`, the published rounding of distances for precision and recall, or `float32`; None is
+    the first for a frozen graph, and the second for other networks, whose features may be small.
     bootstrap: groups of samples that are left out in turn for 95 % confidence intervals, 0 for
     none. allow_mixed_precision: let features of another precision meet the reference's statistics.
     devices: a process on each of several, as in `cpu,cpu` or `0,1`, in place of `device`.
@@ -29,7 +32,7 @@ class Settings:
     precision: str = "float32"
     resize: str = PUBLISHED_RESIZE
     metrics: tuple[str, ...] = ("published",)
-    neighbour_arithmetic: str = "float16"
+    neighbour_arithmetic: str | None = None
     kid_subsets: int = 100
     kid_subset_size: int = 1000
     bootstrap: int = 0
@@ -63,7 +66,15 @@ class Settings:
                 valid=choices,
             )
         check_choice("--resize", self.resize, RESIZES)
+        if self.neighbour_arithmetic is None:
+            other = is_network_file(self.inception_path or "")
+            object.__setattr__(self, "neighbour_arithmetic", "float32" if other else "float16")
         check_choice("--neighbour_arithmetic", self.neighbour_arithmetic, ARITHMETICS)
+        for name in ("inception_path", "cache_dir"):
+            if getattr(self, name) == "":
+                raise UserError(f"--{name} is empty: name a path, or leave it out")
+        if self.cache_dir is not None and is_blob(self.cache_dir):
+            raise UserError(f"--cache_dir {self.cache_dir}: a folder of this machine, please")
         for name, least in [
             ("batch_size", 1),
             ("bootstrap", 0),

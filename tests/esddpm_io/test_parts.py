@@ -57,6 +57,23 @@ def test_labels_come_with_them(tmp_path):
     np.testing.assert_array_equal(source.labels(2, 7), np.arange(2, 7))
 
 
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"arr_0": IMAGES[4:9]}, r"the shape \[5, 4, 5, 3\], not \[6, 4, 5, 3\]"),
+        ({"arr_0": IMAGES[4:, :3]}, r"the shape \[6, 3, 5, 3\], not \[6, 4, 5, 3\]"),
+        ({"arr_0": IMAGES[4:] / 255}, "float64"),
+        ({"arr_0": IMAGES[4:], "arr_1": np.arange(6)}, "its labels"),
+    ],
+)
+def test_every_part_is_what_the_first_says(tmp_path, arrays, words):
+    write(tmp_path, 0, 4)
+    np.savez(part_path(str(tmp_path), (4, 10)), **arrays)
+    source = GrowingImages(str(tmp_path), 10, flag="SAMPLE")
+    with pytest.raises(UserError, match=f"^SAMPLE: arr_0 of .*0000004-0000010.npz.*{words}"):
+        source.read(2, 7)
+
+
 def test_what_never_grows_is_refused(tmp_path):
     with pytest.raises(UserError, match="SAMPLE: there is no folder .*nowhere"):
         GrowingImages(str(tmp_path / "nowhere"), 9, flag="SAMPLE")

@@ -29,6 +29,7 @@ WITHOUT_INTERVAL = (
     *("Classifier", "Kernel", "Recall", "Coverage"),
     *("Frechet distance infinity", "RBF", "Memorization"),
     "Spatial",  # of fewer than 1000 samples
+    "Precision",  # of 49 samples inside and 1 outside
 )
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -238,8 +239,9 @@ def test_files_of_the_same_name_are_told_apart(run):
 
 
 def test_all_metrics_with_intervals(run):
-    code, out, _ = run("ref.npz", "samples.npz", "--metrics", "all", "--bootstrap", "20")
+    code, out, err = run("ref.npz", "samples.npz", "--metrics", "all", "--bootstrap", "20")
     assert code == 0
+    assert "no interval of precision: it takes 10 samples inside and 10 outside" in err
     lines = out.splitlines()
     assert len(lines) == len(METRICS) - 1  # there are no labels for a mean over classes
     for line in lines:
@@ -552,7 +554,7 @@ def test_flags_and_defaults_are_frozen():
         "expect": None,
         "metrics": ("published",),  # which are PUBLISHED_METRICS where the network has them
         "resize": "published",
-        "neighbour_arithmetic": "float16",
+        "neighbour_arithmetic": None,  # float16 with a frozen graph
         "kid_subsets": 100,
         "kid_subset_size": 1000,
         "bootstrap": 0,
@@ -569,7 +571,7 @@ def test_fewer_samples_than_dimensions_are_scored_exactly(folder):
     evaluation = evaluate(folder / "ref.npz", folder / "samples.npz", **options)
     told = " ".join(evaluation.results[0].warnings)
     assert "covariance is singular" in told
-    assert "no interval of sfid: it takes 1000 samples" in told
+    assert "no interval of sfid: it takes 3584 samples" in told
     assert "no interval of fid" not in told and "of recall" not in told
     from evaluations.features import choose_engine, flatten_outputs, load_graph
 

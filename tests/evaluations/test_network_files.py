@@ -496,3 +496,15 @@ def test_the_driver_evaluates_with_such_a_file(capfd):
     refused = scoring.Evaluation("ref.npz", "tiny.pt2", None, {"backend": "tensorflow"})
     with pytest.raises(UserError, match="^--eval_backend tensorflow: .*tiny.pt2 is a network"):
         refused.check(50)
+
+
+def test_distances_of_other_networks_are_not_rounded(folder):
+    """Features may be small: half precision would see no differences between them."""
+    options = {"metrics": ("precision", "recall"), "inception_path": str(folder / "tiny.pt2")}
+    sets = folder / "ref.npz", folder / "samples.npz"
+    evaluation = evaluate(*sets, **options)
+    assert evaluation.settings.neighbour_arithmetic == "float32"
+    plain = evaluate(*sets, neighbour_arithmetic="float32", **options).results[0]
+    assert evaluation.results[0].metrics == plain.metrics
+    graph = {**options, "inception_path": str(folder / "small.pb"), "backend": "torch"}
+    assert evaluate(*sets, **graph).settings.neighbour_arithmetic == "float16"

@@ -1,5 +1,6 @@
 """What the evaluator refuses or names otherwise, since the figure would be another one's."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from evaluations.evaluation import run
 from evaluations.evaluator import warn
 from evaluations.features import graph_identity, load_graph, remember_graph
 from evaluations.graph_file import Graph, Node
+from evaluations.make_reference import make_reference
 from tests.evaluations.graph_writer import GOLDEN, constant, graph, node, small_graph
 
 
@@ -52,6 +54,44 @@ def test_a_changed_byte_is_not_scored(score, images):
     Path("a.npz").write_bytes(data)
     with pytest.raises(UserError, match=r"SAMPLE: arr_0 in a\.npz is not .*CRC-32"):
         score(images[0], "a.npz")
+    # Of which two processes see a half each
+    with pytest.raises(UserError, match=r"SAMPLE: arr_0 in a\.npz is not .*CRC-32"):
+        score(images[0], "a.npz", devices="cpu,cpu", batch_size=15)
+
+
+@pytest.mark.parametrize("change", ["negative", "asymmetric", "indefinite"])
+def test_statistics_that_are_no_covariance_are_refused(score, images, capsys, change):
+    sigma = np.cov(np.random.default_rng(0).standard_normal((40, 24)), rowvar=False)
+    given = {"mu": np.zeros(24, np.float32)}
+    np.savez("good.npz", arr_0=images[0], sigma=sigma.astype(np.float32), **given)
+    score("good.npz", images[1])
+    np.savez("none.npz", arr_0=images[0], sigma=0 * sigma, **given)
+    score("none.npz", images[1])
+    if change == "negative":
+        sigma = -sigma
+    elif change == "asymmetric":
+        sigma[0, 1] += 0.01
+    else:
+        sigma[0, 1] = sigma[1, 0] = 3
+    np.savez("bad.npz", arr_0=images[0], sigma=sigma, **given)
+    words = "^REF: mu and sigma of bad.npz: sigma is no covariance"
+    refused_early(score, capsys, words, "bad.npz", images[1])
+
+
+@pytest.mark.parametrize("name", ["inception_path", "cache_dir"])
+def test_an_empty_path_is_none(score, images, name):
+    with pytest.raises(UserError, match=f"--{name} is empty"):
+        score(*images, **{name: ""})
+    with pytest.raises(UserError, match="--cache_dir gs://a/b: "):
+        score(*images, cache_dir="gs://a/b")
+
+
+def test_a_damaged_note_of_known_graphs_is_left_aside(score, images, monkeypatch, tmp_path):
+    monkeypatch.setenv("ES_DDPM_CACHE", str(tmp_path))
+    monkeypatch.setattr(Graph, "has_inception_nodes", True)
+    Path("known_graphs.json").write_text("x")
+    with pytest.warns(UserWarning, match="known_graphs.json is damaged.* left aside"):
+        assert graph_identity(load_graph("small.pb")) == "unverified"
 
 
 def test_the_last_image_of_a_folder_is_looked_at_first(score, images, capsys):
@@ -228,3 +268,30 @@ def test_weights_that_cannot_be_found_are_one_line(tmp_path):
     os.mkfifo(tmp_path / "pipe.pb")
     with pytest.raises(UserError, match=r"--inception_path: .*it is a pipe"):
         load_graph(str(tmp_path / "pipe.pb"))
+
+
+def test_references_are_made_of_sound_files_only(score, images, capsys):
+    make = functools.partial(make_reference, inception_path="small.pb", backend="torch")
+    np.savez("labels.npz", arr_0=images[0], arr_1=np.arange(30) + 300)
+    content = bytearray(Path("labels.npz").read_bytes())
+    content[content.index(np.int64(329).tobytes())] ^= 1
+    Path("labels.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"IMAGES: arr_1 in labels\.npz is not .*CRC-32"):
+        make("labels.npz", "out.npz", keep=1)
+    Path("set").mkdir()
+    for index, image in enumerate(images[0]):
+        Image.fromarray(image[: 8 if index == 29 else None]).save(f"set/{index:02}.png")
+    with pytest.raises(UserError, match=r"IMAGES: set/29\.png is "):
+        make("set", "out.npz")
+    with pytest.raises(UserError, match="--seed -1: it must be at least 0"):
+        make("set", "out.npz", seed=-1)
+    assert "features of set" not in capsys.readouterr().err
+    assert not Path("out.npz").exists()
+
+
+def test_arrays_that_cannot_be_written_are_scored_without_a_remark(score, images, recwarn):
+    sets = [image_set.copy() for image_set in images]
+    for image_set in sets:
+        image_set.flags.writeable = False
+    assert score(*sets, metrics=("fid", "precision"))[0].keys() == {"fid", "precision"}
+    assert not recwarn.list
