@@ -1,14 +1,15 @@
 """How often the evaluator's 95 % interval of FID and sFID holds the true value, in a simulation.
 
     OMP_NUM_THREADS=1 python benchmarks/interval_coverage.py [--trials 1000] [--images 300 500 …]
+        [--fid_features 64] [--cases "FID, light" …]
 
 Features stand for those of images: rectified mixtures of independent numbers, of falling variance
-for the pool's (64 of them) and correlated between neighbouring places for the spatial ones (63, 7
-channels). Light tails: normal numbers; heavy tails: Student's t of 8 degrees, with a scale that all
-numbers of an image share; endless tails: t of 4 degrees, whose fourth moment is infinite, so that
-no covariance of them has a finite error. Real features: the 128 of the VAE's emoji32 images, drawn
-from its 3,786 with replacement, against all drawings. The truth is the mean distance of 2,000 sets
-of as many images.
+for the pool's (64 of them by default) and correlated between neighbouring places for the spatial
+ones (63, 7 channels). Light tails: normal numbers; heavy tails: Student's t of 8 degrees, with a
+scale that all numbers of an image share; endless tails: t of 4 degrees, whose fourth moment is
+infinite, so that no covariance of them has a finite error. Real features: the 128 of the VAE's
+emoji32 images, drawn from its 3,786 with replacement, against all drawings. The truth is the mean
+distance of 2,000 sets of as many images.
 """
 
 import argparse
@@ -33,12 +34,12 @@ PRECOMPUTED = Path(__file__).parents[1] / "evaluations" / "precomputed"
 Draw = Callable[[int, int], np.ndarray]  # seed, images -> features [images, D] of one set
 
 
-def mixing(kind: str) -> np.ndarray:
+def mixing(kind: str, width: int) -> np.ndarray:
     """What turns independent numbers into features [D, D]."""
     rng = np.random.default_rng(5)
     if kind == "FID":
-        falling = np.exp(-3 * np.arange(64) / 64)[:, None]
-        return rng.standard_normal((64, 64)) * falling / 8
+        falling = np.exp(-3 * np.arange(width) / width)[:, None]
+        return rng.standard_normal((width, width)) * falling / np.sqrt(width)
     y, x = np.mgrid[:3, :3].reshape(2, -1)
     near = np.exp(-((y[:, None] - y) ** 2 + (x[:, None] - x) ** 2) / 8)
     channels = rng.standard_normal((7, 7)) / np.sqrt(7)
@@ -59,8 +60,8 @@ def features(seed: int, count: int, mix: np.ndarray, degrees: int | None) -> np.
     return np.maximum(numbers @ mix + 0.3, 0)
 
 
-def simulated(kind: str, degrees: int | None) -> tuple[Gaussian, Draw]:
-    mix = mixing(kind)
+def simulated(kind: str, degrees: int | None, width: int) -> tuple[Gaussian, Draw]:
+    mix = mixing(kind, width)
     reference = gaussian_of(features(1, REFERENCE_IMAGES, mix, None) + 0.05)
     return reference, lambda seed, count: features(seed, count, mix, degrees)
 
@@ -102,9 +103,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--images", type=int, nargs="+", default=[300, 500, 1000, 2000])
+    parser.add_argument("--fid_features", type=int, default=64)
+    parser.add_argument("--cases", nargs="+", default=[""], help="how names of cases begin")
     args = parser.parse_args()
     cases = {
-        f"{kind}, {tails} tails": simulated(kind, degrees)
+        f"{kind}, {tails} tails": simulated(kind, degrees, args.fid_features)
         for tails, degrees in TAILS.items()
         for kind in ("FID", "sFID")
     }
@@ -112,6 +115,8 @@ def main() -> None:
     print("| figure | images | coverage | width / value |")
     print("| --- | ---: | ---: | ---: |")
     for name, case in cases.items():
+        if not name.startswith(tuple(args.cases)):
+            continue
         for count in args.images:
             share, width = coverage(*case, count, args.trials)
             print(f"| {name} | {count} | {share:.1%} | {width:.2f} |", flush=True)
