@@ -8,7 +8,6 @@ import re
 import signal
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -51,6 +50,9 @@ def speaking_of_arguments(**names: str) -> Iterator[None]:
         raise UserError(text) from error.__cause__
 
 
+_leaving = threading.Event()  # set when a command's end has begun
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, treated as Ctrl-C is; `terminate_cleanly` has it raised."""
 
@@ -60,15 +62,17 @@ def terminate_cleanly() -> None:
 
     Once: a second one, as from a job scheduler and from the parent, must not cut the clean-up. But
     again where it was lost on its way, as in a package's `except:` or in code in C that clears
-    errors, which happens while packages are imported.
+    errors, which happens while packages are imported: so nobody can catch it and go on.
     """
+    _leaving.clear()
     on_its_way: Callable[[], Terminated | None] | None = None
 
     def handle(signum: int, frame: object) -> None:
         nonlocal on_its_way
         if on_its_way is None:
-            threading.Thread(target=insist, args=(signum,), daemon=True).start()
-        elif on_its_way() is not None:
+            with contextlib.suppress(RuntimeError):  # there is no thread to be had
+                threading.Thread(target=insist, args=(signum,), daemon=True).start()
+        elif on_its_way() is not None or _leaving.is_set():
             return
         error = Terminated()
         on_its_way = weakref.ref(error)
@@ -78,8 +82,7 @@ def terminate_cleanly() -> None:
             del error  # which this frame, and with it the error's own traceback, would hold
 
     def insist(signum: int) -> None:
-        while True:
-            time.sleep(_SWALLOWED_S)
+        while not _leaving.wait(_SWALLOWED_S):
             if on_its_way is not None and on_its_way() is None:
                 os.kill(os.getpid(), signum)
 
@@ -176,8 +179,6 @@ def errors_in_one_line() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except Terminated:
-        for number in _terminating():
-            signal.signal(number, signal.SIG_IGN)
         print("terminated", file=sys.stderr)
         sys.exit(EXIT_TERMINATED)
     except KeyboardInterrupt:
@@ -195,6 +196,8 @@ def errors_in_one_line() -> Iterator[None]:
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(_os_exit_code(error) if is_file else EXIT_MAY_PASS)
+    finally:
+        _leaving.set()
 
 
 def _os_exit_code(error: OSError) -> int:

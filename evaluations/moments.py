@@ -95,9 +95,12 @@ class RunningMoments:
         self._origin: np.ndarray | None = None
         self._sums: np.ndarray | None = None
         self._products: np.ndarray | None = None
+        self._taken = False
 
     def add(self, rows: np.ndarray) -> None:
         """Take in rows [n, D] of any float type; they must be finite."""
+        if self._taken:
+            raise ValueError("no rows can follow the Gaussian of all")
         self._pending.append(rows)
         self._pending_rows += len(rows)
         if self._pending_rows > rows.shape[1]:
@@ -111,7 +114,8 @@ class RunningMoments:
             return Gaussian(mean, rows=rows, count=len(rows))
         if self._pending:
             self._fold()
-        covariance, self._products = self._products, None  # it takes the place of the products
+        # It takes the place of the products.
+        covariance, self._products, self._taken = self._products, None, True
         if covariance.size:
             covariance = scipy.linalg.blas.dsyr(
                 -1.0 / self._count, self._sums, lower=1, a=covariance, overwrite_a=True

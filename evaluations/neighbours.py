@@ -15,6 +15,7 @@ that are found are then computed in their arithmetic.
 """
 
 import functools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ ARITHMETICS = ("float16", "float32")
 PUBLISHED_TILE = 10_000  # rows on a side of the tiles in which one infinity turns all to float32
 _BLOCK = 1024  # rows on a side of the blocks held in memory: 8 MB of coarse distances
 _ROWS = 256  # rows that are worked on at a time: 2 MB of features stay in the cache
+_NATIVE = 256  # rows and terms of a product from which bfloat16 is worth it
 _MANY = 1 / 32  # share of a block's pairs for which a product of all is the quicker one
 _PENDING = 64  # pairs a point that may wait for their distances
 _LANES, _ACCUMULATORS, _LEAF = 8, 4, 1024  # of Eigen's half-precision sums
@@ -75,16 +77,17 @@ class Points:
 class _Coarse:
     """Points for coarse distances: rows less an origin, rounded to bfloat16.
 
-    codes: int16 [N, D + 6], the bits of the rounded rows, of half the squared norms that leave half
-        the distance when the product is taken off, in three parts, and of three ones
+    codes: int16 [N, D + 6], the bits of the rounded rows; then half of a squared norm, in three
+        parts that add up to it, and three ones: with another sign of the rows and these threes
+        swapped on one side, a product of two is half their distance
     lengths, errors: float32 [N], of the rounded rows, and of what rounding took off them
-    largest: the largest squared norm
+    sizes: float32 [N], the largest of the squared norms of each
     """
 
     codes: np.ndarray
     lengths: np.ndarray
     errors: np.ndarray
-    largest: float
+    sizes: np.ndarray
 
     @classmethod
     def of(cls, points: Points, half: bool) -> "_Coarse":
@@ -93,42 +96,42 @@ class _Coarse:
         codes[:, -_NORM_PARTS:] = _bfloat16_codes(np.ones(1, np.float32))
         lengths, errors = np.empty(count, np.float32), np.empty(count, np.float32)
         norms = points.norms(half)
-        for start in range(0, count, _ROWS):
-            part = slice(start, start + _ROWS)
-            rows = points.rows(part, half)
-            centred = rows - points.origin
-            codes[part, :width] = _bfloat16_codes(centred)
-            # 2uv = 2u'v' + |u|^2 - |u'|^2 + |v|^2 - |v'|^2 for u' = u - origin: all but the first
-            # goes to the norms. In half precision these are not just |u|^2.
-            rest = norms[part] - _squares(rows) + _squares(centred)
-            for column in range(width, width + _NORM_PARTS):
-                codes[part, column] = _bfloat16_codes(rest / 2)
-                rest = rest - 2 * _of_bfloat16(codes[part, column])
-            rounded = _of_bfloat16(codes[part, :width])
-            lengths[part] = np.sqrt(_squares(rounded))
-            errors[part] = np.sqrt(_squares(centred - rounded))
+        # Infinite rows, of tiles that half precision does not hold, give NaN that nobody asks for.
+        with np.errstate(over="ignore", invalid="ignore"):
+            for start in range(0, count, _ROWS):
+                part = slice(start, start + _ROWS)
+                rows = points.rows(part, half)
+                centred = rows - points.origin
+                codes[part, :width] = _bfloat16_codes(centred)
+                # 2uv = 2u'v' + |u|^2 - |u'|^2 + |v|^2 - |v'|^2 for u' = u - origin: all but the
+                # first goes to the norms. In half precision these are not just |u|^2.
+                rest = norms[part] - _squares(rows) + _squares(centred)
+                for column in range(width, width + _NORM_PARTS):
+                    codes[part, column] = _bfloat16_codes(rest / 2)
+                    rest = rest - 2 * _of_bfloat16(codes[part, column])
+                rounded = _of_bfloat16(codes[part, :width])
+                lengths[part] = np.sqrt(_squares(rounded))
+                errors[part] = np.sqrt(_squares(centred - rounded))
         # What float32 takes off while centring
         errors += np.float32(2.0**-23) * lengths
-        return cls(
-            codes,
-            lengths,
-            errors,
-            float(max(norms.max(), points.full_norms.max(), lengths.max() ** 2)),
-        )
+        sizes = np.maximum(np.maximum(norms, points.full_norms), lengths**2)
+        return cls(codes, lengths, errors, sizes)
 
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def margins(self, other: "_Coarse", rows: slice) -> np.ndarray:
-        """How far a coarse distance of `rows` from any of the other's can be off, float32 [n].
+    def margins(self, other: "_Coarse", rows: slice, columns: slice) -> np.ndarray:
+        """How far a coarse distance of `rows` from the other's `columns` can be off, float32 [n].
 
         By the rounding of rows, |uv - (u+e)(v+f)| <= |e||v| + |f||u| + |e||f|, and by sums of
         float32 numbers; that of the result itself comes on top.
         """
-        furthest, worst = other.lengths.max(), other.errors.max()
+        furthest, worst = other.lengths[columns].max(), other.errors[columns].max()
         rounding = 2 * (self.errors[rows] * (furthest + worst) + worst * self.lengths[rows])
-        terms = self.codes.shape[1]
-        return rounding + np.float32(4 * terms * 2.0**-24) * max(self.largest, other.largest)
+        terms = 8 * self.codes.shape[1]  # of the coarse sum and of the exact one
+        sums = np.float32(terms * 2.0**-24) * self.largest(other, rows, columns)
+        return rounding + sums + np.float32(2.0**-100)  # and of numbers too small for float32
+
+    def largest(self, other: "_Coarse", rows: slice, columns: slice) -> float:
+        """The largest squared norm of `rows` and of the other's `columns`."""
+        return max(self.sizes[rows].max(), other.sizes[columns].max())
 
 
 class Pairs:
@@ -198,7 +201,7 @@ class _Block:
     def mirror(self) -> "_Block":
         """The distances of v from u. In half precision they are not just the transpose."""
         mirrored = _Block(self._v, self._u, self.columns, self.rows, self.half)
-        mirrored.__dict__["codes"] = self.codes.T
+        mirrored.codes = self.codes.T  # no need to compute these
         return mirrored
 
     @functools.cached_property
@@ -213,28 +216,47 @@ class _Block:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns of all pairs whose distance may be within the limit of their row, or
         of their column, and of few others."""
-        u, v = self._u.coarse(self.half), self._v.coarse(self.half)
-        mask = self.codes <= _limit_codes(limits, u, v, self.rows, self.half)[:, None]
+        mask = self.codes <= self._limit_codes(limits)[:, None]
         if column_limits is not None:
-            mask |= self.codes <= _limit_codes(column_limits, v, u, self.columns, self.half)
+            mask |= self.codes <= self.mirror()._limit_codes(column_limits)
         if mask.flags.c_contiguous:  # several times as fast as `nonzero` of two dimensions
             return np.divmod(np.flatnonzero(mask), mask.shape[1])
         return np.divmod(np.flatnonzero(mask.T), mask.shape[0])[::-1]
 
-    def at_most(self, rows: np.ndarray | slice, codes: np.ndarray) -> np.ndarray:
-        """What distances with these `codes` are at the most."""
+    def _limit_codes(self, limits: np.ndarray) -> np.ndarray:
+        """int16 [n]: distances within `limits` of their rows have no larger codes."""
+        coarse = np.maximum(limits, 0) + self._margins  # sums in half precision may be below zero
+        if self.half:
+            coarse += _half_slack(limits, self._largest)
+        coarse *= np.float32(0.5) * _WIDENED
+        return (coarse.view(np.uint32) >> np.uint32(16)).astype(np.int16)
+
+    @functools.cached_property
+    def _margins(self) -> np.ndarray:
         u, v = self._u.coarse(self.half), self._v.coarse(self.half)
-        coarse = np.maximum(2 * _of_bfloat16(codes), 0)
-        margins = u.margins(v, self.rows)[rows]
-        coarse = coarse * _WIDENED + margins.reshape(-1, *[1] * (codes.ndim - 1))
-        return coarse + _half_slack(coarse, u, v) if self.half else coarse
+        return u.margins(v, self.rows, self.columns)
+
+    @functools.cached_property
+    def _largest(self) -> float:
+        u, v = self._u.coarse(self.half), self._v.coarse(self.half)
+        return u.largest(v, self.rows, self.columns)
+
+    def bounds(self, rows: np.ndarray | slice, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What distances with these `codes`, one of each of `rows`, are at least and at most."""
+        coarse, margins = 2 * _of_bfloat16(codes), self._margins[rows]
+        low = np.minimum(coarse / _WIDENED, coarse * _WIDENED) - margins
+        high = np.maximum(coarse, 0) * _WIDENED + margins
+        if self.half:
+            slack = _half_slack(high, self._largest)
+            low, high = low - slack, high + slack
+        return low, high
 
     def smallest(self, k: int) -> np.ndarray:
         """What the k-th smallest distance of each row is at the most, [n]."""
         if self.shape[1] < k:
             return np.full(self.shape[0], np.inf, np.float32)
         codes = np.partition(self.codes, k - 1, axis=1)[:, k - 1]
-        return self.at_most(slice(None), codes)
+        return self.bounds(slice(None), codes)[1]
 
     def distances(self) -> np.ndarray:
         """All of them, [n, m]."""
@@ -279,22 +301,14 @@ def _combine(first: np.ndarray, products: np.ndarray, second: np.ndarray, half: 
 # --- coarse distances ---
 
 
-def _limit_codes(limits: np.ndarray, u: _Coarse, v: _Coarse, rows: slice, half: bool) -> np.ndarray:
-    """int16 [n]: distances of u's `rows` from v that are within `limits` have no larger codes."""
-    coarse = np.maximum(limits, 0) + u.margins(v, rows)
-    if half:  # where sums of rounded numbers may be below zero, too
-        coarse += _half_slack(limits, u, v)
-    coarse *= np.float32(0.5) * _WIDENED
-    return (coarse.view(np.uint32) >> np.uint32(16)).astype(np.int16)
-
-
-def _half_slack(distances: np.ndarray, u: _Coarse, v: _Coarse) -> np.ndarray:
-    """How much half precision may take off or add, as it rounds three times.
+def _half_slack(distances: np.ndarray, largest: float) -> np.ndarray:
+    """How much half precision may take off or add, as it rounds three times, with norms up to
+    `largest`.
 
     By 2^-11 each, of 2uv, of the difference, and of the distance itself, or by 2^-25 of the tiniest
     numbers (twice that after doubling).
     """
-    terms = 3 * np.maximum(distances, max(u.largest, v.largest)) + distances
+    terms = 3 * np.maximum(distances, largest) + distances
     return np.float32(1.01 * 2.0**-11) * terms + np.float32(2.0**-22)
 
 
@@ -303,20 +317,20 @@ def _coarse_product(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     left = u.copy()
     left[:, : -2 * _NORM_PARTS] ^= np.int16(-(2**15))  # the sign
     left[:, -2 * _NORM_PARTS :] = np.roll(u[:, -2 * _NORM_PARTS :], _NORM_PARTS, axis=1)
-    torch = _torch()
-    # Small ones may be added up in bfloat16.
-    if torch is None or not cpu_has_bfloat16() or min(*u.shape, len(v)) < _ROWS:
+    torch = _torch() if cpu_has_bfloat16() else None
+    if torch is None or min(*u.shape, len(v)) < _NATIVE:
         return _bfloat16_codes(_of_bfloat16(left) @ _of_bfloat16(v).T)
     product = [torch.from_numpy(x).view(torch.bfloat16) for x in (left, v)]
     return (product[0] @ product[1].T).view(torch.int16).numpy()
 
 
-@functools.cache
 def _torch():
-    """PyTorch, where it is installed: TensorFlow's engine does without."""
+    """PyTorch, where it is there: TensorFlow's engine does without unless it is worth loading."""
+    if not (cpu_has_bfloat16() or "torch" in sys.modules):
+        return None
     try:
         import torch
-    except ImportError:
+    except (ImportError, OSError):  # none, or one whose libraries are missing
         return None
     return torch
 
@@ -378,6 +392,7 @@ def _round_bits(values: np.ndarray) -> None:
 def _half(values: np.ndarray) -> np.ndarray:
     """float32 `values` rounded to half precision, as float32; infinite from 65520 on."""
     if (torch := _torch()) is not None:  # many times as fast
+        values = np.require(values, requirements="W")  # it warns of others
         return torch.from_numpy(values).half().float().numpy()
     # Infinities are looked for, and lead to float32.
     with np.errstate(over="ignore"):
@@ -460,11 +475,11 @@ class _Nearest:
         if len(rows) > _MANY * block.shape[0] * block.shape[1]:
             self._look_at_all(block)
             return
-        codes = block.codes[rows, columns]
-        at_most = _table(rows, block.at_most(rows, codes), block.shape[0])
+        at_least, at_most = block.bounds(rows, block.codes[rows, columns])
+        at_most = _table(rows, at_most, block.shape[0])
         at_most = np.concatenate([self._at_most[block.rows], at_most], axis=1)
         self._at_most[block.rows] = np.partition(at_most, self._k - 1, axis=1)[:, : self._k]
-        found = rows + block.rows.start, columns + block.columns.start, codes
+        found = rows + block.rows.start, columns + block.columns.start, at_least
         self._pending[block.half].append(found)
         self._num_pending += len(rows)
         if self._num_pending > _PENDING * len(self._u):
@@ -475,23 +490,17 @@ class _Nearest:
         for half, pending in self._pending.items():
             if not pending:
                 continue
-            rows, columns, codes = (np.concatenate(part) for part in zip(*pending, strict=True))
+            rows, columns, at_least = (np.concatenate(part) for part in zip(*pending, strict=True))
             pending.clear()
-            order = np.lexsort((codes, rows))
-            rows, columns, codes = rows[order], columns[order], codes[order]
+            order = np.lexsort((at_least, rows))
+            rows, columns, at_least = rows[order], columns[order], at_least[order]
             first = _places(rows) < self._k  # with them the limits get narrower for the others
             for part in (first, ~first):
-                self._look_closely(rows[part], columns[part], codes[part], half)
+                kept = part & (at_least <= self._limits(slice(None))[rows])
+                pairs = rows[kept], columns[kept]
+                squared = _distances_of_pairs(self._u, self._v, *pairs, half)
+                self._keep(slice(0, len(self._u)), *pairs, squared)
         self._num_pending = 0
-
-    def _look_closely(
-        self, rows: np.ndarray, columns: np.ndarray, codes: np.ndarray, half: bool
-    ) -> None:
-        everyone = slice(None)
-        u, v = self._u.coarse(half), self._v.coarse(half)
-        kept = codes <= _limit_codes(self._limits(everyone), u, v, everyone, half)[rows]
-        rows, columns = rows[kept], columns[kept]
-        self._keep(rows, columns, _distances_of_pairs(self._u, self._v, rows, columns, half))
 
     def _limits(self, rows: slice) -> np.ndarray:
         """What the k-th smallest distance is at the most, [n]."""
@@ -502,18 +511,20 @@ class _Nearest:
         columns = _columns_of_smallest(distances, self._k)
         rows = np.repeat(np.arange(len(distances)), columns.shape[1])
         values = distances[rows, columns.ravel()]
-        self._keep(rows + block.rows.start, columns.ravel() + block.columns.start, values)
+        self._keep(block.rows, rows, columns.ravel() + block.columns.start, values)
 
-    def _keep(self, rows: np.ndarray, columns: np.ndarray, squared: np.ndarray) -> None:
-        """Merge pairs and their distances with the nearest so far."""
-        own = np.repeat(np.arange(len(self._u)), self._k)
+    def _keep(
+        self, part: slice, rows: np.ndarray, columns: np.ndarray, squared: np.ndarray
+    ) -> None:
+        """Merge pairs of the points `part`, from which `rows` count, with the nearest so far."""
+        own = np.repeat(np.arange(part.stop - part.start), self._k)
         rows = np.concatenate([own, rows])
-        columns = np.concatenate([self.columns.ravel(), columns])
-        squared = np.concatenate([self.squared.ravel(), squared])
+        columns = np.concatenate([self.columns[part].ravel(), columns])
+        squared = np.concatenate([self.squared[part].ravel(), squared])
         order = np.lexsort((columns, squared, rows))
         order = order[_places(rows[order]) < self._k]
-        self.columns = columns[order].reshape(-1, self._k)
-        self.squared = squared[order].reshape(-1, self._k)
+        self.columns[part] = columns[order].reshape(-1, self._k)
+        self.squared[part] = squared[order].reshape(-1, self._k)
 
 
 def _places(rows: np.ndarray) -> np.ndarray:
@@ -578,7 +589,7 @@ def precision_recall(
 
     for block in Pairs(*points).blocks():
         rows, columns = block.near(reference_radii[block.rows], sample_radii[block.columns])
-        note(block, rows, columns, block.at_most(rows, block.codes[rows, columns]))
+        note(block, rows, columns, block.bounds(rows, block.codes[rows, columns])[1])
         is_open = ~(recalled[block.rows][rows] & precise[block.columns][columns])
         rows, columns = rows[is_open], columns[is_open]
         note(block, rows, columns, block.at(rows, columns))

@@ -185,6 +185,26 @@ def test_a_sigterm_that_a_package_swallows_comes_again(how):
     assert done.stderr.endswith("terminated\n")
 
 
+LEAVING = """
+import atexit, os, signal, time
+from esddpm_io.errors import run_main, terminate_cleanly
+def last():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(2.5)
+    print("left")
+atexit.register(last)
+def main():
+    terminate_cleanly()
+    os.kill(os.getpid(), signal.SIGTERM)
+run_main(main)
+"""
+
+
+def test_an_exit_under_way_is_not_cut():
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "left\n", "terminated\n")
+
+
 def test_a_child_that_a_signal_ended_has_a_shell_s_exit_code():
     argv = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
     assert run_to_end(argv) == 137
