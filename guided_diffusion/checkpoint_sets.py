@@ -103,13 +103,16 @@ def fit_optimizer_state(state: dict, params: Mapping[str, torch.Tensor], path: s
     parameters in the published order, and guided-diffusion's two flat tensors of float16 training.
     Raises UserError, naming `path`, for any other.
     """
-    if not isinstance(state, dict) or state.keys() != {"state", "param_groups"}:
+    is_state = isinstance(state, dict) and state.keys() == {"state", "param_groups"}
+    if not is_state or not state["param_groups"]:
         raise UserError(f"--resume_checkpoint: {path} is not the state of an optimiser")
     moments = state["state"]
     by_name = _split_flat(moments, params)
     for names in (list(params), _label_embedding_late(params)):
         fits = len(state["param_groups"][0]["params"]) == len(names) and all(
-            moment["exp_avg"].shape == params[names[i]].shape for i, moment in moments.items()
+            getattr(moment.get(key), "shape", None) == params[names[i]].shape
+            for i, moment in moments.items()
+            for key in MOMENTS
         )
         if by_name is None and fits:
             by_name = {names[i]: moment for i, moment in moments.items()}

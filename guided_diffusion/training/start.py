@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -28,11 +29,19 @@ def start_run(args: argparse.Namespace, fp16_flag: str) -> None:
     torch.manual_seed(args.seed)
 
 
+_MEANING = (
+    *("num_heads", "num_head_channels", "use_new_attention_order", "diffusion_steps"),
+    *("noise_schedule", "predict_xstart", "rescale_timesteps"),
+)
+
+
 def _check_folder(resume_checkpoint: str) -> None:
     """UserError if a run that starts at step 0 would mix its checkpoints with another's."""
     folder = logger.get_dir()
     there = newest_set(Path(folder))
-    if there and resume_checkpoint != "auto" and not find_set(resume_checkpoint, folder):
+    found = find_set(resume_checkpoint, folder)
+    own = found is not None and Path(found.model).parent.resolve() == Path(folder).resolve()
+    if there and resume_checkpoint != "auto" and not own:
         raise UserError(
             f"OPENAI_LOGDIR: {folder} holds the checkpoints of a run up to step {there.step}: go on"
             " with --resume_checkpoint auto, put them aside with --start_anew, or give this run"
@@ -78,7 +87,8 @@ def settle_early_stop(args: argparse.Namespace) -> int | None:
     that the sidecars of this run are true and no resume takes the guard of sampling away.
     """
     asked = args.early_stop_steps
-    path, trained = dist_util.on_rank_zero(lambda: _resumed_early_stop(args))
+    path, sidecar = dist_util.on_rank_zero(lambda: _resumed(args))
+    trained = sidecar["early_stop_steps"] if sidecar else None
     if trained is None or asked == trained:
         return asked or None
     if asked is None:
@@ -94,9 +104,28 @@ def settle_early_stop(args: argparse.Namespace) -> int | None:
     return asked or None
 
 
-def _resumed_early_stop(args: argparse.Namespace) -> tuple[str, int | None]:
-    """The checkpoint that this run goes on from ("" for none), and the T' in its sidecar."""
+def check_resumed_flags(args: argparse.Namespace, flags: Mapping[str, object]) -> None:
+    """UserError where the network that this run goes on from was trained with other `flags`.
+
+    Only those are looked at that its weights do not show and that change what they mean.
+    """
+    path, sidecar = dist_util.on_rank_zero(lambda: _resumed(args))
+    trained = sidecar["flags"] if sidecar else {}
+    names = [name for name in _MEANING if name in flags and name in trained]
+    if {flags.get("num_head_channels", -1), trained.get("num_head_channels", -1)} != {-1}:
+        names = [name for name in names if name != "num_heads"]  # which has no effect then
+    other = {name: trained[name] for name in names if trained[name] != flags[name]}
+    if other:
+        wanted = " ".join(f"--{name} {value}" for name, value in other.items())
+        raise UserError(
+            f"--resume_checkpoint: {path} was trained with {wanted}: add that, or put its .json "
+            "aside to train with your flags all the same"
+        )
+
+
+def _resumed(args: argparse.Namespace) -> tuple[str, dict | None]:
+    """The checkpoint that this run goes on from ("" for none), and its sidecar, if it has one."""
     found = find_set(args.resume_checkpoint, logger.get_dir())
     path = found.model if found else args.resume_checkpoint
     sidecar = read_sidecar(path) if path not in ("", "auto") else None
-    return path, sidecar["early_stop_steps"] if sidecar else None
+    return path, sidecar

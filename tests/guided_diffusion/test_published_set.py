@@ -134,6 +134,10 @@ PARAMS = {
 }
 
 
+OTHER_SQUARES = state_of([tuple(p.shape) for p in PARAMS.values()])
+OTHER_SQUARES["state"][0]["exp_avg_sq"] = torch.ones(1)  # which PyTorch would broadcast
+
+
 def test_a_set_of_our_first_versions_takes_the_published_order():
     late = [0, 1, 3, 2, 4]  # label_emb came right before the decoder
     shapes = [tuple(p.shape) for p in PARAMS.values()]
@@ -153,6 +157,7 @@ def test_flat_moments_of_float16_training_are_cut_into_parameters():
     for index, value in enumerate(PARAMS.values()):
         assert fitted[index]["exp_avg"].shape == value.shape
     assert fitted[2]["exp_avg"].flatten().tolist() == list(range(8, 48))
+    assert fitted[2]["exp_avg_sq"].flatten().tolist() == [1.0] * 40
     assert fitted[4]["exp_avg"].flatten().tolist() == list(range(57, 66))
 
 
@@ -163,6 +168,8 @@ def test_flat_moments_of_float16_training_are_cut_into_parameters():
         state_of([(4, 2), (4,), (10, 3), (3, 3, 1, 1), (3, 3, 1, 1)]),
         state_of([(4,), (1, 65)]),
         {"w": torch.zeros(3)},
+        {"state": {}, "param_groups": []},
+        OTHER_SQUARES,
     ],
 )
 def test_states_of_other_models_are_refused(state):

@@ -351,6 +351,26 @@ def test_a_resumed_run_keeps_early_stop_unless_told_otherwise(
     assert said in log and (said or "early_stop_steps" not in log)
 
 
+@pytest.mark.parametrize(
+    "other", [{"noise_schedule": "cosine"}, {"predict_xstart": True}, {"num_head_channels": 8}]
+)
+def test_a_resumed_run_has_the_flags_that_weights_do_not_show(other, data, tmp_path):
+    options = {"data_dir": data, "batch_size": 2, **TINY, **SHARED}
+    image_train.main(flags(**options, iterations=1))
+    logger.reset()
+    again = flags(**{**options, **other}, iterations=2, resume_checkpoint="auto")
+    [name] = other
+    with pytest.raises(UserError, match=f"^--resume_checkpoint: .* was trained with --{name} "):
+        image_train.main(again)
+    (tmp_path / "run/model000001.json").unlink()
+    logger.reset()
+    image_train.main(again)
+    # Flags without effect: heads are as wide as they were, and dropout may change.
+    logger.reset()
+    more = {"dropout": 0.1} | ({"num_heads": 3} if name == "num_head_channels" else {})
+    image_train.main(flags(**{**options, **other, **more}, iterations=3, resume_checkpoint="auto"))
+
+
 def test_a_new_run_from_weights_alone_keeps_early_stop(data, tmp_path, monkeypatch):
     options = {"data_dir": data, "batch_size": 2, **TINY, **SHARED}
     image_train.main(flags(**options, iterations=1, early_stop_steps=40))
@@ -360,11 +380,12 @@ def test_a_new_run_from_weights_alone_keeps_early_stop(data, tmp_path, monkeypat
     assert read_sidecar(str(tmp_path / "second/model000003.pt"))["early_stop_steps"] == 40
 
 
-@pytest.mark.parametrize("start", ["", "ema_0.9_000002.pt"])
+@pytest.mark.parametrize("start", ["", "run/ema_0.9_000002.pt", "other/model000002.pt"])
 def test_a_new_run_does_not_mix_its_checkpoints_with_anothers(start, data, tmp_path):
     options = {"data_dir": data, "batch_size": 2, **TINY, **SHARED}
     image_train.main(flags(**options, iterations=2))
-    resume = {"resume_checkpoint": tmp_path / "run" / start} if start else {}
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    resume = {"resume_checkpoint": tmp_path / start} if start else {}
     with pytest.raises(UserError, match=r"^OPENAI_LOGDIR: .*run up to step 2: .*another folder$"):
         image_train.main(flags(**options, **resume, iterations=3))
 
