@@ -21,7 +21,8 @@ set -uo pipefail
 stopped=0
 trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
-srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+# The others get a minute to end by themselves: killed at once, they would hide the first one's code.
+srun --kill-on-bad-exit=0 --wait=60 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
     "${PYTHON:-python}" scripts/image_train.py --resume_checkpoint auto "$@" &
 wait $!
 code=$?

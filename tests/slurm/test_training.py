@@ -62,3 +62,13 @@ def test_a_training_that_is_requeued_equals_one_that_is_not(cluster, tmp_path):
     assert cluster.wait_for(*jobs) == ["COMPLETED"] * 2
     pairs = zip(*(tensors(f, last, "model", "ema_0.9_") for f in (stopped, straight)), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_mistake_of_the_user_is_not_requeued(cluster, tmp_path):
+    """The process that finds it ends with 2, and no signal to the others makes it another code."""
+    argv = flags(**TINY, **SHARED, data_dir=tmp_path / "nowhere", batch_size=2, iterations=2)
+    jobs = [submit(cluster, tmp_path / f"run{n}", argv) for n in range(2)]
+    assert cluster.wait_for(*jobs) == ["FAILED"] * 2
+    for job in jobs:
+        said = cluster.output("scontrol", "show", "-o", "job", job)
+        assert "Restarts=0 " in said and "ExitCode=2:0" in said
