@@ -376,3 +376,17 @@ def test_the_three_predictions_of_a_network_agree():
         torch.testing.assert_close(out["mean"], want, rtol=0, atol=1e-4)
         losses = diffusion.training_losses(lambda x, t, o=output: o, x_start, t, noise=noise)
         assert losses["mse"].abs().max() < 1e-8
+
+
+def test_the_prior_costs_its_divergence_from_the_normal_distribution_in_bits():
+    """Kullback-Leibler divergence of N(sqrt(ᾱ) x, 1 - ᾱ) from N(0, 1), by hand."""
+    kinds = {
+        "model_mean_type": gd.ModelMeanType.EPSILON,
+        "model_var_type": gd.ModelVarType.FIXED_LARGE,
+        "loss_type": gd.LossType.MSE,
+    }
+    diffusion = gd.GaussianDiffusion(betas=np.array([0.1, 0.2]), **kinds)
+    level = 0.9 * 0.8
+    nats = 0.5 * (level * 0.25 + (1 - level) - 1 - np.log(1 - level))
+    got = diffusion._prior_bpd(torch.full((1, 3, 2, 2), 0.5))
+    assert got.item() == pytest.approx(nats / np.log(2), rel=1e-5)

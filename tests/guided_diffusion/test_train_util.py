@@ -1,7 +1,9 @@
+import contextlib
 import copy
 import errno
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -818,3 +820,30 @@ def test_step_of_a_file_name():
     assert parse_resume_step_from_filename("a/model012345.pt") == 12345
     assert parse_resume_step_from_filename("a/64x64_diffusion.pt") == 0
     assert parse_resume_step_from_filename("a/supermodel000001.pt") == 0
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "cpu"])
+def test_samples_while_training_save_the_generators_of_their_device_alone(
+    device, tmp_path, monkeypatch
+):
+    """torch would save those of all GPUs of the machine, and make contexts on each."""
+    saved = []
+
+    def fork_rng(devices):
+        saved.extend(devices)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    run = types.SimpleNamespace(
+        rank=0,
+        shard=False,
+        device=torch.device(device),
+        model=None,
+        draw_samples=lambda model: np.zeros((4, 4, 3), np.uint8),
+        global_step=7,
+        _averaged_weights=contextlib.nullcontext,
+        _folder=lambda: tmp_path,
+    )
+    TrainLoop.save_samples(run)
+    assert saved == ([torch.device("cuda", 1)] if device != "cpu" else [])
+    assert (tmp_path / "samples000007.png").exists()

@@ -231,3 +231,14 @@ def test_devices():
     for absent in ("99", "cuda:99", "tpu"):
         with pytest.raises(UserError, match=f"--device {absent} is not there; valid .*: cpu"):
             choose_device(absent)
+
+
+def test_the_device_of_the_local_rank_becomes_the_current_one(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name, value in {"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert choose_device("") == torch.device("cuda", 2) == taken[0]
+    assert choose_device("cuda:3") == torch.device("cuda", 3) == taken[1]
