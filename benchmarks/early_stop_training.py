@@ -27,6 +27,7 @@ from scipy import stats
 
 from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError, run_main
+from esddpm_io.help import CommandLine
 from esddpm_io.images import open_images
 from evaluations.features import choose_engine, load_graph, pool_features
 from evaluations.metrics import frechet_distance, gaussian_of
@@ -425,9 +426,7 @@ def draw_curves(study: Study, path: Path) -> None:
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--t_primes", type=int, nargs="*", default=[100, 200, 400])
     parser.add_argument("--variants", nargs="+", default=[], help="T':NAME+NAME, as 200:min-snr")

@@ -22,8 +22,8 @@ from esddpm_io.files import open_binary
 _LOCAL_HEADER = struct.Struct("<26x2H")  # the two lengths that end a zip member's local header
 _SKIP_BYTES = 1 << 20
 _BROKEN = (
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, struct.error),
-    *(RuntimeError, MemoryError),  # of a header that asks for what there cannot be
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError),
+    *(struct.error, RuntimeError),
 )
 # What NumPy's parser of headers lets through when their text is no Python literal
 _BAD_HEADER = (tokenize.TokenError, SyntaxError, TypeError, KeyError, AttributeError)

@@ -91,8 +91,7 @@ class Scorer:
 
 
 def _too_few_for(which: str, fewest: int) -> Callable[[Scorer], str | None]:
-    """An interval takes `fewest` samples, and twice as many as features: with less the jackknife's
-    errors are too large, of few samples and features alike in size twofold."""
+    """An interval takes `fewest` samples, two a feature too: of fewer it is up to twice as wide."""
 
     def no_interval(scorer: Scorer) -> str | None:
         gaussian = getattr(scorer.samples, f"{which}_gaussian")

@@ -74,7 +74,7 @@ class Settings:
             if getattr(self, name) == "":
                 raise UserError(f"--{name} is empty: name a path, or leave it out")
         if self.cache_dir is not None and is_blob(self.cache_dir):
-            raise UserError(f"--cache_dir {self.cache_dir}: a folder of this machine, please")
+            raise UserError(f"--cache_dir {self.cache_dir}: name a folder, not a blob store")
         for name, least in [
             ("batch_size", 1),
             ("bootstrap", 0),

@@ -19,7 +19,7 @@ from .train_options import (
     loop_options,
 )
 from .train_util import TrainLoop
-from .training.start import check_resumed_flags, settle_early_stop, start_run
+from .training.start import settle_resumed, start_run
 
 # Enough DDIM steps to judge a network by, few enough that training hardly waits for them.
 _STEPS = 25
@@ -42,8 +42,7 @@ def train_diffusion(
     start_run(args, "use_fp16")
     flags = args_to_dict(args, flag_names)
     with explained_flags(vars(args)):
-        check_resumed_flags(args, flags)
-        stop = settle_early_stop(args)
+        stop = settle_resumed(args, flags)
         model, diffusion = create(**flags)
         sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion, stop)
         data = load(class_cond=args.class_cond, **data_options(args))

@@ -16,6 +16,12 @@ from guided_diffusion.checkpoints import read_sidecar
 from guided_diffusion.compiling import check_compiler
 from guided_diffusion.train_options import check_ranges
 
+# Flags that a network's weights do not show, and that change what they mean
+_MEANING = (
+    *("num_heads", "num_head_channels", "use_new_attention_order", "diffusion_steps"),
+    *("noise_schedule", "predict_xstart", "rescale_timesteps"),
+)
+
 
 def start_run(args: argparse.Namespace, fp16_flag: str) -> None:
     """Check the shared flags, join the other processes, open the log, settle precision, seed."""
@@ -27,12 +33,6 @@ def start_run(args: argparse.Namespace, fp16_flag: str) -> None:
     dist_util.on_rank_zero(lambda: _check_folder(args.resume_checkpoint))
     settle_device_options(args, fp16_flag)
     torch.manual_seed(args.seed)
-
-
-_MEANING = (
-    *("num_heads", "num_head_channels", "use_new_attention_order", "diffusion_steps"),
-    *("noise_schedule", "predict_xstart", "rescale_timesteps"),
-)
 
 
 def _check_folder(resume_checkpoint: str) -> None:
@@ -80,14 +80,17 @@ def settle_device_options(args: argparse.Namespace, fp16_flag: str) -> None:
     setattr(args, fp16_flag, wanted == "float16")
 
 
-def settle_early_stop(args: argparse.Namespace) -> int | None:
+def settle_resumed(args: argparse.Namespace, flags: Mapping[str, object]) -> int | None:
     """T' of this run, None for all timesteps: --early_stop_steps, or else the resumed network's.
 
-    A network goes on with the T' in its sidecar unless the flag says otherwise, 0 included, so
-    that the sidecars of this run are true and no resume takes the guard of sampling away.
+    UserError where that network was trained with other `flags` than this run's, in what its weights
+    do not show. It goes on with the T' in its sidecar unless the flag says otherwise, 0 included.
+    So the sidecars of this run are true, and no resume takes the guard of sampling away.
     """
     asked = args.early_stop_steps
     path, sidecar = dist_util.on_rank_zero(lambda: _resumed(args))
+    if sidecar:
+        _check_flags(path, sidecar["flags"], flags)
     trained = sidecar["early_stop_steps"] if sidecar else None
     if trained is None or asked == trained:
         return asked or None
@@ -104,13 +107,7 @@ def settle_early_stop(args: argparse.Namespace) -> int | None:
     return asked or None
 
 
-def check_resumed_flags(args: argparse.Namespace, flags: Mapping[str, object]) -> None:
-    """UserError where the network that this run goes on from was trained with other `flags`.
-
-    Only those are looked at that its weights do not show and that change what they mean.
-    """
-    path, sidecar = dist_util.on_rank_zero(lambda: _resumed(args))
-    trained = sidecar["flags"] if sidecar else {}
+def _check_flags(path: str, trained: Mapping, flags: Mapping[str, object]) -> None:
     names = [name for name in _MEANING if name in flags and name in trained]
     if {flags.get("num_head_channels", -1), trained.get("num_head_channels", -1)} != {-1}:
         names = [name for name in names if name != "num_heads"]  # which has no effect then
