@@ -228,3 +228,8 @@ def test_the_rank_without_mpi(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "1")
     assert logger.get_rank_without_mpi_import() == 1
+
+
+def test_a_residual_block_adds_its_embedding_unless_told_otherwise():
+    block = unet.ResBlock(32, 8, 0.0)
+    assert block.emb_layers[1].out_features == 32  # and twice as many to scale and shift

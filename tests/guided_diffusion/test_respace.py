@@ -72,3 +72,9 @@ def test_lists_and_single_steps():
 def test_impossible_chains_say_what_is_possible(spec, message):
     with pytest.raises(ValueError, match=message):
         space_timesteps(1000, spec)
+
+
+@pytest.mark.parametrize("steps", [[], [-1, 5], [5, 10], [-1, 10]])
+def test_kept_timesteps_must_be_some_of_all(steps):
+    with pytest.raises(ValueError, match=r"^use_timesteps must be some of 0 \.\.\. 9$"):
+        SpacedDiffusion(use_timesteps=steps, betas=np.full(10, 0.1))

@@ -393,7 +393,8 @@ def test_a_full_disk_leaves_the_set_before_usable(log_folder, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(checkpoint_sets, "save_checkpoint", full)
-        train_loop(iterations=4, resume_checkpoint="auto").run_loop()
+        sidecar = {"flags": {}, "kind": "model"}
+        train_loop(iterations=4, resume_checkpoint="auto", sidecar=sidecar).run_loop()
     assert not list(log_folder.glob("*000004*"))
     resumed = train_loop(resume_checkpoint="auto")
     assert resumed.global_step == 2 and equal(everything(resumed), before)

@@ -597,3 +597,13 @@ def test_float16_on_a_cpu_says_what_it_does_instead(data, tmp_path):
     log = (tmp_path / "run/log.txt").read_text()
     assert "float16 needs CUDA: training in" in log
     assert read_sidecar(str(tmp_path / "run/model000001.pt"))["flags"]["use_fp16"] is False
+
+
+def test_a_compiler_that_is_missing_is_told_before_training(data, monkeypatch):
+    def check_compiler(device_type):
+        raise UserError(f"--compile: no compiler for {device_type}")
+
+    monkeypatch.setattr("guided_diffusion.training.start.check_compiler", check_compiler)
+    argv = flags(**TINY, **SHARED, data_dir=data, batch_size=2, iterations=1)
+    with pytest.raises(UserError, match="^--compile: no compiler for cpu"):
+        image_train.main([*argv, "--compile"])
