@@ -6,11 +6,15 @@ Fréchet distance: SciPy's `sqrtm` of the product of the covariances, for covari
 and for singular ones, against the exact value from the singular values of the data. Precision and
 recall: TensorFlow's float16 distances of whole sets with a partition of each row, which is what the
 published evaluator does, and the same in NumPy float32. Statistics: NumPy's mean and covariance.
-sFID: both, of 2023 features, against a reference that is given. Every measurement is a process of
-its own, one after the other in one run; memory is its peak above what it held before the call.
+sFID: both, of 2023 features, against a reference that is given. `sqrtm` comes with the estimate of
+its error, a product more, that the published evaluator asks it for. The plain ways have the kernels
+that OpenBLAS chooses for itself. "no bfloat16" is ours as on a processor without. Every measurement
+is a process of its own, one after the other in one run; memory is its peak above what it held
+before the call.
 """
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -47,7 +51,9 @@ def sqrtm_distance(a, b) -> float:
     from scipy.linalg import sqrtm
 
     shift = a.mean - b.mean
-    root = sqrtm(a.covariance @ b.covariance)
+    product = a.covariance @ b.covariance
+    root = sqrtm(product)
+    _ = np.linalg.norm(root @ root - product) ** 2 / np.linalg.norm(product)
     spread = np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.trace(root).real
     return float(shift @ shift + spread)
 
@@ -97,8 +103,12 @@ def forget_peak() -> float:
 
 def measure(case: str, rows: int, width: int) -> dict:
     """One measurement, in this process."""
+    if case in PLAIN:
+        importlib.import_module("scipy.linalg")  # before ours chooses other kernels for it
+    from evaluations import neighbours
     from evaluations.metrics import Gaussian, frechet_distance, gaussian_of, precision_recall
 
+    importlib.import_module("scipy.linalg")
     singular = "singular" in case
     count = width * 3 // 4 if singular else rows
     a, b = (features(count, width, seed) for seed in (1, 2))
@@ -126,7 +136,9 @@ def measure(case: str, rows: int, width: int) -> dict:
         call = {"frechet": frechet_distance, "sqrtm": sqrtm_distance}[case.split()[0]]
         arguments = gaussians
     elif case.startswith("blocks"):
-        arithmetic = case.split()[1]
+        arithmetic = case.split()[1].removesuffix(",")
+        if "no bfloat16" in case:
+            neighbours.cpu_has_bfloat16 = lambda: False
 
         def call(x, y):
             precise, recalled = precision_recall(x, y, K, arithmetic)
@@ -164,12 +176,14 @@ CASES = (
     "tensorflow float16",
     "numpy float32",
     "blocks float16",
+    "blocks float16, no bfloat16",
     "blocks float32",
     "statistics numpy",
     "statistics blocks",
     "sfid numpy",
     "sfid blocks",
 )
+PLAIN = {case for case in CASES if {"sqrtm", "numpy", "tensorflow"} & set(case.split())}
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ _MANY = 1 / 32  # share of a block's pairs for which a product of all is the qui
 _PENDING = 64  # pairs a point that may wait for their distances
 _LANES, _ACCUMULATORS, _LEAF = 8, 4, 1024  # of Eigen's half-precision sums
 _HALF_TINY = 2.0**-14  # below it, half precision has fewer than 11 bits
+_EXPONENT = np.uint32(0x7F800000)  # its bits in float32
 _HALF_OVERFLOW = 65520.0  # from here on, rounding to half precision gives infinity
 _WIDENED = np.float32(1 + 1.01 * 2.0**-8)  # for what rounding to bfloat16 takes off or adds
 _NORM_PARTS = 3  # bfloat16 numbers that add up to one of float32
@@ -361,19 +362,18 @@ def _squares(rows: np.ndarray) -> np.ndarray:
 
 
 def _round_half(values: np.ndarray, overflow: float = _HALF_OVERFLOW) -> None:
-    """Round float32 to half precision in place, ties to even; infinite from `overflow` on."""
-    magnitudes = np.abs(values)
-    tiny = magnitudes < _HALF_TINY
-    if tiny.any():
-        # Adding 0.75 leaves multiples of 2^-24, the spacing of half precision's tiny numbers.
-        spaced = values + np.float32(0.75)
-        spaced -= np.float32(0.75)
-        _round_bits(values)
-        np.copyto(values, spaced, where=tiny)
-    else:
-        _round_bits(values)
-    if values.size and magnitudes.max() >= overflow:
-        values[magnitudes >= overflow] *= np.inf
+    """Round float32 to half precision in place, ties to even; infinite from `overflow` on.
+
+    A sum with 1.5 * 2^(e+13) is a multiple of 2^(e-10), the spacing of half precision's numbers
+    from 2^e to 2^(e+1); below 2^-14 it has that of 2^-14.
+    """
+    spacers = values.view(np.uint32) & _EXPONENT
+    np.maximum(spacers, np.float32(_HALF_TINY).view(np.uint32), out=spacers)
+    spacers += np.float32(1.5 * 2.0**13).view(np.uint32) - np.float32(1).view(np.uint32)
+    values += spacers.view(np.float32)
+    values -= spacers.view(np.float32)
+    if values.max(initial=0) >= overflow or values.min(initial=0) <= -overflow:
+        values[np.abs(values) >= overflow] *= np.inf
 
 
 def _round_bits(values: np.ndarray) -> None:
@@ -391,12 +391,12 @@ def _round_bits(values: np.ndarray) -> None:
 
 def _half(values: np.ndarray) -> np.ndarray:
     """float32 `values` rounded to half precision, as float32; infinite from 65520 on."""
-    if (torch := _torch()) is not None:  # many times as fast
+    if (torch := _torch()) is not None:  # several times as fast
         values = np.require(values, requirements="W")  # it warns of others
         return torch.from_numpy(values).half().float().numpy()
-    # Infinities are looked for, and lead to float32.
-    with np.errstate(over="ignore"):
-        return values.astype(np.float16).astype(np.float32)
+    rounded = values.copy()
+    _round_half(rounded)
+    return rounded
 
 
 def _half_norms(values: np.ndarray) -> np.ndarray:
