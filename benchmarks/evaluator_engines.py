@@ -36,7 +36,7 @@ def main() -> None:
 
     import torch
 
-    from evaluations.features import choose_engine, flatten_outputs, load_graph
+    from evaluations.features import choose_engine, features_of_batch, load_graph
 
     torch.set_num_threads(args.threads)
     graph = load_graph(args.inception_path)
@@ -45,7 +45,7 @@ def main() -> None:
         kinds.append(("torch", "float16" if torch.cuda.is_available() else "bfloat16"))
     engines = [choose_engine(graph, *kind) for kind in kinds]
     batch = images(args.batch_size, args.size)
-    outputs = [flatten_outputs(*engine(batch)) for engine in engines]  # warms up, too
+    outputs = [features_of_batch(engine, batch) for engine in engines]  # warms up, too
     seconds = np.zeros((len(kinds), 2))
     for _ in range(args.turns):
         for index, engine in enumerate(engines):

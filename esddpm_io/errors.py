@@ -44,9 +44,10 @@ def speaking_of_arguments(**names: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text = re.sub(r"--(?=\w)", "", str(error))
+        # Not where they are parts of a path
+        text = re.sub(r"(?<![\w./\\-])--(?=\w)", "", str(error))
         for name, argument in names.items():
-            text = re.sub(rf"\b{name}\b", argument, text)
+            text = re.sub(rf"(?<![\w./\\-]){name}(?![\w/\\-]|\.\w)", argument, text)
         raise UserError(text) from error.__cause__
 
 

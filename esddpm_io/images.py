@@ -130,7 +130,7 @@ class _NpyImages(ImageSource):
 class _FolderImages(ImageSource):
     """A folder of image files: numbers in names count as numbers, `5_label_7.png` carries label 7.
 
-    Where all lie in subfolders, at any depth, and have no such names, labels are those of
+    Where they lie in subfolders, at any depth, and have no such names, labels are those of
     torchvision's ImageFolder: the place of the first subfolder's name among all of them, in order.
     Grey becomes RGB, an alpha channel is dropped, every image must have the size of the first.
     """
@@ -358,16 +358,23 @@ def check_image_array(
 
 
 def _image_names(path: str, flag: str) -> list[str]:
-    """Images in a folder, or, where it has none itself, in its subfolders: `cats/1.png`."""
-    names = blobfile().listdir(path) if is_blob(path) else os.listdir(path)
-    if images := [name for name in names if _is_image(name)]:
-        return images
+    """Images in a folder, or in its subfolders: `cats/1.png`. `UserError` where both have some."""
+    own, nested = [], []
     walk = blobfile().walk(path) if is_blob(path) else _walk_through_links(path, flag)
-    for folder, _, files in walk:
+    for folder, folders, files in walk:
         below = str(folder)[len(path) :].strip("/")
-        if not any(part.startswith(".") for part in below.split("/")):
-            images += [f"{below}/{name}" for name in files if _is_image(name)]
-    return images
+        # A folder by the name of an image is an error for whoever opens it.
+        images = [name for name in (*folders, *files) if _is_image(name)]
+        if not below:
+            own = images
+        elif not any(part.startswith(".") for part in below.split("/")):
+            nested += [f"{below}/{name}" for name in images]
+        if own and nested:
+            raise UserError(
+                f"{flag}: {path} has images itself ({min(own)}) and in subfolders ({min(nested)}): "
+                "name one that has the one or the other"
+            )
+    return own or nested
 
 
 def _walk_through_links(path: str, flag: str) -> Iterator[tuple[str, list[str], list[str]]]:

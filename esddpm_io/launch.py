@@ -4,6 +4,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from esddpm_io.errors import UserError
+
 # The variables that hold rank, size and local rank. MPI goes before Slurm because mpiexec inside a
 # Slurm job starts its daemons with srun. Only srun sets SLURM_STEP_NUM_TASKS together with a local
 # rank for us; a batch script's own process also has SLURM_PROCID and SLURM_NTASKS, though it is
@@ -30,9 +32,15 @@ ALONE = Launch("alone", 0, 1, 0)
 
 
 def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
-    """Read rank, size and local rank from the variables of whichever launcher started us."""
+    """Read rank, size and local rank from the variables of whichever launcher started us.
+
+    `UserError` for one of them that is no number.
+    """
     for launcher, names in _LAYOUTS.items():
         if all(name in environ for name in names):
+            for name in names:
+                if not environ[name].isdecimal():
+                    raise UserError(f"{name} is {environ[name]!r}: {launcher} sets it to a number")
             rank, size, local_rank = (int(environ[name]) for name in names)
             if launcher == "slurm" and size == 1:
                 break  # an interactive shell under srun: what is started in it is alone

@@ -24,12 +24,12 @@ class Progress:
     """Counts to `total` (None: no end) with rate and time left; use as a context manager.
 
     On a terminal this is a bar; anywhere else a line at the start, every half minute and at the
-    end, so that a log stays short.
+    end, so that a log stays short. done: what an earlier run did, which no rate counts.
     """
 
-    def __init__(self, total: int | None, unit: str, desc: str):
+    def __init__(self, total: int | None, unit: str, desc: str, done: int = 0):
         self._total, self._unit, self._desc = total, unit, desc
-        self._done = 0
+        self._done = self._earlier = done
         self._started = self._last_line = time.monotonic()
         self._bar = None
         self._is_quiet = _quiet.get()
@@ -38,7 +38,7 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, unit=unit, desc=desc, dynamic_ncols=True)
+            self._bar = tqdm(total=total, unit=unit, desc=desc, initial=done, dynamic_ncols=True)
         elif total is not None:
             print(f"{desc}: {total} {unit}", file=sys.stderr, flush=True)
 
@@ -64,7 +64,7 @@ class Progress:
             self._bar.close()
 
     def _line(self, now: float, note: str) -> str:
-        rate = self._done / max(now - self._started, 1e-9)
+        rate = (self._done - self._earlier) / max(now - self._started, 1e-9)
         text = progress_text(self._done, self._total, self._unit, rate)
         return f"{self._desc}: {text}{'; ' + note if note else ''}"
 

@@ -55,6 +55,8 @@ class TorchEngine:
             for source in self._sources(name):
                 self._consumers[source] = self._consumers.get(source, 0) + 1
         self._steps = self._plan(order)
+        if missing := set(self._outputs) - {step[0] for step in self._steps}:
+            raise UserError(f"{graph.path}: {', '.join(missing)} does not depend on the images")
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint8 [N, H, W, 3] -> outputs of the two nodes, float32 [N, h, w, channels] each."""
@@ -86,7 +88,7 @@ class TorchEngine:
         seen = {reference}
         while node.op in _PASSED_THROUGH and node.name != IMAGES_NODE:
             if not node.inputs:
-                raise UserError(f"{self._graph.path}: {node.name} has no input")
+                raise UserError(f"{self._graph.path}: the {node.op} node {node.name} has no input")
             reference = node.inputs[0]
             if reference in seen:
                 raise UserError(f"{self._graph.path}: {node.name} depends on itself")
@@ -106,8 +108,11 @@ class TorchEngine:
         """The nodes that a node takes its data from (`^name` is control only)."""
         if name == IMAGES_NODE:
             return []
-        inputs = self._graph.nodes[name].inputs
-        return [self._source(reference) for reference in inputs if not reference.startswith("^")]
+        node = self._graph.nodes[name]
+        sources = [self._source(one) for one in node.inputs if not one.startswith("^")]
+        if not sources and node.op != "Const":
+            raise UserError(f"{self._graph.path}: the {node.op} node {name} has no input")
+        return sources
 
     def _order(self) -> list[str]:
         """The nodes that the outputs need, each after its inputs."""
@@ -223,6 +228,8 @@ def check_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
         if device.type == "cuda":
             there = torch.cuda.device_count() if torch.cuda.is_available() else 0
             if (device.index or 0) >= there:

@@ -10,7 +10,8 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,7 +22,7 @@ from esddpm_io.errors import UserError
 from esddpm_io.images import ImageSource, open_images
 from esddpm_io.launch import Launch
 from esddpm_io.processes import watch_parent
-from esddpm_io.progress import Progress
+from esddpm_io.progress import Progress, quiet
 from evaluations.features import (
     Engine,
     Features,
@@ -30,7 +31,7 @@ from evaluations.features import (
     extract,
     load_graph,
 )
-from evaluations.inputs import FeatureCache, Images, open_set
+from evaluations.inputs import FeatureCache, Images, ImageSet, open_set
 from evaluations.moments import merged
 
 _READ_ROWS = 256
@@ -49,50 +50,48 @@ def shares_of(count: int, devices: int, batch_size: int) -> list[Share]:
 
 
 def extract_on_devices(
-    images: Images,
+    image_set: ImageSet,
     devices: list[str],
     engine: dict[str, str],
     *,
-    count: int,
     dimensions: int,
     name: str,
     batch_size: int,
     keep_spatial: bool,
     store: Path | None,
 ) -> Features:
-    """Features of `count` images as `extract` gives them, by one process a device.
+    """Features of a set as `extract` gives them, by one process a device.
 
     `engine` has the `path` of the graph, `backend`, `precision` and `resize`. With `store`, the
     name of a file of the feature cache, every share is kept beside it when it is done, and taken
     from there by a run that starts again. `UserError` as `extract`, or if a process dies.
     """
+    count = len(image_set.source)
     shares = shares_of(count, len(devices), batch_size)
     paths = {} if store is None else _paths(store, shares)
     done = {
         share: features
         for share, path in paths.items()
-        if (features := FeatureCache.load(path, share[1] - share[0], dimensions)) is not None
+        if (features := FeatureCache.load(path, _size(share), dimensions)) is not None
     }
     waiting: queue.SimpleQueue[Share] = queue.SimpleQueue()
     for share in shares:
         if share not in done:
             waiting.put(share)
     lock = threading.Lock()
-    kept = sum(stop - start for start, stop in done)
-    note = f", {kept} of them stored by an earlier run" if kept else ""
-    with Progress(count, "images", f"features of {name}{note}") as progress:
-        progress.update(kept)
+    kept, note = _stored_before(done)
+    with Progress(count, "images", f"features of {name}{note}", done=kept) as progress:
 
         def keep(share: Share, features: Features) -> None:
             if store is not None:
                 FeatureCache.save(paths[share], features)
             with lock:
                 done[share] = features
-                progress.update(share[1] - share[0])
+                progress.update(_size(share))
 
-        arguments = images, engine, name, batch_size, keep_spatial
+        arguments = image_set.images, image_set.flag, engine, name, batch_size, keep_spatial
         # Whoever has named the file of the cache has read all of the set.
-        unread = images if store is None else None
+        unread = image_set if store is None else None
         _work_through(waiting, devices[: waiting.qsize()], arguments, keep, unread)
     return merge([done[share] for share in shares])
 
@@ -109,26 +108,31 @@ def extract_among_ranks(
     """One process's part in the features of `source`; the first process gets all of them.
 
     Every process that a launcher started calls this with the same arguments, `options` those of
-    `extract`. They meet in `store`, the name of a file of the feature cache beside which each puts
-    the shares that it has done. Nobody waits: after its own shares a process does whatever is
-    missing of others', and lets go of one as soon as another has stored it. So the end of a process
-    costs time only, and a run that starts again goes on from the shares there are.
+    `extract`; a process alone is the first of one. They meet in `store`, the name of a file of the
+    feature cache beside which each puts the shares that it has done. Nobody waits: after its own
+    shares a process does whatever is missing of others', and lets go of one as soon as another has
+    stored it. So the end of a process costs time only, and a run that starts again goes on from
+    the shares there are.
     """
     shares = shares_of(len(source), launch.world_size, options["batch_size"])
+    if len(shares) == launch.world_size == 1:
+        return extract(engine, source, **options)
     paths = _paths(store, shares)
     own = shares[launch.rank :: launch.world_size]
-    for share in own + [share for share in reversed(shares) if share not in own]:
-        if not (paths[share].exists() or store.exists()):
-            with contextlib.suppress(_DoneElsewhere):
-                _extract_share(engine, source, share, paths[share], store, options)
+    stored = {share for share in shares if paths[share].exists()}
+    kept, note = _stored_before(stored)
+    what = f"features of {options['name']}{note}"
+    with Progress(len(source), "images", what, done=kept) as progress:
+        for share in own + [share for share in reversed(shares) if share not in own]:
+            if share not in stored:
+                _extract_share(engine, source, share, paths[share], store, options, progress)
     if launch.rank > 0:
         return None
-    parts = []
-    for share in shares:
-        size = share[1] - share[0]
-        stored = FeatureCache.load(paths[share], size, dimensions)
-        parts.append(stored or extract(engine, source, share=share, **options))
-    return merge(parts)
+    return merge(
+        FeatureCache.load(paths[share], _size(share), dimensions)
+        or extract(engine, source, share=share, **options)
+        for share in shares
+    )
 
 
 def device_of_rank(device: str, backend: str, launch: Launch) -> str:
@@ -148,18 +152,35 @@ class _DoneElsewhere(Exception):
 
 
 def _extract_share(
-    engine: Engine, source: ImageSource, share: Share, path: Path, store: Path, options: dict
+    engine: Engine,
+    source: ImageSource,
+    share: Share,
+    path: Path,
+    store: Path,
+    options: dict,
+    progress: Progress,
 ) -> None:
+    """Store the features of a share, unless they are there before we are through."""
+    left = _size(share)
+
+    def tell(images: int) -> None:
+        nonlocal left
+        left -= images
+        progress.update(images)
+
     def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         # In this order: shares are removed when the whole has been stored.
         if path.exists() or store.exists():
             raise _DoneElsewhere
         return engine(images)
 
-    options = {**options, "name": f"{options['name']}, from {share[0]} on"}
-    FeatureCache.save(path, extract(run, source, share=share, **options))
-    if store.exists():
-        path.unlink(missing_ok=True)
+    if not (path.exists() or store.exists()):
+        with contextlib.suppress(_DoneElsewhere):
+            FeatureCache.save(path, extract(run, source, share=share, tell=tell, **options))
+            if store.exists():
+                path.unlink(missing_ok=True)
+    if left:  # another process has done these
+        progress.update(left)
 
 
 def _paths(store: Path, shares: list[Share]) -> dict[Share, Path]:
@@ -167,14 +188,35 @@ def _paths(store: Path, shares: list[Share]) -> dict[Share, Path]:
     return {share: store.with_stem(f"{store.stem}-{share[0]}-{share[1]}") for share in shares}
 
 
-def merge(parts: list[Features]) -> Features:
-    """The features of sets that follow one another, as those of one set."""
-    spatial = None if parts[0].spatial is None else np.concatenate([p.spatial for p in parts])
+def _size(share: Share) -> int:
+    return share[1] - share[0]
+
+
+def _stored_before(shares: Iterable[Share]) -> tuple[int, str]:
+    """How many images those are, and what the progress says of them."""
+    count = sum(map(_size, shares))
+    return count, f", {count} of them stored by an earlier run" if count else ""
+
+
+def merge(parts: Iterable[Features]) -> Features:
+    """The features of sets that follow one another, as those of one set.
+
+    Of the parts' covariances two are in memory at a time, where they are read one by one.
+    """
+    pools, spatials, gaussians = [], [], None
+    for part in parts:
+        pools.append(part.pool)
+        spatials.append(part.spatial)
+        own = [part.pool_gaussian, part.spatial_gaussian]
+        gaussians = (
+            own
+            if gaussians is None
+            else [merged(pair) for pair in zip(gaussians, own, strict=True)]
+        )
     return Features(
-        np.concatenate([part.pool for part in parts]),
-        merged([part.pool_gaussian for part in parts]),
-        merged([part.spatial_gaussian for part in parts]),
-        spatial,
+        np.concatenate(pools),
+        *gaussians,
+        None if spatials[0] is None else np.concatenate(spatials),
     )
 
 
@@ -183,7 +225,7 @@ def _work_through(
     devices: list[str],
     arguments: tuple,
     keep: Callable[[Share, Features], None],
-    unread: Images | None,
+    unread: ImageSet | None,
 ) -> None:
     """One process a device and one thread that hands shares to it; the first error is raised.
 
@@ -205,10 +247,10 @@ def _work_through(
             future.result()
 
 
-def _check_sum(images: Images | None) -> None:
+def _check_sum(image_set: ImageSet | None) -> None:
     """Have the CRC-32 of an .npz checked, of which each process sees a part only."""
-    if isinstance(images, str | os.PathLike) and str(images).endswith(".npz"):
-        source = open_images(images, flag="SAMPLE")
+    if image_set is not None and str(image_set.images).endswith(".npz"):
+        source = open_images(image_set.images, flag=image_set.flag)
         for start in range(0, len(source), _READ_ROWS):
             source.read(start, min(start + _READ_ROWS, len(source)))
 
@@ -226,7 +268,10 @@ def _hand_out(
                 connection.send(share)
                 answer = connection.recv()
             except (EOFError, OSError) as error:
-                raise UserError(f"--devices: the process on {device} has died") from error
+                raise UserError(
+                    f"--devices: the process on {device} has died (a script that is not guarded by "
+                    '`if __name__ == "__main__":` ends so, too)'
+                ) from error
             if isinstance(answer, Exception):
                 raise answer
             keep(share, answer)
@@ -236,6 +281,7 @@ def _serve(
     connection: Connection,
     device: str,
     images: Images,
+    flag: str,
     engine: dict[str, str],
     name: str,
     batch_size: int,
@@ -244,25 +290,22 @@ def _serve(
     """The process of one device: shares in, features out, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it too, and ends us
     watch_parent(multiprocessing.parent_process().pid, lambda: os._exit(1))
-    with contextlib.suppress(EOFError, OSError):
+    # The first process shows the progress, and has warned of what this one would warn of again.
+    with (
+        contextlib.suppress(EOFError, OSError),
+        quiet(),
+        warnings.catch_warnings(action="ignore"),
+    ):
         share = connection.recv()
         try:
             graph = load_graph(engine["path"])
             run = choose_engine(
                 graph, engine["backend"], engine["precision"], device, engine["resize"]
             )
-            source = open_set(images, flag="SAMPLE").source
+            source = open_set(images, flag=flag).source
+            options = {"name": name, "batch_size": batch_size, "keep_spatial": keep_spatial}
             while True:
-                with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-                    features = extract(
-                        run,
-                        source,
-                        name=name,
-                        batch_size=batch_size,
-                        keep_spatial=keep_spatial,
-                        share=share,
-                    )
-                connection.send(features)
+                connection.send(extract(run, source, share=share, **options))
                 share = connection.recv()
         except UserError as error:
             connection.send(error)

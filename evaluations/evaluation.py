@@ -20,15 +20,17 @@ from evaluations.features import (
     Features,
     Network,
     check_engine,
+    check_finite,
     choose_engine,
     extract,
+    features_of_batch,
     graph_identity,
     load_graph,
     published_graph,
 )
 from evaluations.graph_file import Graph
 from evaluations.inputs import FeatureCache, Images, ImageSet, open_set
-from evaluations.metrics import Value, interval_of_replicates
+from evaluations.metrics import Value, common_classes, interval_of_replicates
 from evaluations.moments import Gaussian
 from evaluations.neighbours import nearest
 from evaluations.network_file import NetworkFile
@@ -83,13 +85,14 @@ def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
     """Metrics of one or more sample batches against one reference.
 
     `reference` and `samples` are paths of .npz, .npy or image folders, or uint8 [N, H, W, 3]
-    arrays; the keywords are the fields of `Settings`. All inputs are checked before the first
-    image goes through the graph, and the features of the reference are computed once. Nothing is
+    arrays; the keywords are the fields of `Settings`. All inputs are checked, and one image of each
+    is tried, before the features of the reference are computed, which is done once. Nothing is
     printed: doubts about the figures are the results' `warnings`. `UserError` (a `ValueError`) for
     anything the caller can put right.
     """
     with quiet(), speaking_of_arguments(REF="reference", SAMPLE="samples"):
-        return run(reference, *samples, tell=lambda warning: None, **settings)
+        chosen = dataclasses.asdict(Settings.of(settings))
+        return run(reference, *samples, tell=lambda warning: None, **chosen)
 
 
 def run(
@@ -153,7 +156,7 @@ def _asked_of_samples(chosen: Settings) -> dict[str, bool]:
 def _prepared(
     reference: Images, samples: tuple[Images, ...], chosen: Settings, launch: Launch
 ) -> tuple[ImageSet, list[ImageSet], "_Extractor"]:
-    """All sets, checked, and what gets their features: nothing has gone through the graph yet.
+    """All sets, checked, and what gets their features: one image of each has been tried.
 
     The extractor's settings have the metrics spelt out.
     """
@@ -165,6 +168,8 @@ def _prepared(
     graph, chosen, image_sets = _checked(chosen, reference_set, *sample_sets)
     _check_not_swapped(reference_set, sample_sets)  # with all statistics, those left aside too
     reference_set, *sample_sets = image_sets
+    if any("labels" in METRICS[name].needs for name in chosen.metrics):
+        _check_classes(reference_set, sample_sets)
     if launch.rank == 0:  # the others would open every image for what they read soon enough
         for image_set in image_sets:
             image_set.source.check()
@@ -174,7 +179,11 @@ def _prepared(
     device = device_of_rank(chosen.device, backend, launch)
     engine = choose_engine(graph, backend, chosen.precision, device, chosen.resize)
     names = [image_set.name for image_set in image_sets]
-    return reference_set, sample_sets, _Extractor(engine, graph, chosen, names, launch)
+    extractor = _Extractor(engine, graph, chosen, names, launch)
+    extractor.check(reference_set, **_asked_of_reference(chosen))
+    for image_set in sample_sets:
+        extractor.check(image_set)
+    return reference_set, sample_sets, extractor
 
 
 def check_launch(chosen: Settings, launch: Launch) -> None:
@@ -402,6 +411,17 @@ def _check_dimensions(image_set: ImageSet, given: Gaussian | None, dimensions: i
         )
 
 
+def _check_classes(reference: ImageSet, samples: list[ImageSet]) -> None:
+    for sample in samples:
+        if not isinstance(sample.source, GrowingImages):  # its labels come with the last images
+            try:
+                common_classes(
+                    *(one.source.labels(0, len(one.source)) for one in (reference, sample))
+                )
+            except ValueError as error:
+                raise UserError(f"--metrics fid_per_class: {sample.name}: {error}") from error
+
+
 def _check_not_swapped(reference: ImageSet, samples: list[ImageSet]) -> None:
     for sample in samples:
         if sample.has_statistics and not reference.has_statistics:
@@ -460,14 +480,25 @@ class _Extractor:
             none = np.empty((0, image_set.pool_gaussian.dimensions), np.float32)
             return Features(none, image_set.pool_gaussian, image_set.spatial_gaussian)
         features = self._images(image_set, keep_spatial)
-        given = {
-            name: gaussian
-            for name in ("pool_gaussian", "spatial_gaussian")
-            if (gaussian := getattr(image_set, name)) is not None
-        }
-        for name, gaussian in given.items():
-            _check_dimensions(image_set, gaussian, getattr(features, name).dimensions)
-        return dataclasses.replace(features, **given)
+        return dataclasses.replace(
+            features,
+            pool_gaussian=image_set.pool_gaussian or features.pool_gaussian,
+            spatial_gaussian=image_set.spatial_gaussian or features.spatial_gaussian,
+        )
+
+    def check(self, image_set: ImageSet, statistics_do: bool = False) -> None:
+        """`UserError` for what the network makes of the first image of a set that it is to see."""
+        done = statistics_do and image_set.has_both_gaussians
+        if done or isinstance(image_set.source, GrowingImages):
+            return
+        pool, spatial = features_of_batch(self.engine, image_set.source.read(0, 1))
+        if pool.shape[1] != self.graph.dimensions:
+            raise UserError(
+                f"--inception_path: {self.graph.path} gives {pool.shape[1]} features of an image, "
+                f"its classifier takes {self.graph.dimensions}"
+            )
+        check_finite(pool, spatial, 0, image_set.name)
+        _check_dimensions(image_set, image_set.spatial_gaussian, spatial.shape[1])
 
     def assist(
         self, image_set: ImageSet, keep_spatial: bool = False, statistics_do: bool = False
@@ -475,15 +506,18 @@ class _Extractor:
         """Our share of what the first process of the launch gets by calling this."""
         if statistics_do and image_set.has_both_gaussians:
             return
-        path = self._cache.path(image_set.source, keep_spatial)
+        path = self._path(image_set, keep_spatial)
         if not path.exists():
             self._extract(image_set, keep_spatial, path)
+
+    def _path(self, image_set: ImageSet, keep_spatial: bool) -> Path:
+        return self._cache.path(image_set.source, keep_spatial, self._short[image_set.name])
 
     def _images(self, image_set: ImageSet, keep_spatial: bool) -> Features:
         # The cache goes by all pixels, which those that grow have not yet.
         if self._cache is None or isinstance(image_set.source, GrowingImages):
             return self._extract(image_set, keep_spatial)
-        path = self._cache.path(image_set.source, keep_spatial)
+        path = self._path(image_set, keep_spatial)
         features = self._cache.load(path, len(image_set.source), self.graph.dimensions)
         if features is None:
             path.unlink(missing_ok=True)  # others would take what cannot be read for done
@@ -504,12 +538,12 @@ class _Extractor:
         }
         stored = {"dimensions": self.graph.dimensions, "store": store}
         source = image_set.source
-        if self._launch.world_size > 1:
-            return extract_among_ranks(self.engine, source, self._launch, **stored, **options)
-        if not settings.devices:
+        if not settings.devices and store is None:
             return extract(self.engine, source, **options)
+        if not settings.devices:
+            return extract_among_ranks(self.engine, source, self._launch, **stored, **options)
         return extract_on_devices(
-            image_set.images,
+            image_set,
             settings.device_list,
             {
                 "path": self.graph.path,
@@ -517,7 +551,6 @@ class _Extractor:
                 "precision": settings.precision,
                 "resize": settings.resize,
             },
-            count=len(source),
             **stored,
             **options,
         )

@@ -1,5 +1,6 @@
 """From images to features: finding the graph, choosing an engine, streaming the images through."""
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -251,11 +252,13 @@ def extract(
     keep_pool: bool = True,
     keep_spatial: bool = False,
     share: tuple[int, int] | None = None,
+    tell: Callable[[int], object] | None = None,
 ) -> Features:
     """Features of the images of `source`, all or those from `share[0]` to `share[1]` - 1.
 
     engine: an `Engine`, or a function that calls one. `batch_size` images at a time are read, in
-    the background while the network is busy.
+    the background while the network is busy. tell: is called with the number of images that are
+    done more; without it their progress is shown.
 
     Memory: the pool features (and spatial ones) that are kept, and two covariances. `UserError`
     naming the image if a feature is NaN or infinite.
@@ -263,17 +266,20 @@ def extract(
     pool_moments, spatial_moments = RunningMoments(), RunningMoments()
     pools, spatials = [], []
     first, end = share or (0, len(source))
-    with Progress(end - first, "images", f"features of {name}") as progress:
+    with contextlib.ExitStack() as stack:
+        if tell is None:
+            progress = Progress(end - first, "images", f"features of {name}")
+            tell = stack.enter_context(progress).update
         for start, images in read_ahead(source, first, end, batch_size):
-            pool, spatial = flatten_outputs(*engine(images))
-            _check_finite(pool, spatial, start, name)
+            pool, spatial = features_of_batch(engine, images)
+            check_finite(pool, spatial, start, name)
             pool_moments.add(pool)
             spatial_moments.add(spatial)
             if keep_pool:
                 pools.append(pool)
             if keep_spatial:
                 spatials.append(spatial)
-            progress.update(len(images))
+            tell(len(images))
     return Features(
         pool=np.concatenate(pools) if keep_pool else np.empty((0, pool.shape[1]), np.float32),
         pool_gaussian=pool_moments.gaussian(),
@@ -297,8 +303,20 @@ def read_ahead(
             yield waiting[0], waiting[1].result()
 
 
-def flatten_outputs(pool: np.ndarray, spatial: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Node outputs [N, h, w, c] -> pool features [N, P] and spatial features [N, h * w * 7]."""
+def features_of_batch(
+    engine: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], images: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pool features [N, P] and spatial features [N, h * w * 7], float32, of uint8 [N, H, W, 3].
+
+    `UserError` for a network whose outputs are not those of one image each.
+    """
+    pool, spatial = engine(images)
+    for output in (pool, spatial):
+        if output.ndim < 2 or len(output) != len(images):
+            raise UserError(
+                f"--inception_path: the network gives {list(output.shape)} for {len(images)} "
+                "images, which are not features of each"
+            )
     spatial = spatial[..., :SPATIAL_CHANNELS]
     return (
         np.ascontiguousarray(pool.reshape(len(pool), -1), np.float32),
@@ -309,10 +327,11 @@ def flatten_outputs(pool: np.ndarray, spatial: np.ndarray) -> tuple[np.ndarray, 
 def pool_features(engine: Engine, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
     """Pool features float32 [N, P] of images in memory, uint8 [N, H, W, 3]; no progress is told."""
     parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    return np.concatenate([flatten_outputs(*engine(part))[0] for part in parts])
+    return np.concatenate([features_of_batch(engine, part)[0] for part in parts])
 
 
-def _check_finite(pool: np.ndarray, spatial: np.ndarray, start: int, name: str) -> None:
+def check_finite(pool: np.ndarray, spatial: np.ndarray, start: int, name: str) -> None:
+    """`UserError` for features [n, …] that are not finite; `start` is the first one's index."""
     finite = np.isfinite(pool).all(axis=1) & np.isfinite(spatial).all(axis=1)
     if not finite.all():
         index = start + int(np.argmin(finite))

@@ -13,6 +13,7 @@ from esddpm_io.errors import UserError
 from esddpm_io.images import ImageSource, check_image_array, open_images
 from esddpm_io.npz import NpzReader
 from esddpm_io.parts import GrowingImages
+from esddpm_io.progress import Progress
 from evaluations.features import Features
 from evaluations.moments import Gaussian
 from evaluations.resizing import PUBLISHED_RESIZE
@@ -55,6 +56,7 @@ class ImageSet:
     network: str | None = None
     notes: tuple[str, ...] = ()
     images: Images | None = None  # what it was opened from, for another process to open
+    flag: str = "SAMPLE"  # what errors call it
 
     @property
     def has_statistics(self) -> bool:
@@ -74,16 +76,16 @@ def open_set(images: Images, *, flag: str, expect: int | None = None) -> ImageSe
     if expect is not None:
         if not isinstance(images, str | os.PathLike):
             raise UserError(f"{flag}: with --expect it is a folder, not an array")
-        return ImageSet(str(images), GrowingImages(str(images), expect, flag=flag), images=images)
+        growing = GrowingImages(str(images), expect, flag=flag)
+        return ImageSet(str(images), growing, images=images, flag=flag)
     if not isinstance(images, str | os.PathLike):
         images = _array(images, flag)
-        return ImageSet(
-            f"array {list(images.shape)}", ArrayImages(images, flag=flag), images=images
-        )
+        source = ArrayImages(images, flag=flag)
+        return ImageSet(f"array {list(images.shape)}", source, images=images, flag=flag)
     name = str(images)
     source = open_images(images, flag=flag)
     if not name.endswith(".npz"):
-        return ImageSet(name, source, images=images)
+        return ImageSet(name, source, images=images, flag=flag)
     with NpzReader(images, flag=flag) as reader:
         pool = _given_gaussian(reader, "mu", "sigma", flag)
         spatial = _given_gaussian(reader, "mu_s", "sigma_s", flag)
@@ -92,7 +94,7 @@ def open_set(images: Images, *, flag: str, expect: int | None = None) -> ImageSe
             for field in ("precision", "resize", "network")
             if f"feature_{field}" in reader.names
         }
-    return ImageSet(name, source, pool, spatial, images=images, **making)
+    return ImageSet(name, source, pool, spatial, images=images, flag=flag, **making)
 
 
 def _array(images: object, flag: str) -> np.ndarray:
@@ -137,12 +139,14 @@ class FeatureCache:
         self._folder = Path(folder)
         self._settings = settings
 
-    def path(self, source: ImageSource, keep_spatial: bool) -> Path:
-        """Where the features of `source` are or will be; reads every pixel to know."""
+    def path(self, source: ImageSource, keep_spatial: bool, name: str) -> Path:
+        """Where the features of `source`, called `name`, are or will be; reads every pixel."""
         digest = hashlib.sha256(f"{self._settings} {source.shape}".encode())
-        for start in range(0, len(source), _HASH_ROWS):
-            images = source.read(start, min(start + _HASH_ROWS, len(source)))
-            digest.update(np.ascontiguousarray(images))
+        with Progress(len(source), "images", f"looking for {name} in the cache") as progress:
+            for start in range(0, len(source), _HASH_ROWS):
+                images = source.read(start, min(start + _HASH_ROWS, len(source)))
+                digest.update(np.ascontiguousarray(images))
+                progress.update(len(images))
         kind = "features-spatial" if keep_spatial else "features"
         return self._folder / f"{kind}-{digest.hexdigest()[:32]}.npz"
 
@@ -162,10 +166,12 @@ class FeatureCache:
                     _read_gaussian(reader, "spatial"),
                     reader.array("spatial") if "spatial" in reader.names else None,
                 )
-            if not _is_sound(features, count, dimensions):
-                raise UserError(f"--cache_dir: {path} holds other numbers than it should")
+                if not _is_sound(features, count, dimensions):
+                    raise ValueError("other numbers than it should")
             return features
-        except UserError as error:
+        except (UserError, TypeError, ValueError) as error:
+            if not isinstance(error, UserError):  # of arrays whose shapes fit nothing
+                error = f"--cache_dir: {path} holds {error}"
             warnings.warn(f"cached features are made anew: {error}", stacklevel=2)
             return None
 

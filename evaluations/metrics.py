@@ -189,6 +189,26 @@ def frechet_distance_extrapolated(reference: Gaussian, samples: np.ndarray, seed
     return Value(float(limit), notes=notes)
 
 
+def common_classes(
+    reference_labels: np.ndarray, sample_labels: np.ndarray
+) -> tuple[list[int], list[int]]:
+    """The classes with `CLASS_FEWEST` images or more on either side, and the others, in order.
+
+    Labels are int64 [N] and [M]. `ValueError` if no class has enough.
+    """
+    counts = [
+        dict(zip(*np.unique(labels, return_counts=True), strict=True))
+        for labels in (reference_labels, sample_labels)
+    ]
+    enough, few = [], []
+    for label in sorted(counts[0].keys() | counts[1].keys()):
+        fewest = min(own.get(label, 0) for own in counts)
+        (few if fewest < CLASS_FEWEST else enough).append(int(label))
+    if not enough:
+        raise ValueError(f"no class has {CLASS_FEWEST} images among reference and samples")
+    return enough, few
+
+
 def frechet_distance_per_class(
     reference: np.ndarray,
     reference_labels: np.ndarray,
@@ -201,22 +221,17 @@ def frechet_distance_per_class(
     images on a side are left out and named in the notes, and so are classes whose covariances are
     singular counted. `ValueError` if no class has enough.
     """
-    labels = np.union1d(reference_labels, sample_labels)
+    classes, few = common_classes(reference_labels, sample_labels)
     sides = (reference, reference_labels), (samples, sample_labels)
-    found, few, singular = [], [], 0
-    for label in labels:
-        pair = [features[own == label] for features, own in sides]
-        if min(map(len, pair)) < CLASS_FEWEST:
-            few.append(str(label))
-            continue
-        gaussians = [gaussian_of(rows) for rows in pair]
+    found, singular = [], 0
+    for label in classes:
+        gaussians = [gaussian_of(features[own == label]) for features, own in sides]
         singular += any(one.too_few() for one in gaussians)
         found.append(frechet_distance(*gaussians))
-    if not found:
-        raise ValueError(f"no class has {CLASS_FEWEST} images among reference and samples")
     notes = []
     if few:
-        notes.append(f"classes with fewer than {CLASS_FEWEST} images, left out: {listed(few)}")
+        names = listed([str(label) for label in few])
+        notes.append(f"classes with fewer than {CLASS_FEWEST} images, left out: {names}")
     if singular:
         notes.append(
             f"{singular} of {len(found)} classes have no more images than features: their "

@@ -100,11 +100,11 @@ def table(evaluation: Evaluation, names: Names) -> str:
 
 def _cell(result: Result, metric: str) -> str:
     value = result.metrics[metric]
-    text = f"{value.value:.5g}"
+    text = f"{value.value:.6g}"
     if value.deviation is not None:
         text += f" ± {value.deviation:.2g}"
     if metric in result.intervals:
-        text += " [{:.5g}, {:.5g}]".format(*result.intervals[metric])
+        text += " [{:.6g}, {:.6g}]".format(*result.intervals[metric])
     return text
 
 

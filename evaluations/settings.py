@@ -1,7 +1,11 @@
 """Everything but the images that decides the figures."""
 
 import dataclasses
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
 
 from esddpm_io.errors import UserError, check_choice
 from esddpm_io.files import is_blob
@@ -55,8 +59,21 @@ class Settings:
         return cls(**keywords)
 
     def __post_init__(self):
-        metrics = (self.metrics,) if isinstance(self.metrics, str) else tuple(self.metrics)
-        object.__setattr__(self, "metrics", metrics)  # frozen, but this is its making
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), field.type
+            if field.name == "metrics":
+                kind = Iterable
+                value = (value,) if isinstance(value, str) else value
+            elif isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            elif isinstance(value, np.integer):
+                value = int(value)
+            if not isinstance(value, kind):
+                expected = getattr(field.type, "__name__", field.type)
+                raise UserError(f"--{field.name} {value!r}: its type must be {expected}")
+            object.__setattr__(self, field.name, value)  # frozen, but this is its making
+        metrics = tuple(self.metrics)
+        object.__setattr__(self, "metrics", metrics)
         choices = (*METRICS, "published", "all")
         unknown = [str(name) for name in metrics if name not in choices]
         if unknown or not metrics:

@@ -134,14 +134,15 @@ def test_links_to_folders_are_followed_unless_they_lead_back(tmp_path):
         back.unlink()
 
 
-def test_labels_in_names_win_over_subfolders_and_images_beside_them(tmp_path):
+def test_labels_in_names_win_over_subfolders_and_images_beside_them_are_refused(tmp_path):
     for name in ("a/0_label_7.png", "b/1_label_3.png"):
         save_png(tmp_path / name, np.zeros((1, 1, 3), np.uint8))
     source = open_images(tmp_path, flag="--d")
     assert source.labels(0, 2).tolist() == [7, 3] and source.class_names is None
     save_png(tmp_path / "2.png", np.zeros((1, 1, 3), np.uint8))
-    source = open_images(tmp_path, flag="--d")
-    assert len(source) == 1 and source.labels(0, 1) is None
+    beside = r"^--d: .* has images itself \(2\.png\) and in subfolders \((a/0|b/1)_label"
+    with pytest.raises(UserError, match=beside):
+        open_images(tmp_path, flag="--d")
 
 
 SIXTEEN_BITS = np.array([[0, 128, 129], [257, 32768, 65535]], np.uint16)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from esddpm_io.errors import UserError
 from esddpm_io.launch import ALONE, find_launch, without_launch
 from esddpm_io.processes import run_to_end
 
@@ -25,3 +26,10 @@ def test_a_child_is_alone(launcher, tmp_path, monkeypatch):
     assert run_to_end([sys.executable, "-c", write], without_launch()) == 0
     environ = json.loads((tmp_path / "env").read_text())
     assert find_launch(environ) == ALONE and environ["KEPT"] == "yes"
+
+
+@pytest.mark.parametrize("launcher", PLACES)
+def test_a_place_that_is_no_number_is_named(launcher):
+    for name in PLACES[launcher]:
+        with pytest.raises(UserError, match=f"^{name} is 'a': .* sets it to a number"):
+            find_launch({**PLACES[launcher], name: "a"})

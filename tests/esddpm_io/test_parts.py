@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from esddpm_io import parts
+from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError
 from esddpm_io.parts import GrowingImages, cover, find_parts, gaps, part_path
 from tests.waiting import PATIENCE_S
@@ -14,7 +15,8 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (10, 4, 5, 3), np.uint8)
 
 
 def write(folder, start, stop, **labels):
-    np.savez(part_path(str(folder), (start, stop)), arr_0=IMAGES[start:stop], **labels)
+    with atomic_path(part_path(str(folder), (start, stop))) as temporary:
+        np.savez(temporary, arr_0=IMAGES[start:stop], **labels)
 
 
 def test_gaps_and_cover_of_overlapping_parts():

@@ -15,7 +15,7 @@ import pytest
 from esddpm_io.errors import UserError
 from esddpm_io.images import save_png
 from esddpm_io.launch import ALONE, Launch
-from evaluations import devices, evaluate, evaluator
+from evaluations import devices, evaluate, evaluation, evaluator
 from evaluations.devices import extract_among_ranks, shares_of
 from evaluations.evaluation import assist, run
 from evaluations.features import choose_engine, load_graph, read_ahead
@@ -89,6 +89,43 @@ def test_two_processes_give_the_figures_of_one_and_go_on_after_a_kill(here):
     assert f"features of reference.npz, {stop - start} of them stored by an" in again.stderr
     assert_figures_of_one_process("out.json")
     assert len(list(Path("cache").iterdir())) == 2 and not share.exists()
+
+
+def test_one_process_with_a_cache_goes_on_where_it_was_killed(here, monkeypatch, capsys):
+    monkeypatch.setattr(devices, "_MOST_IMAGES", 16)
+    options = {**OPTIONS, "cache_dir": "cache"}
+    seen, failing = [], [True]
+
+    class Engine:
+        name = "torch"
+
+        def __init__(self, engine):
+            self._engine = engine
+
+        def __call__(self, images):
+            seen.append(len(images))
+            if failing and sum(seen) > 2 + 32:
+                raise KeyboardInterrupt
+            return self._engine(images)
+
+    choose = evaluation.choose_engine
+    monkeypatch.setattr(evaluation, "choose_engine", lambda *args: Engine(choose(*args)))
+    with pytest.raises(KeyboardInterrupt):
+        run("reference.npz", "samples.npz", tell=print, **options)
+    ranges = sorted(path.stem.split("-", 2)[2] for path in Path("cache").iterdir())
+    assert ranges == ["0-16", "16-32"]
+    failing.clear()
+    seen.clear()
+    capsys.readouterr()
+    found = run("reference.npz", "samples.npz", tell=print, **options)
+    assert sum(seen) == 2 + (60 - 32) + 50  # one of each set is tried
+    lines = [line for line in capsys.readouterr().err.splitlines() if "features of ref" in line]
+    assert lines[0] == "features of reference.npz, 32 of them stored by an earlier run: 60 images"
+    assert len(lines) == 2 and "60/60 images (100%)" in lines[1]
+    one = evaluate("reference.npz", "samples.npz", **OPTIONS)
+    for name, value in one.results[0].metrics.items():
+        assert found.results[0][name] == pytest.approx(value.value, rel=1e-9)
+    assert len(list(Path("cache").iterdir())) == 2
 
 
 def test_every_device_does_a_share(here, monkeypatch):

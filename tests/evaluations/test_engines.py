@@ -13,7 +13,7 @@ import torch
 from esddpm_io.errors import UserError
 from esddpm_io.images import ImageSource
 from evaluations.backend_torch import TorchEngine, interpolation_weights
-from evaluations.features import choose_engine, extract, flatten_outputs, load_graph
+from evaluations.features import choose_engine, extract, features_of_batch, load_graph
 from evaluations.inputs import ArrayImages
 from tests.evaluations.graph_writer import (
     GOLDEN,
@@ -38,7 +38,7 @@ def structured_images(count: int, height: int, width: int, seed: int = 0) -> np.
 def features_of(data: bytes, tmp_path, backend: str, images: np.ndarray, **options):
     path = tmp_path / "graph.pb"
     path.write_bytes(data)
-    return flatten_outputs(*choose_engine(load_graph(str(path)), backend, **options)(images))
+    return features_of_batch(choose_engine(load_graph(str(path)), backend, **options), images)
 
 
 def assert_same(got, expected, tolerance: float = 1e-5):
@@ -271,7 +271,9 @@ def test_standin_features_are_the_published_ones(standin):
         spatial = np.concatenate([file["reference_spatial"][:3], file["sample_spatial"][:3]])
     graph_read = load_graph(str(standin))
     assert graph_read.has_inception_nodes
-    assert_same(flatten_outputs(*choose_engine(graph_read, "torch")(images)), (pool, spatial), 1e-4)
+    assert_same(
+        features_of_batch(choose_engine(graph_read, "torch"), images), (pool, spatial), 1e-4
+    )
 
 
 def test_standin_metrics_through_the_command_line(standin, tmp_path):

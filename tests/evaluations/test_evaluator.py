@@ -289,6 +289,25 @@ def test_cache_is_used_by_content_and_only_then(run, monkeypatch):
     assert len([features for features in there if features]) == 2  # and written again
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"pool": np.zeros((), np.float32)},
+        {"pool_mean": np.zeros(())},
+        {"pool_count": np.zeros(3, int)},
+        {"spatial_rows": np.zeros(7)},
+        {"pool_mean": np.array(["a"] * 24)},
+    ],
+)
+def test_cached_arrays_that_fit_nothing_are_made_anew(run, odd):
+    first = run("ref.npz", "samples.npz", "--cache_dir", "cache")
+    path = next(Path("cache").iterdir())
+    with np.load(path) as file:
+        np.savez(path, **{**file, **odd})
+    with pytest.warns(UserWarning, match="made anew: --cache_dir: .* holds"):
+        assert run("ref.npz", "samples.npz", "--cache_dir", "cache")[:2] == first[:2]
+
+
 def test_reference_batch_round_trip(run, folder, capsys):
     """Statistics of all images, a seeded choice of them, the same figures as from the images."""
     labels = np.arange(60) % 7
@@ -573,11 +592,11 @@ def test_fewer_samples_than_dimensions_are_scored_exactly(folder):
     assert "covariance is singular" in told
     assert "no interval of sfid: it takes 3584 samples" in told
     assert "no interval of fid" not in told and "of recall" not in told
-    from evaluations.features import choose_engine, flatten_outputs, load_graph
+    from evaluations.features import choose_engine, features_of_batch, load_graph
 
     engine = choose_engine(load_graph(options["inception_path"]), "torch")
     sets = []
     for name in ("ref.npz", "samples.npz"):
         with np.load(folder / name) as file:
-            sets.append(gaussian_of(flatten_outputs(*engine(file["arr_0"]))[1]))
+            sets.append(gaussian_of(features_of_batch(engine, file["arr_0"])[1]))
     assert evaluation.results[0]["sfid"] == pytest.approx(frechet_distance(*sets), rel=1e-5)

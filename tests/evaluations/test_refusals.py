@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 from esddpm_io.errors import UserError
-from evaluations import features
+from evaluations import evaluate, features
+from evaluations.devices import extract_on_devices
 from evaluations.evaluation import run
 from evaluations.evaluator import warn
 from evaluations.features import graph_identity, load_graph, remember_graph
 from evaluations.graph_file import Graph, Node
+from evaluations.inputs import open_set
 from evaluations.make_reference import make_reference
 from tests.evaluations.graph_writer import GOLDEN, constant, graph, node, small_graph
 
@@ -213,6 +215,13 @@ HEAD = [
 ]
 KERNEL = constant("k", np.ones((1, 1, 3, 2), np.float32))
 LAYER = {"T": 1, "padding": b"SAME"}
+RELU = node("mixed_6/conv", "Relu", ["ExpandDims"])
+
+
+def mean_over(*axes: int, keep_dims: bool = False) -> list[bytes]:
+    """A pool that is the mean over these axes of [N, H, W, 3]."""
+    axis = constant("axes", np.array(axes, np.int32))
+    return [axis, node("pool_3", "Mean", ["mixed_6/conv", "axes"], T=1, keep_dims=keep_dims)]
 
 
 @pytest.mark.parametrize(
@@ -249,12 +258,84 @@ LAYER = {"T": 1, "padding": b"SAME"}
             "k has no numbers",
         ),
         ([node("mixed_6/conv", "Relu"), node("pool_3", "Identity")], "pool_3 has no input"),
+        ([RELU, node("pool_3", "Relu")], "the Relu node pool_3 has no input"),
+        ([RELU, node("pool_3", "BiasAdd")], "the BiasAdd node pool_3 has no input"),
+        ([RELU, node("pool_3", "BiasAdd", ["w", "w"])], "pool_3"),
+        ([RELU, node("pool_3", "Identity", ["w"])], "w does not depend on the images"),
+        ([RELU, node("pool_3", "Relu", ["w"])], "pool_3"),
+        ([RELU, *mean_over(0, 1, 2, 3)], r"gives \[\] for 1 images"),
+        ([RELU, *mean_over(1, 2, 3)], r"gives \[1\] for 1 images"),
+        ([RELU, *mean_over(1, 2)], r"gives 3 features of an image, its classifier takes 2"),
     ],
 )
-def test_graphs_that_cannot_be_run_are_one_line(score, images, nodes, words):
+def test_graphs_that_cannot_be_run_are_one_line(score, images, capsys, nodes, words):
     Path("bad.pb").write_bytes(graph(*HEAD, *nodes))
-    with pytest.raises(UserError, match=words):
+    refused_early(score, capsys, words, *images, inception_path="bad.pb")
+
+
+def test_features_are_those_of_one_image_each(score, images):
+    """Of one image, a mean over the batch is what it should be."""
+    weights = constant("w", np.ones((3, 2), np.float32))
+    mean = mean_over(0, 1, 2, keep_dims=True)
+    Path("bad.pb").write_bytes(graph(HEAD[0], HEAD[2], weights, RELU, *mean))
+    with pytest.raises(UserError, match=r"gives \[1, 1, 1, 3\] for 30 images, which are not"):
         score(*images, inception_path="bad.pb")
+
+
+def test_what_the_network_makes_of_a_set_is_known_before_the_features(score, images, capsys):
+    score(images[0], images[1], cache_dir="cache")
+    with np.load(next(Path("cache").iterdir())) as file:
+        widths = file["pool_mean"].size, file["spatial_mean"].size
+    names = ("mu", "sigma"), ("mu_s", "sigma_s")
+    given = {}
+    for (mean, covariance), width in zip(names, (widths[0], widths[1] + 1), strict=True):
+        given |= {mean: np.zeros(width), covariance: np.eye(width)}
+    np.savez("ref.npz", arr_0=images[0], **given)
+    words = f"ref.npz has statistics of {widths[1] + 1}-dimensional features, the graph gives"
+    metrics = ("sfid", "precision")
+    refused_early(score, capsys, words, "ref.npz", images[1], metrics=metrics)
+    for name, labels in ("one", [1, 2, 3]), ("other", [3, 4, 5]):
+        np.savez(f"{name}.npz", arr_0=images[0][:3], arr_1=np.array(labels))
+    words = "--metrics fid_per_class: other.npz: no class has 2 images among"
+    refused_early(score, capsys, words, "one.npz", "other.npz", metrics="fid_per_class")
+
+
+def test_a_worker_s_error_names_the_reference(score, images):
+    Path("set").mkdir()
+    for index, image in enumerate(images[0]):
+        Image.fromarray(image).save(f"set/{index}.png")
+    data = bytearray(Path("set/20.png").read_bytes())
+    data[60:70] = bytes(10)
+    source = open_set("set", flag="REF")
+    Path("set/20.png").write_bytes(data)
+    engine = {"path": "small.pb", "backend": "torch", "precision": "float32", "resize": "published"}
+    options = {"name": "set", "batch_size": 8, "keep_spatial": False}
+    with pytest.raises(UserError, match=r"^REF: cannot read the image set/20\.png"):
+        extract_on_devices(source, ["cpu"], engine, dimensions=24, store=None, **options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"batch_size": "64"}, "^batch_size '64': its type must be int$"),
+        ({"metrics": 5}, "^metrics 5: its type must be"),
+        ({"cache_dir": 3}, "^cache_dir 3: its type must be str . None$"),
+        ({"allow_mixed_precision": "no"}, "^allow_mixed_precision 'no': its type must be bool$"),
+        ({"launch": None}, "^unknown setting launch: choose from"),
+        ({"tell": print}, "^unknown setting tell: choose from"),
+        ({"device": "meta"}, "^device meta: not available here"),
+    ],
+)
+def test_keywords_of_another_kind_are_one_line(score, images, settings, words):
+    options = {"inception_path": Path("small.pb"), "backend": "torch", "metrics": ["fid"]}
+    assert evaluate(*images, **options, batch_size=np.int64(8)).settings.batch_size == 8
+    with pytest.raises(UserError, match=words):
+        evaluate(*images, **{**options, **settings})
+
+
+def test_library_errors_leave_paths_as_they_are(score, images):
+    with pytest.raises(UserError, match=r"^samples: there is no file runs/--n/SAMPLE/REF\.npz$"):
+        evaluate(images[0], "runs/--n/SAMPLE/REF.npz", inception_path="small.pb")
 
 
 def test_weights_that_cannot_be_found_are_one_line(tmp_path):
