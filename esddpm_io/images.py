@@ -22,6 +22,7 @@ from esddpm_io.progress import Progress
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _LABELLED_NAME = re.compile(r"\d+_label_(\d+)\.[^.]+$")
 _FILES_AT_ONCE = 8
+_SMALL = 128 * 128  # pixels of an image from which decoding is worth threads
 _IMAGES_AT_ONCE = 64  # in memory, of what is written
 _CAPTION_SIZE = 16  # pixels of a line of text
 # What decoders raise for damaged files.
@@ -148,11 +149,23 @@ class _FolderImages(ImageSource):
         self.has_labels = self._labels is not None
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        out = np.empty((stop - start, *self.shape[1:]), np.uint8)
-        for row, name in enumerate(self._names[start:stop]):
-            image = self._open(name)
-            self._check_size(name, *image.shape[:2])
-            out[row] = image
+        names = self._names[start:stop]
+        out = np.empty((len(names), *self.shape[1:]), np.uint8)
+
+        def fill(first: int, last: int) -> None:
+            for row in range(first, last):
+                image = self._open(names[row])
+                self._check_size(names[row], *image.shape[:2])
+                out[row] = image
+
+        # A network on a GPU is quicker than one core that decodes; threads are slower with images
+        # so small that Python's lock is what they wait for.
+        small = self.shape[1] * self.shape[2] < _SMALL
+        share = math.ceil(len(names) / (1 if small else _FILES_AT_ONCE))
+        starts = range(0, len(names), share)
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+            for _ in pool.map(fill, starts, (min(start + share, len(names)) for start in starts)):
+                pass
         return out
 
     def labels(self, start: int, stop: int) -> np.ndarray | None:

@@ -295,7 +295,10 @@ def _explained(what: str, kind: str):
         yield
     except _NotNumbers as error:
         raise UserError(f"{what} cannot be used: {error}") from error
-    except _BROKEN as error:
+    except (*_BROKEN, OSError) as error:
+        # bz2 raises an OSError for damaged data, without the number that those of a disk have.
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise
         raise DamagedFile(
             f"{what} is not a complete {kind} file ({error}): fetch or make it anew"
         ) from error

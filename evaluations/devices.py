@@ -31,7 +31,7 @@ from evaluations.features import (
     extract,
     load_graph,
 )
-from evaluations.inputs import FeatureCache, Images, ImageSet, open_set
+from evaluations.inputs import FeatureCache, ImageSet, open_set
 from evaluations.moments import merged
 
 _READ_ROWS = 256
@@ -237,12 +237,12 @@ def _work_through(
         futures = [threads.submit(_check_sum, unread)]
         for device in devices:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, device, *arguments), daemon=True)
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             # Ended before the threads are waited for, which an ended process lets go.
             stack.callback(process.terminate)
             theirs.close()
-            futures.append(threads.submit(_hand_out, waiting, ours, device, keep))
+            futures.append(threads.submit(_hand_out, waiting, ours, (device, *arguments), keep))
         for future in futures:
             future.result()
 
@@ -256,37 +256,31 @@ def _check_sum(image_set: ImageSet | None) -> None:
 
 
 def _hand_out(
-    waiting: queue.SimpleQueue, connection: Connection, device: str, keep: Callable
+    waiting: queue.SimpleQueue, connection: Connection, arguments: tuple, keep: Callable
 ) -> None:
-    with connection:
-        while True:
-            try:
-                share = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
+    """`arguments` to the process, and shares until there are no more, or an error is its answer."""
+    try:
+        with connection:
+            # Not with its start, which waits for ever for one that dies before it has read all.
+            connection.send(arguments)
+            while True:
+                try:
+                    share = waiting.get_nowait()
+                except queue.Empty:
+                    return
                 connection.send(share)
                 answer = connection.recv()
-            except (EOFError, OSError) as error:
-                raise UserError(
-                    f"--devices: the process on {device} has died (a script that is not guarded by "
-                    '`if __name__ == "__main__":` ends so, too)'
-                ) from error
-            if isinstance(answer, Exception):
-                raise answer
-            keep(share, answer)
+                if isinstance(answer, Exception):
+                    raise answer
+                keep(share, answer)
+    except (EOFError, ConnectionError) as error:
+        raise UserError(
+            f"--devices: the process on {arguments[0]} has died (as it does where a script calls "
+            "this unguarded by `__name__`)"
+        ) from error
 
 
-def _serve(
-    connection: Connection,
-    device: str,
-    images: Images,
-    flag: str,
-    engine: dict[str, str],
-    name: str,
-    batch_size: int,
-    keep_spatial: bool,
-) -> None:
+def _serve(connection: Connection) -> None:
     """The process of one device: shares in, features out, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it too, and ends us
     watch_parent(multiprocessing.parent_process().pid, lambda: os._exit(1))
@@ -296,6 +290,7 @@ def _serve(
         quiet(),
         warnings.catch_warnings(action="ignore"),
     ):
+        device, images, flag, engine, name, batch_size, keep_spatial = connection.recv()
         share = connection.recv()
         try:
             graph = load_graph(engine["path"])

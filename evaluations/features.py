@@ -121,7 +121,7 @@ def graph_identity(graph: Network) -> str:
     try:
         known = read_json(_known_graphs_path())
     except UserError as error:
-        warnings.warn(f"{error}: it is left aside", stacklevel=2)
+        warnings.warn(f"{error}: it is left aside", stacklevel=1)  # of one place: told once
         known = None
     if isinstance(known, dict) and known.get(GRAPH_NAME) == graph.digest:
         return PUBLISHED

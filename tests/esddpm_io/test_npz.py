@@ -1,3 +1,4 @@
+import io
 import zipfile
 
 import numpy as np
@@ -159,6 +160,21 @@ def test_whole_files_verify(tmp_path, save):
         reader.verify()
         for name in reader.names:
             reader.array(name)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_changed_byte_of_every_compression_is_found(tmp_path, method):
+    buffer = io.BytesIO()
+    np.save(buffer, np.random.default_rng(0).integers(0, 256, 5000, np.uint8))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as file:
+        file.writestr("a.npy", buffer.getvalue())
+    whole = (tmp_path / "a.npz").read_bytes()
+    for place in range(60, 5000, 700):
+        data = bytearray(whole)
+        data[place] ^= 1
+        (tmp_path / "a.npz").write_bytes(data)
+        with pytest.raises(DamagedFile):
+            NpzReader(tmp_path / "a.npz").array("a")
 
 
 def test_a_changed_header_is_found(tmp_path):

@@ -132,11 +132,13 @@ def test_every_device_does_a_share(here, monkeypatch):
     """None takes one before all are there; then each has one to do before it can take another."""
     all_there, done, hand_out = threading.Barrier(2), [], devices._hand_out
 
-    def recorded(waiting, connection, device, keep):
+    def recorded(waiting, connection, arguments, keep):
         all_there.wait(PATIENCE_S)
         mine = []
         done.append(mine)
-        hand_out(waiting, connection, device, lambda *share: (mine.append(share[0]), keep(*share)))
+        hand_out(
+            waiting, connection, arguments, lambda *share: (mine.append(share[0]), keep(*share))
+        )
 
     monkeypatch.setattr(devices, "_hand_out", recorded)
     evaluate("reference.npz", "samples.npz", devices="cpu,cpu", **OPTIONS)
@@ -151,6 +153,22 @@ def workers_of(parent):
             if b"--multiprocessing-fork" in Path(f"/proc/{child}/cmdline").read_bytes():
                 found.append(int(child))
     return found
+
+
+def test_a_script_without_a_guard_ends_with_a_line(here):
+    """Its processes end when they import it again, before they read what they are to do."""
+    Path("script.py").write_text(
+        "import numpy as np\n"
+        "from evaluations import evaluate\n"
+        "images = np.load('reference.npz')['arr_0'].repeat(4, axis=0)\n"
+        "assert images.nbytes > 1 << 17\n"  # more than a pipe holds
+        "evaluate(images, images, devices='cpu,cpu', inception_path='small.pb', metrics='fid')\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(EVALUATOR.parents[1])}
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=env)
+    assert done.returncode == 1
+    assert "devices: the process on cpu has died (as it does where" in done.stderr.splitlines()[-1]
 
 
 def test_a_device_that_is_not_there_is_named(here):
