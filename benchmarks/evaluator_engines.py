@@ -1,6 +1,6 @@
 """Speed of the evaluator's engines on one graph, turn by turn in one process.
 
-    python benchmarks/evaluator_engines.py --inception_path GRAPH [--threads 2] [--half]
+    python benchmarks/evaluator_engines.py --inception_path GRAPH [--threads 2] [--half] [--compile]
 
 Without the real graph, make the stand-in: `python tests/evaluations/graph_writer.py GRAPH`.
 Turns alternate, so that a load on the machine meets every engine; CPU time is given beside wall
@@ -22,6 +22,28 @@ def images(count: int, size: int) -> np.ndarray:
     return np.clip(128 + slopes[0] * y + slopes[1] * x, 0, 255).astype(np.uint8)
 
 
+def compiled(engine):
+    """The PyTorch engine's steps as one function of torch.compile, which the evaluator has not."""
+    import torch
+
+    from evaluations.graph_file import IMAGES_NODE
+
+    def outputs(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        values = {IMAGES_NODE: pixels}
+        for name, function, inputs, _ in engine._steps:
+            values[name] = function(*(values[source] for source in inputs))
+        return tuple(values[name].float() for name in engine._outputs)
+
+    run = torch.compile(outputs)
+
+    def call(batch: np.ndarray) -> tuple[np.ndarray, ...]:
+        with torch.inference_mode():
+            pixels = torch.from_numpy(batch).to(engine.device).float()
+            return tuple(output.cpu().numpy() for output in run(pixels))
+
+    return call
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--inception_path", required=True)
@@ -30,6 +52,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="of the images")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--half", action="store_true", help="bfloat16 on a CPU, float16 on a GPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile in float32, too")
     args = parser.parse_args()
     for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
         os.environ[name] = str(args.threads)  # before either engine is loaded
@@ -44,6 +67,9 @@ def main() -> None:
     if args.half:
         kinds.append(("torch", "float16" if torch.cuda.is_available() else "bfloat16"))
     engines = [choose_engine(graph, *kind) for kind in kinds]
+    if args.compile:
+        kinds.append(("torch.compile", "float32"))
+        engines.append(compiled(engines[1]))
     batch = images(args.batch_size, args.size)
     outputs = [features_of_batch(engine, batch) for engine in engines]  # warms up, too
     seconds = np.zeros((len(kinds), 2))
