@@ -128,6 +128,9 @@ def extract_among_ranks(
                 _extract_share(engine, source, share, paths[share], store, options, progress)
     if launch.rank > 0:
         return None
+    # Another run has stored the whole in the meantime, and removed the shares.
+    if (whole := FeatureCache.load(store, len(source), dimensions)) is not None:
+        return whole
     return merge(
         FeatureCache.load(paths[share], _size(share), dimensions)
         or extract(engine, source, share=share, **options)

@@ -340,7 +340,9 @@ def test_devices_of_ranks(monkeypatch, device, backend, local_rank, gpus, expect
     assert devices.device_of_rank(device, backend, ALONE) == device
 
 
-def test_a_share_is_let_go_when_another_process_has_stored_it(here):
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_share_is_let_go_when_another_process_has_stored_it(here, whole):
+    """Or when another run has stored all of them, in one file."""
     images = np.load("reference.npz")["arr_0"]
     engine = choose_engine(load_graph("small.pb"), "torch")
     store = here / "whole.npz"
@@ -349,7 +351,8 @@ def test_a_share_is_let_go_when_another_process_has_stored_it(here):
 
     def counting(batch):
         if len(seen) == 2:  # in the middle of the first share: the other process has done both
-            for share, path in devices._paths(store, shares).items():
+            there = {(0, len(images)): store} if whole else devices._paths(store, shares)
+            for share, path in there.items():
                 part = devices.extract(engine, source, name="", batch_size=8, share=share)
                 devices.FeatureCache.save(path, part)
         seen.append(len(batch))
