@@ -173,8 +173,8 @@ def test_a_changed_byte_of_every_compression_is_found(tmp_path, method):
         data = bytearray(whole)
         data[place] ^= 1
         (tmp_path / "a.npz").write_bytes(data)
-        with pytest.raises(DamagedFile):
-            NpzReader(tmp_path / "a.npz").array("a")
+        with pytest.raises(DamagedFile), NpzReader(tmp_path / "a.npz") as reader:
+            reader.array("a")
 
 
 def test_a_changed_header_is_found(tmp_path):

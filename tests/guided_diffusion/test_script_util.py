@@ -136,7 +136,8 @@ def test_flags_that_are_not_read_are_not_checked():
 @pytest.mark.parametrize("sizes", ["16,8", "32", "5,16", ""])
 def test_attention_at_a_level_or_none_wanted_is_nothing_to_say(sizes, recwarn):
     image_model(attention_resolutions=sizes)
-    assert not recwarn.list
+    # Not of what another test left open, which may be collected now
+    assert not [one for one in recwarn if issubclass(one.category, UserWarning)]
 
 
 def test_attention_at_no_level_is_said():
