@@ -45,9 +45,9 @@ def speaking_of_arguments(**names: str) -> Iterator[None]:
         yield
     except UserError as error:
         # Not where they are parts of a path
-        text = re.sub(r"(?<![\w./\\-])--(?=\w)", "", str(error))
+        text = re.sub(r"(?<![\w./\\-])--(?=\w+(?![\w/\\-]|\.\w))", "", str(error))
         for name, argument in names.items():
-            text = re.sub(rf"(?<![\w./\\-]){name}(?![\w/\\-]|\.\w)", argument, text)
+            text = re.sub(rf"^{name}(?=:)", argument, text)
         raise UserError(text) from error.__cause__
 
 

@@ -161,7 +161,7 @@ class _FolderImages(ImageSource):
         # A network on a GPU is quicker than one core that decodes; threads are slower with images
         # so small that Python's lock is what they wait for.
         small = self.shape[1] * self.shape[2] < _SMALL
-        share = math.ceil(len(names) / (1 if small else _FILES_AT_ONCE))
+        share = max(1, math.ceil(len(names) / (1 if small else _FILES_AT_ONCE)))
         starts = range(0, len(names), share)
         with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
             for _ in pool.map(fill, starts, (min(start + share, len(names)) for start in starts)):
@@ -372,16 +372,16 @@ def check_image_array(
 
 def _image_names(path: str, flag: str) -> list[str]:
     """Images in a folder, or in its subfolders: `cats/1.png`. `UserError` where both have some."""
-    own, nested = [], []
-    walk = blobfile().walk(path) if is_blob(path) else _walk_through_links(path, flag)
-    for folder, folders, files in walk:
+    names = blobfile().listdir(path) if is_blob(path) else os.listdir(path)
+    own, nested = [name for name in names if _is_image(name)], []
+    if is_blob(path):
+        walk = blobfile().walk(path)
+    else:  # folders that are linked beside images are no classes of them
+        walk = os.walk(path) if own else _walk_through_links(path, flag)
+    for folder, _, files in walk:
         below = str(folder)[len(path) :].strip("/")
-        # A folder by the name of an image is an error for whoever opens it.
-        images = [name for name in (*folders, *files) if _is_image(name)]
-        if not below:
-            own = images
-        elif not any(part.startswith(".") for part in below.split("/")):
-            nested += [f"{below}/{name}" for name in images]
+        if below and not any(part.startswith(".") for part in below.split("/")):
+            nested += [f"{below}/{name}" for name in files if _is_image(name)]
         if own and nested:
             raise UserError(
                 f"{flag}: {path} has images itself ({min(own)}) and in subfolders ({min(nested)}): "

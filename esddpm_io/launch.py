@@ -34,7 +34,7 @@ ALONE = Launch("alone", 0, 1, 0)
 def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     """Read rank, size and local rank from the variables of whichever launcher started us.
 
-    `UserError` for one of them that is no number.
+    `UserError` for what is no number, or no place among so many.
     """
     for launcher, names in _LAYOUTS.items():
         if all(name in environ for name in names):
@@ -42,6 +42,8 @@ def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
                 if not environ[name].isdecimal():
                     raise UserError(f"{name} is {environ[name]!r}: {launcher} sets it to a number")
             rank, size, local_rank = (int(environ[name]) for name in names)
+            if rank >= size:
+                raise UserError(f"{names[0]} is {rank}, and {names[1]} {size}: it must be smaller")
             if launcher == "slurm" and size == 1:
                 break  # an interactive shell under srun: what is started in it is alone
             return Launch(launcher.split()[0], rank, size, local_rank)

@@ -47,7 +47,7 @@ class TorchEngine:
         self.device = check_device(device)
         self.dtype = getattr(torch, precision)
         _check_precision(precision, self.device)
-        self._graph = graph
+        self.graph = graph
         self._outputs = [self._source(POOL_NODE), self._source(SPATIAL_NODE)]
         order = self._order()
         self._consumers: dict[str, int] = {}
@@ -88,10 +88,10 @@ class TorchEngine:
         seen = {reference}
         while node.op in _PASSED_THROUGH and node.name != IMAGES_NODE:
             if not node.inputs:
-                raise UserError(f"{self._graph.path}: the {node.op} node {node.name} has no input")
+                raise UserError(f"{self.graph.path}: the {node.op} node {node.name} has no input")
             reference = node.inputs[0]
             if reference in seen:
-                raise UserError(f"{self._graph.path}: {node.name} depends on itself")
+                raise UserError(f"{self.graph.path}: {node.name} depends on itself")
             seen.add(reference)
             node = self._node(reference)
         return node.name
@@ -99,19 +99,19 @@ class TorchEngine:
     def _node(self, reference: str) -> Node:
         name, _, output = reference.partition(":")
         if output not in ("", "0"):
-            raise UserError(f"{self._graph.path}: output {output} of {name} is not supported")
-        if name not in self._graph.nodes:
-            raise UserError(f"{self._graph.path}: there is no node {name}")
-        return self._graph.nodes[name]
+            raise UserError(f"{self.graph.path}: output {output} of {name} is not supported")
+        if name not in self.graph.nodes:
+            raise UserError(f"{self.graph.path}: there is no node {name}")
+        return self.graph.nodes[name]
 
     def _sources(self, name: str) -> list[str]:
         """The nodes that a node takes its data from (`^name` is control only)."""
         if name == IMAGES_NODE:
             return []
-        node = self._graph.nodes[name]
+        node = self.graph.nodes[name]
         sources = [self._source(one) for one in node.inputs if not one.startswith("^")]
         if not sources and node.op != "Const":
-            raise UserError(f"{self._graph.path}: the {node.op} node {name} has no input")
+            raise UserError(f"{self.graph.path}: the {node.op} node {name} has no input")
         return sources
 
     def _order(self) -> list[str]:
@@ -125,7 +125,7 @@ class TorchEngine:
             if name in order or not missing:
                 order[waiting.pop()] = None
             elif name in open_nodes:
-                raise UserError(f"{self._graph.path}: {name} depends on itself")
+                raise UserError(f"{self.graph.path}: {name} depends on itself")
             else:
                 open_nodes.add(name)
                 waiting += missing
@@ -133,7 +133,7 @@ class TorchEngine:
 
     def _plan(self, order: list[str]) -> list[tuple[str, Function, list[str], list[str]]]:
         """Steps (name, function, inputs, inputs not needed later), normalisation folded."""
-        constants = {n for n in order if self._graph.nodes[n].op == "Const"}
+        constants = {n for n in order if self.graph.nodes[n].op == "Const"}
         folded = self._foldable(order)
         convolutions: set[str] = set()
         steps = []
@@ -148,9 +148,9 @@ class TorchEngine:
             else:
                 function = self._function(name)
             # Of a convolution that nothing else uses a new array would only take time.
-            if self._graph.nodes[name].op == "Relu" and sources[0] in convolutions:
+            if self.graph.nodes[name].op == "Relu" and sources[0] in convolutions:
                 function = torch.relu_ if self._is_used_once(sources[0]) else function
-            if self._graph.nodes[name].op == "Conv2D" or name in folded:
+            if self.graph.nodes[name].op == "Conv2D" or name in folded:
                 convolutions.add(name)
             steps.append((name, function, [s for s in sources if s not in constants]))
         return self._with_lifetimes(steps)
@@ -173,21 +173,21 @@ class TorchEngine:
         ]
 
     def _constants(self, name: str) -> list[np.ndarray | None]:
-        nodes = [self._graph.nodes[source] for source in self._sources(name)]
-        return [self._graph.constant(node.name) if node.op == "Const" else None for node in nodes]
+        nodes = [self.graph.nodes[source] for source in self._sources(name)]
+        return [self.graph.constant(node.name) if node.op == "Const" else None for node in nodes]
 
     def _function(self, name: str) -> Function:
-        node = self._graph.nodes[name]
+        node = self.graph.nodes[name]
         if node.op not in _BUILDERS:
             raise UserError(
-                f"--backend torch: {self._graph.path} uses the operation {node.op} (node {name}), "
+                f"--backend torch: {self.graph.path} uses the operation {node.op} (node {name}), "
                 f"which is not among those known here ({', '.join(sorted(_BUILDERS))}); use "
                 "--backend tensorflow"
             )
         return self._build(name, _BUILDERS[node.op])
 
     def _build(self, name: str, build: Builder) -> Function:
-        node = self._graph.nodes[name]
+        node = self.graph.nodes[name]
         try:
             _check_steps(node)
             return build(self, node, self._constants(name))
@@ -195,7 +195,7 @@ class TorchEngine:
             raise
         except _UNFIT as error:
             raise UserError(
-                f"--backend torch: {self._graph.path}: the {node.op} node {name} lacks an "
+                f"--backend torch: {self.graph.path}: the {node.op} node {name} lacks an "
                 f"attribute or a constant input ({error})"
             ) from error
 
@@ -203,17 +203,17 @@ class TorchEngine:
         """Normalisations and the convolutions, used by nothing else, that they fold into."""
         folded = {}
         for name in order:
-            node = self._graph.nodes[name]
+            node = self.graph.nodes[name]
             if node.op not in _NORMALISATIONS or name == IMAGES_NODE:
                 continue
             source = self._sources(name)[0]
-            if self._graph.nodes[source].op == "Conv2D" and self._is_used_once(source):
+            if self.graph.nodes[source].op == "Conv2D" and self._is_used_once(source):
                 folded[name] = source
         return folded
 
     def _folded_convolution(self, name: str, convolution: str) -> Function:
         def build(engine: TorchEngine, node: Node, constants: list) -> Function:
-            scale, shift = _scale_and_shift(self._graph.nodes[name], self._constants(name))
+            scale, shift = _scale_and_shift(self.graph.nodes[name], self._constants(name))
             return _convolution(engine, node, constants[1].astype(np.float64) * scale, shift)
 
         return self._build(convolution, build)
@@ -381,7 +381,7 @@ def _check_layout(node: Node) -> None:
 
 @_builder("ResizeBilinear")
 def _resize(engine: TorchEngine, node: Node, constants: list) -> Function:
-    height, width = (int(length) for length in constants[1])
+    height, width = engine.graph.resize_size(node)
     aligned = bool(node.attributes.get("align_corners"))
     centred = bool(node.attributes.get("half_pixel_centers"))
 
@@ -444,8 +444,9 @@ def _reshape(engine: TorchEngine, node: Node, constants: list) -> Function:
 
 @_builder("Squeeze")
 def _squeeze(engine: TorchEngine, node: Node, constants: list) -> Function:
+    # Without axes all of length 1 go, but a batch of one image stays one.
     axes = tuple(node.attributes.get("squeeze_dims") or ())
-    return lambda x: x.squeeze(axes) if axes else x.squeeze()
+    return lambda x: x.squeeze(axes or tuple(range(1, x.dim())))
 
 
 @_builder("Mean")

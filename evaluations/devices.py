@@ -12,7 +12,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from evaluations.features import (
     extract,
     load_graph,
 )
-from evaluations.inputs import FeatureCache, ImageSet, open_set
+from evaluations.inputs import ArrayImages, FeatureCache, ImageSet, open_set
 from evaluations.moments import merged
 
 _READ_ROWS = 256
@@ -45,7 +45,7 @@ def shares_of(count: int, devices: int, batch_size: int) -> list[Share]:
     Batches are those of one process, so that the network sees the same arrays.
     """
     images = min(math.ceil(count / devices), _MOST_IMAGES)
-    step = math.ceil(images / batch_size) * batch_size
+    step = -(-images // batch_size) * batch_size
     return [(start, min(start + step, count)) for start in range(0, count, step)]
 
 
@@ -59,12 +59,15 @@ def extract_on_devices(
     batch_size: int,
     keep_spatial: bool,
     store: Path | None,
+    stamp: str | None,
 ) -> Features:
     """Features of a set as `extract` gives them, by one process a device.
 
+    stamp: what `stamp_of` gave for the set as it has been checked. Every process opens it anew.
     `engine` has the `path` of the graph, `backend`, `precision` and `resize`. With `store`, the
     name of a file of the feature cache, every share is kept beside it when it is done, and taken
-    from there by a run that starts again. `UserError` as `extract`, or if a process dies.
+    from there by a run that starts again. `UserError` as `extract`, or if a process dies or finds
+    other files.
     """
     count = len(image_set.source)
     shares = shares_of(count, len(devices), batch_size)
@@ -89,7 +92,7 @@ def extract_on_devices(
                 done[share] = features
                 progress.update(_size(share))
 
-        arguments = image_set.images, image_set.flag, engine, name, batch_size, keep_spatial
+        arguments = image_set.images, image_set.flag, stamp, engine, name, batch_size, keep_spatial
         # Whoever has named the file of the cache has read all of the set.
         unread = image_set if store is None else None
         _work_through(waiting, devices[: waiting.qsize()], arguments, keep, unread)
@@ -198,7 +201,7 @@ def _size(share: Share) -> int:
 def _stored_before(shares: Iterable[Share]) -> tuple[int, str]:
     """How many images those are, and what the progress says of them."""
     count = sum(map(_size, shares))
-    return count, f", {count} of them stored by an earlier run" if count else ""
+    return count, f", {count} of them stored already" if count else ""
 
 
 def merge(parts: Iterable[Features]) -> Features:
@@ -221,6 +224,11 @@ def merge(parts: Iterable[Features]) -> Features:
         *gaussians,
         None if spatials[0] is None else np.concatenate(spatials),
     )
+
+
+def stamp_of(source: ImageSource) -> str | None:
+    """What changes whenever the files of a set do; None for one in memory."""
+    return None if isinstance(source, ArrayImages) else source.stamp() or source.fingerprint()
 
 
 def _work_through(
@@ -246,7 +254,7 @@ def _work_through(
             stack.callback(process.terminate)
             theirs.close()
             futures.append(threads.submit(_hand_out, waiting, ours, (device, *arguments), keep))
-        for future in futures:
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
             future.result()
 
 
@@ -278,8 +286,8 @@ def _hand_out(
                 keep(share, answer)
     except (EOFError, ConnectionError) as error:
         raise UserError(
-            f"--devices: the process on {arguments[0]} has died (as it does where a script calls "
-            "this unguarded by `__name__`)"
+            f"--devices: the process on {arguments[0]} has died: for want of memory, or of a guard "
+            "by `__name__` in the script that calls this"
         ) from error
 
 
@@ -293,7 +301,7 @@ def _serve(connection: Connection) -> None:
         quiet(),
         warnings.catch_warnings(action="ignore"),
     ):
-        device, images, flag, engine, name, batch_size, keep_spatial = connection.recv()
+        device, images, flag, stamp, engine, name, batch_size, keep_spatial = connection.recv()
         share = connection.recv()
         try:
             graph = load_graph(engine["path"])
@@ -301,9 +309,13 @@ def _serve(connection: Connection) -> None:
                 graph, engine["backend"], engine["precision"], device, engine["resize"]
             )
             source = open_set(images, flag=flag).source
+            if stamp_of(source) != stamp:
+                raise UserError(f"{flag}: {images} has changed since it was checked")
             options = {"name": name, "batch_size": batch_size, "keep_spatial": keep_spatial}
             while True:
                 connection.send(extract(run, source, share=share, **options))
                 share = connection.recv()
         except UserError as error:
             connection.send(error)
+        except OSError as error:
+            connection.send(UserError(f"{flag}: {name}: {error}"))

@@ -12,7 +12,12 @@ from esddpm_io.files import check_output_folder, short_names
 from esddpm_io.launch import ALONE, Launch
 from esddpm_io.parts import GrowingImages
 from esddpm_io.progress import quiet
-from evaluations.devices import device_of_rank, extract_among_ranks, extract_on_devices
+from evaluations.devices import (
+    device_of_rank,
+    extract_among_ranks,
+    extract_on_devices,
+    stamp_of,
+)
 from evaluations.features import (
     GRAPH_NAME,
     PUBLISHED,
@@ -39,6 +44,7 @@ from evaluations.scoring import METRICS, Scorer, chosen_metrics
 from evaluations.settings import Settings
 
 _LOOKED_AT = 64  # images whose values tell 0-1 from 0-255: one bright pixel is enough
+_TRIED = 2  # images of each set that are run first
 _SUSPICIOUS = 16  # samples nearest to the reference that a result names
 
 
@@ -85,9 +91,9 @@ def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
     """Metrics of one or more sample batches against one reference.
 
     `reference` and `samples` are paths of .npz, .npy or image folders, or uint8 [N, H, W, 3]
-    arrays; the keywords are the fields of `Settings`. All inputs are checked, and one image of each
-    is tried, before the features of the reference are computed, which is done once. Nothing is
-    printed: doubts about the figures are the results' `warnings`. `UserError` (a `ValueError`) for
+    arrays; the keywords are the fields of `Settings`. All inputs are checked, and two images of
+    each are tried, before the features of the reference are computed, which is done once. Nothing
+    is printed: doubts about the figures are the results' `warnings`. `UserError` (a `ValueError`) for
     anything the caller can put right.
     """
     with quiet(), speaking_of_arguments(REF="reference", SAMPLE="samples"):
@@ -156,7 +162,7 @@ def _asked_of_samples(chosen: Settings) -> dict[str, bool]:
 def _prepared(
     reference: Images, samples: tuple[Images, ...], chosen: Settings, launch: Launch
 ) -> tuple[ImageSet, list[ImageSet], "_Extractor"]:
-    """All sets, checked, and what gets their features: one image of each has been tried.
+    """All sets, checked, and what gets their features: two images of each have been tried.
 
     The extractor's settings have the metrics spelt out.
     """
@@ -168,20 +174,17 @@ def _prepared(
     graph, chosen, image_sets = _checked(chosen, reference_set, *sample_sets)
     _check_not_swapped(reference_set, sample_sets)  # with all statistics, those left aside too
     reference_set, *sample_sets = image_sets
-    if any("labels" in METRICS[name].needs for name in chosen.metrics):
-        _check_classes(reference_set, sample_sets)
     if launch.rank == 0:  # the others would open every image for what they read soon enough
         for image_set in image_sets:
             image_set.source.check()
     for device in chosen.device_list:
         check_engine("torch", chosen.precision, device)
     backend = "torch" if chosen.devices else chosen.backend
-    device = device_of_rank(chosen.device, backend, launch)
+    device = (chosen.device_list or [device_of_rank(chosen.device, backend, launch)])[0]
     engine = choose_engine(graph, backend, chosen.precision, device, chosen.resize)
     names = [image_set.name for image_set in image_sets]
     extractor = _Extractor(engine, graph, chosen, names, launch)
-    extractor.check(reference_set, **_asked_of_reference(chosen))
-    for image_set in sample_sets:
+    for image_set in (reference_set, *sample_sets):
         extractor.check(image_set)
     return reference_set, sample_sets, extractor
 
@@ -279,6 +282,12 @@ def _lacking(graph: Network, image_sets: Sequence[ImageSet]) -> dict[str, str]:
         lacking["labels"] = "reference or samples have no labels (arr_1)"
     reference, *samples = image_sets
     for one in samples:
+        # The labels of sets that grow come with the last images.
+        if "labels" not in lacking and not isinstance(one.source, GrowingImages):
+            try:
+                common_classes(*(s.source.labels(0, len(s.source)) for s in (reference, one)))
+            except ValueError as error:
+                lacking["labels"] = f"{one.name}: {error}"
         names = reference.source.class_names, one.source.class_names
         if None not in names and (differing := sorted(set(names[0]) ^ set(names[1]))):
             lacking["labels"] = (
@@ -411,17 +420,6 @@ def _check_dimensions(image_set: ImageSet, given: Gaussian | None, dimensions: i
         )
 
 
-def _check_classes(reference: ImageSet, samples: list[ImageSet]) -> None:
-    for sample in samples:
-        if not isinstance(sample.source, GrowingImages):  # its labels come with the last images
-            try:
-                common_classes(
-                    *(one.source.labels(0, len(one.source)) for one in (reference, sample))
-                )
-            except ValueError as error:
-                raise UserError(f"--metrics fid_per_class: {sample.name}: {error}") from error
-
-
 def _check_not_swapped(reference: ImageSet, samples: list[ImageSet]) -> None:
     for sample in samples:
         if sample.has_statistics and not reference.has_statistics:
@@ -465,6 +463,7 @@ class _Extractor:
     ):
         self.engine, self.graph, self.settings, self._launch = engine, graph, settings, launch
         self._short = dict(zip(names, short_names(names), strict=True))
+        self._stamps: dict[str, str | None] = {}
         self._cache = None
         if settings.cache_dir is not None:
             how = f"{graph.digest} {engine.name} {settings.precision}"
@@ -486,12 +485,16 @@ class _Extractor:
             spatial_gaussian=image_set.spatial_gaussian or features.spatial_gaussian,
         )
 
-    def check(self, image_set: ImageSet, statistics_do: bool = False) -> None:
-        """`UserError` for what the network makes of the first image of a set that it is to see."""
-        done = statistics_do and image_set.has_both_gaussians
-        if done or isinstance(image_set.source, GrowingImages):
+    def check(self, image_set: ImageSet) -> None:
+        """`UserError` for what the network makes of the first images of a set.
+
+        Of those that grow it is known as soon as they are there.
+        """
+        source = image_set.source
+        if isinstance(source, GrowingImages):
             return
-        pool, spatial = features_of_batch(self.engine, image_set.source.read(0, 1))
+        self._stamps[image_set.name] = stamp_of(source)
+        pool, spatial = features_of_batch(self.engine, source.read(0, min(_TRIED, len(source))))
         if pool.shape[1] != self.graph.dimensions:
             raise UserError(
                 f"--inception_path: {self.graph.path} gives {pool.shape[1]} features of an image, "
@@ -551,6 +554,7 @@ class _Extractor:
                 "precision": settings.precision,
                 "resize": settings.resize,
             },
+            stamp=self._stamps[image_set.name],
             **stored,
             **options,
         )

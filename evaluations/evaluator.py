@@ -145,6 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     if png_path is not None and args["expect"] is not None:
         raise UserError("--memorization_png cannot go with --expect: it reads whole sets")
     args["metrics"] = tuple(args["metrics"])
+    launch = find_launch()
+    check_launch(Settings.of(args), launch)  # every process says the same of what all are given
 
     if args["expect"] is None:
         terminate_cleanly()
@@ -156,8 +158,6 @@ def main(argv: list[str] | None = None) -> None:
         print(waiting, file=sys.stderr, flush=True)
         parent = int(os.environ.get(PARENT_VARIABLE) or os.getppid())
         watch_parent(parent, lambda: os._exit(1))
-    launch = find_launch()
-    check_launch(Settings.of(args), launch)  # every process says the same of what all are given
     if launch.rank > 0:
         _assist(launch, reference, *samples, **args)
         return

@@ -152,7 +152,7 @@ def load_graph(path: str | None = None) -> Network:
         )
     try:
         has_weights = np.ndim(graph.softmax_weights) == 2
-    except (IndexError, KeyError, UserError):
+    except (IndexError, UserError):
         has_weights = False
     if not has_weights:
         raise UserError(f"--inception_path: {LOGITS_NODE} of {path} has no weights")

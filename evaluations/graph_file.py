@@ -40,6 +40,7 @@ _DTYPES = {
     19: np.dtype("<f2"),
 }
 _DT_STRING = 7
+_LONGEST_SIDE = 1 << 14  # of images in a network
 _MOST_VALUES = 1 << 27  # of a tensor that is told by one value; the largest real one has 2 million
 
 # What reading a file that is no graph, or half a one, runs into
@@ -89,8 +90,17 @@ class Graph:
                 f"--resize: {self.path} does not say the size that it works at (it has "
                 f"{len(resizes)} ResizeBilinear nodes): leave it published"
             )
-        height, width = (int(length) for length in self.constant(resizes[0].inputs[1]))
-        return height, width
+        return self.resize_size(resizes[0])
+
+    def resize_size(self, node: Node) -> tuple[int, int]:
+        """Height and width that a ResizeBilinear node resizes to; `UserError` if there is none."""
+        size = self.constant(node.inputs[1]) if len(node.inputs) > 1 else np.empty(0)
+        if size.shape != (2,) or not (size.min() > 0 and size.max() <= _LONGEST_SIDE):
+            raise UserError(
+                f"{self.path}: {node.name} resizes to {size.tolist()}: [height, width] expected, "
+                f"of 1 to {_LONGEST_SIDE}"
+            )
+        return int(size[0]), int(size[1])
 
     def check(self, backend: str, precision: str, resize: str) -> None:
         """`UserError` for settings that this graph cannot meet."""
@@ -103,20 +113,29 @@ class Graph:
         return "mixed_10/join" in self.nodes and self.softmax_weights.shape == (2048, 1008)
 
     def constant(self, name: str) -> np.ndarray:
-        """The value of the Const node `name`, through any Identity before it."""
-        node = self.nodes[name.removesuffix(":0")]
-        seen = set()
+        """The value of the Const node `name`, through any Identity before it.
+
+        `UserError` if there is no such node, or no value in it.
+        """
+        seen: set[str] = set()
+        node = self._node(name)
         while node.op == "Identity":
             if node.name in seen:
                 raise UserError(f"{self.path}: {node.name} depends on itself")
             seen.add(node.name)
-            node = self.nodes[node.inputs[0].removesuffix(":0")]
+            node = self._node(node.inputs[0] if node.inputs else "")
         if node.op != "Const":
             raise UserError(f"{self.path}: {name} is a {node.op}, a Const was expected")
         value = node.attributes.get("value")
         if not isinstance(value, np.ndarray):
             raise UserError(f"{self.path}: the Const {node.name} has no numbers")
         return value
+
+    def _node(self, name: str) -> Node:
+        node = self.nodes.get(name.removesuffix(":0"))
+        if node is None:
+            raise UserError(f"{self.path}: there is no node {name!r}")
+        return node
 
 
 def read_graph(path: str | os.PathLike, *, flag: str = "--inception_path") -> Graph:

@@ -82,7 +82,9 @@ def open_set(images: Images, *, flag: str, expect: int | None = None) -> ImageSe
         images = _array(images, flag)
         source = ArrayImages(images, flag=flag)
         return ImageSet(f"array {list(images.shape)}", source, images=images, flag=flag)
-    name = str(images)
+    name = images = os.fspath(images)
+    if "\0" in name:
+        raise UserError(f"{flag}: {name!r} is no path")
     source = open_images(images, flag=flag)
     if not name.endswith(".npz"):
         return ImageSet(name, source, images=images, flag=flag)
@@ -169,7 +171,7 @@ class FeatureCache:
                 if not _is_sound(features, count, dimensions):
                     raise ValueError("other numbers than it should")
             return features
-        except (UserError, TypeError, ValueError) as error:
+        except (UserError, TypeError, ValueError, OverflowError) as error:
             if not isinstance(error, UserError):  # of arrays whose shapes fit nothing
                 error = f"--cache_dir: {path} holds {error}"
             warnings.warn(f"cached features are made anew: {error}", stacklevel=2)

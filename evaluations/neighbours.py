@@ -368,7 +368,7 @@ def _round_half(values: np.ndarray, overflow: float = _HALF_OVERFLOW) -> None:
     from 2^e to 2^(e+1); below 2^-14 it has that of 2^-14.
     """
     spacers = values.view(np.uint32) & _EXPONENT
-    np.maximum(spacers, np.float32(_HALF_TINY).view(np.uint32), out=spacers)
+    np.clip(spacers, *np.array([_HALF_TINY, 2.0**16], np.float32).view(np.uint32), out=spacers)
     spacers += np.float32(1.5 * 2.0**13).view(np.uint32) - np.float32(1).view(np.uint32)
     values += spacers.view(np.float32)
     values -= spacers.view(np.float32)

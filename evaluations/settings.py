@@ -68,14 +68,18 @@ class Settings:
                 value = os.fspath(value)
             elif isinstance(value, np.integer):
                 value = int(value)
-            if not isinstance(value, kind):
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 expected = getattr(field.type, "__name__", field.type)
                 raise UserError(f"--{field.name} {value!r}: its type must be {expected}")
+            if isinstance(value, str) and "\0" in value:
+                raise UserError(f"--{field.name} {value!r}: it has a character that no name has")
             object.__setattr__(self, field.name, value)  # frozen, but this is its making
-        metrics = tuple(self.metrics)
+        metrics = tuple(self.metrics) if np.ndim(self.metrics) else (self.metrics,)
         object.__setattr__(self, "metrics", metrics)
         choices = (*METRICS, "published", "all")
-        unknown = [str(name) for name in metrics if name not in choices]
+        unknown = [
+            str(name) for name in metrics if not isinstance(name, str) or name not in choices
+        ]
         if unknown or not metrics:
             raise UserError(
                 f"--metrics {', '.join(unknown) or '(none)'}: choose from {', '.join(choices)}",

@@ -101,5 +101,8 @@ def main(argv: list[str] | None = None) -> None:
                 verdicts.append(check(reference, folder / name, expected, **options))
             else:
                 print(f"{name}: not there, skipped")
+    for name in set(names) & PUBLISHED.keys() - {reference.name for reference in references}:
+        for samples in filter(lambda one: (folder / one).exists(), PUBLISHED[name]):
+            print(f"{samples}: its reference {name} is not there, skipped")
     if not all(verdicts):
         sys.exit(1)

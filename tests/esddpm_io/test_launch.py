@@ -33,3 +33,6 @@ def test_a_place_that_is_no_number_is_named(launcher):
     for name in PLACES[launcher]:
         with pytest.raises(UserError, match=f"^{name} is 'a': .* sets it to a number"):
             find_launch({**PLACES[launcher], name: "a"})
+    rank, size, _ = PLACES[launcher]
+    with pytest.raises(UserError, match=f"^{rank} is 1, and {size} 1: it must be smaller"):
+        find_launch({**PLACES[launcher], size: "1"})

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ def test_two_processes_give_the_figures_of_one_and_go_on_after_a_kill(here):
     start, stop = map(int, share.stem.split("-")[-2:])
 
     again = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
-    assert f"features of reference.npz, {stop - start} of them stored by an" in again.stderr
+    assert f"features of reference.npz, {stop - start} of them stored already" in again.stderr
     assert_figures_of_one_process("out.json")
     assert len(list(Path("cache").iterdir())) == 2 and not share.exists()
 
@@ -104,7 +105,7 @@ def test_one_process_with_a_cache_goes_on_where_it_was_killed(here, monkeypatch,
 
         def __call__(self, images):
             seen.append(len(images))
-            if failing and sum(seen) > 2 + 32:
+            if failing and sum(seen) > 2 * 2 + 32:
                 raise KeyboardInterrupt
             return self._engine(images)
 
@@ -118,9 +119,9 @@ def test_one_process_with_a_cache_goes_on_where_it_was_killed(here, monkeypatch,
     seen.clear()
     capsys.readouterr()
     found = run("reference.npz", "samples.npz", tell=print, **options)
-    assert sum(seen) == 2 + (60 - 32) + 50  # one of each set is tried
+    assert sum(seen) == 2 * 2 + (60 - 32) + 50  # two of each set are tried
     lines = [line for line in capsys.readouterr().err.splitlines() if "features of ref" in line]
-    assert lines[0] == "features of reference.npz, 32 of them stored by an earlier run: 60 images"
+    assert lines[0] == "features of reference.npz, 32 of them stored already: 60 images"
     assert len(lines) == 2 and "60/60 images (100%)" in lines[1]
     one = evaluate("reference.npz", "samples.npz", **OPTIONS)
     for name, value in one.results[0].metrics.items():
@@ -155,6 +156,54 @@ def workers_of(parent):
     return found
 
 
+def test_files_that_are_others_than_those_that_were_checked_are_refused(here, monkeypatch):
+    """By the processes, which open them again, hours later perhaps."""
+    for index, image in enumerate(np.load("samples.npz")["arr_0"]):
+        save_png(f"folder/{index}.png", image)
+    extract_on_devices = evaluation.extract_on_devices
+
+    def late(image_set, *args, **options):
+        if image_set.name == "folder":
+            Path("folder/3.png").unlink()
+        return extract_on_devices(image_set, *args, **options)
+
+    monkeypatch.setattr(evaluation, "extract_on_devices", late)
+    with pytest.raises(UserError, match="^samples: folder has changed since it was checked$"):
+        evaluate("reference.npz", "folder", devices="cpu,cpu", **OPTIONS)
+
+
+def test_the_crc_of_a_set_is_checked_though_no_process_reads_all_of_it(here):
+    """Of images beyond those that are looked at beforehand."""
+    images = np.load("reference.npz")["arr_0"].repeat(3, axis=0)
+    np.savez("bad.npz", arr_0=images)
+    data = bytearray(Path("bad.npz").read_bytes())
+    data[len(data) * 9 // 10] ^= 1
+    Path("bad.npz").write_bytes(data)
+    for sets, flag in (
+        (["bad.npz", images[:50]], "reference"),
+        ([images[:50], "bad.npz"], "samples"),
+    ):
+        with pytest.raises(UserError, match=rf"^{flag}: arr_0 in bad\.npz is not .*CRC-32"):
+            evaluate(*sets, devices="cpu,cpu", **OPTIONS)
+
+
+def test_the_first_error_is_told_at_once(here, monkeypatch):
+    """Not when the processes before it are done: this one waits for work until it is ended."""
+
+    def hand_out(waiting, connection, arguments, keep):
+        if waiting.qsize() == 2:
+            waiting.get()
+            connection.poll(PATIENCE_S)
+            return
+        raise UserError("at once")
+
+    monkeypatch.setattr(devices, "_hand_out", hand_out)
+    started = time.monotonic()
+    with pytest.raises(UserError, match="^at once$"):
+        evaluate("reference.npz", "samples.npz", devices="cpu,cpu", **OPTIONS)
+    assert time.monotonic() - started < PATIENCE_S
+
+
 def test_a_script_without_a_guard_ends_with_a_line(here):
     """Its processes end when they import it again, before they read what they are to do."""
     Path("script.py").write_text(
@@ -168,7 +217,10 @@ def test_a_script_without_a_guard_ends_with_a_line(here):
     command = [sys.executable, "script.py"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=env)
     assert done.returncode == 1
-    assert "devices: the process on cpu has died (as it does where" in done.stderr.splitlines()[-1]
+    assert (
+        "devices: the process on cpu has died: for want of memory, or of a guard"
+        in done.stderr.splitlines()[-1]
+    )
 
 
 def test_a_device_that_is_not_there_is_named(here):

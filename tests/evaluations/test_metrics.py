@@ -205,6 +205,22 @@ def near_and_far(rows: int, kind: str, width: int = 270) -> np.ndarray:
     return features
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_rounding_to_half_precision_is_numpy_s(monkeypatch, native):
+    """Of all its numbers, of the middles between two, and of what lies next to these."""
+    if not native:
+        monkeypatch.setattr(neighbours, "_torch", lambda: None)
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middles = (halves[1:] + halves[:-1]) / 2
+    values = np.concatenate([halves, middles, np.float32([65519.996, 65520, 7e4, 5e34, 3e38])])
+    values = np.concatenate([np.nextafter(values, way, dtype=np.float32) for way in (0, 9e9)])
+    values = np.concatenate([values, halves, middles, [np.inf]]).astype(np.float32)
+    values = np.concatenate([values, -values])
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(neighbours._half(values), expected)
+
+
 def test_infinities_of_one_tile_leave_the_others_alone(monkeypatch, recwarn):
     """A row beyond half precision turns its own tile to float32."""
     monkeypatch.setattr(neighbours, "PUBLISHED_TILE", 40)

@@ -164,7 +164,7 @@ def test_settings_for_graphs_are_refused_before_there_are_samples(settings, mess
         ("range = [0.0,", "range = [2.0,", "two rising numbers expected"),
         ("features = 12", "features = 12\ncolour = 1", "unknown colour: there are name, features"),
         ("features = 12", "features = ", "which describes the network: Invalid value"),
-        ("features = 12", "features = 13", r"gives features \[1, 12\], its TOML says \[1, 13\]"),
+        ("features = 12", "features = 13", r"gives features \[2, 12\], its TOML says \[2, 13\]"),
         ('resize = "bicubic"', 'resize = "none"', "images of 32x32: tiny_net takes 24x20 and its"),
     ],
 )

@@ -11,7 +11,7 @@ from PIL import Image
 
 from esddpm_io.errors import UserError
 from evaluations import evaluate, features
-from evaluations.devices import extract_on_devices
+from evaluations.devices import extract_on_devices, stamp_of
 from evaluations.evaluation import run
 from evaluations.evaluator import warn
 from evaluations.features import graph_identity, load_graph, remember_graph
@@ -263,8 +263,8 @@ def mean_over(*axes: int, keep_dims: bool = False) -> list[bytes]:
         ([RELU, node("pool_3", "BiasAdd", ["w", "w"])], "pool_3"),
         ([RELU, node("pool_3", "Identity", ["w"])], "w does not depend on the images"),
         ([RELU, node("pool_3", "Relu", ["w"])], "pool_3"),
-        ([RELU, *mean_over(0, 1, 2, 3)], r"gives \[\] for 1 images"),
-        ([RELU, *mean_over(1, 2, 3)], r"gives \[1\] for 1 images"),
+        ([RELU, *mean_over(0, 1, 2, 3)], r"gives \[\] for 2 images"),
+        ([RELU, *mean_over(1, 2, 3)], r"gives \[2\] for 2 images"),
         ([RELU, *mean_over(1, 2)], r"gives 3 features of an image, its classifier takes 2"),
     ],
 )
@@ -278,8 +278,48 @@ def test_features_are_those_of_one_image_each(score, images):
     weights = constant("w", np.ones((3, 2), np.float32))
     mean = mean_over(0, 1, 2, keep_dims=True)
     Path("bad.pb").write_bytes(graph(HEAD[0], HEAD[2], weights, RELU, *mean))
-    with pytest.raises(UserError, match=r"gives \[1, 1, 1, 3\] for 30 images, which are not"):
+    with pytest.raises(UserError, match=r"gives \[1, 1, 1, 3\] for 2 images, which are not"):
         score(*images, inception_path="bad.pb")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "size"),
+    [
+        (["x", "s"], np.array([8, 8, 8], np.int32)),
+        (["x", "s"], np.array(8, np.int32)),
+        (["x", "s"], np.array([8, 0], np.int32)),
+        (["x", "s"], np.array([8, 2**31 - 1], np.int32)),
+        (["x"], np.array([8, 8], np.int32)),
+        (["x", "none"], np.array([8, 8], np.int32)),
+        (["x", "empty"], np.array([8, 8], np.int32)),
+    ],
+)
+@pytest.mark.parametrize("resize", ["published", "clean"])
+def test_graphs_that_resize_to_no_size_are_one_line(score, images, inputs, size, resize):
+    nodes = [constant("s", size), node("empty", "Identity")]
+    resized = node("resize", "ResizeBilinear", ["ExpandDims", *inputs[1:]], T=1)
+    pool = [node("mixed_6/conv", "Relu", ["resize"]), node("pool_3", "Relu", ["resize"])]
+    Path("bad.pb").write_bytes(graph(*HEAD, *nodes, resized, *pool))
+    with pytest.raises(
+        UserError, match=r"bad\.pb: (resize resizes to|there is no node|empty has|the)"
+    ):
+        score(*images, inception_path="bad.pb", resize=resize)
+
+
+def test_a_batch_of_one_keeps_its_axis(score, images):
+    """Where all axes of length 1 go."""
+    squeezed = [node("p", "Mean", ["mixed_6/conv", "axes"], T=1, keep_dims=True)]
+    squeezed += [
+        constant("axes", np.array([1, 2], np.int32)),
+        node("pool_3", "Squeeze", ["p"], T=1),
+    ]
+    weights = constant("w", np.ones((3, 2), np.float32))
+    Path("s.pb").write_bytes(graph(HEAD[0], HEAD[2], weights, RELU, *squeezed))
+    figures = [
+        score(*images, inception_path="s.pb", batch_size=size)[0]["fid"].value
+        for size in (1, 29, 30)
+    ]
+    assert figures == pytest.approx([figures[-1]] * 3, rel=1e-9) and figures[0] > 0
 
 
 def test_what_the_network_makes_of_a_set_is_known_before_the_features(score, images, capsys):
@@ -292,12 +332,13 @@ def test_what_the_network_makes_of_a_set_is_known_before_the_features(score, ima
         given |= {mean: np.zeros(width), covariance: np.eye(width)}
     np.savez("ref.npz", arr_0=images[0], **given)
     words = f"ref.npz has statistics of {widths[1] + 1}-dimensional features, the graph gives"
-    metrics = ("sfid", "precision")
+    metrics = ("fid", "sfid")  # for which it would need no image of the reference
     refused_early(score, capsys, words, "ref.npz", images[1], metrics=metrics)
-    for name, labels in ("one", [1, 2, 3]), ("other", [3, 4, 5]):
-        np.savez(f"{name}.npz", arr_0=images[0][:3], arr_1=np.array(labels))
+    for name, first in ("one", 1), ("other", 6):
+        np.savez(f"{name}.npz", arr_0=images[0][:6], arr_1=np.arange(first, first + 6))
     words = "--metrics fid_per_class: other.npz: no class has 2 images among"
     refused_early(score, capsys, words, "one.npz", "other.npz", metrics="fid_per_class")
+    assert "fid_per_class" not in score("one.npz", "other.npz", metrics=("all",))[0]
 
 
 def test_a_worker_s_error_names_the_reference(score, images):
@@ -306,10 +347,15 @@ def test_a_worker_s_error_names_the_reference(score, images):
         Image.fromarray(image).save(f"set/{index}.png")
     data = bytearray(Path("set/20.png").read_bytes())
     data[60:70] = bytes(10)
-    source = open_set("set", flag="REF")
     Path("set/20.png").write_bytes(data)
+    source = open_set("set", flag="REF")
     engine = {"path": "small.pb", "backend": "torch", "precision": "float32", "resize": "published"}
-    options = {"name": "set", "batch_size": 8, "keep_spatial": False}
+    options = {
+        "name": "set",
+        "batch_size": 8,
+        "keep_spatial": False,
+        "stamp": stamp_of(source.source),
+    }
     with pytest.raises(UserError, match=r"^REF: cannot read the image set/20\.png"):
         extract_on_devices(source, ["cpu"], engine, dimensions=24, store=None, **options)
 
@@ -321,6 +367,10 @@ def test_a_worker_s_error_names_the_reference(score, images):
         ({"metrics": 5}, "^metrics 5: its type must be"),
         ({"cache_dir": 3}, "^cache_dir 3: its type must be str . None$"),
         ({"allow_mixed_precision": "no"}, "^allow_mixed_precision 'no': its type must be bool$"),
+        ({"metrics": np.array("fid")}, "^metrics fid: choose from"),
+        ({"metrics": [np.array([1, 2])]}, r"^metrics \[1 2\]: choose from"),
+        ({"batch_size": True}, "^batch_size True: its type must be int$"),
+        ({"cache_dir": "a\0b"}, "^cache_dir 'a.x00b': it has a character that no name has$"),
         ({"launch": None}, "^unknown setting launch: choose from"),
         ({"tell": print}, "^unknown setting tell: choose from"),
         ({"device": "meta"}, "^device meta: not available here"),

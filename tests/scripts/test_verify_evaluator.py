@@ -34,8 +34,11 @@ def verify(folder, *flags):
 
 def test_figures_other_than_the_published_are_wrong(published):
     """Those of the reference against itself are right; the small graph's others are no FID."""
+    (published / "admnet_imagenet64.npz").touch()
     run = verify(published)
     assert run.returncode == 1, run.stderr
+    alone = "admnet_imagenet64.npz: its reference VIRTUAL_imagenet64_labeled.npz is not there"
+    assert alone in run.stdout
     assert run.stdout.count(": ok") == 4 and run.stdout.count(": WRONG") == 5
     assert f"{SAMPLES} fid: expected 3.94256, found " in run.stdout
     assert "admnet_guided_imagenet256.npz: not there, skipped" in run.stdout
