@@ -93,8 +93,8 @@ def evaluate(reference: Images, *samples: Images, **settings) -> Evaluation:
     `reference` and `samples` are paths of .npz, .npy or image folders, or uint8 [N, H, W, 3]
     arrays; the keywords are the fields of `Settings`. All inputs are checked, and two images of
     each are tried, before the features of the reference are computed, which is done once. Nothing
-    is printed: doubts about the figures are the results' `warnings`. `UserError` (a `ValueError`) for
-    anything the caller can put right.
+    is printed: doubts about the figures are the results' `warnings`. `UserError` (a `ValueError`)
+    for anything the caller can put right.
     """
     with quiet(), speaking_of_arguments(REF="reference", SAMPLE="samples"):
         chosen = dataclasses.asdict(Settings.of(settings))
