@@ -306,6 +306,15 @@ def test_graphs_that_resize_to_no_size_are_one_line(score, images, inputs, size,
         score(*images, inception_path="bad.pb", resize=resize)
 
 
+def test_features_that_are_no_numbers_are_known_first(score, images, capsys):
+    pool = [node("n", "Neg", ["mixed_6/conv"], T=1), node("pool_3", "Sqrt", ["n"], T=1)]
+    size = int(np.prod(images[0].shape[1:]))
+    weights = constant("w", np.ones((size, 2), np.float32))
+    Path("nan.pb").write_bytes(graph(HEAD[0], HEAD[2], weights, RELU, *pool))
+    words = "the features of image 0 of .* are not finite"
+    refused_early(score, capsys, words, *images, inception_path="nan.pb")
+
+
 def test_a_batch_of_one_keeps_its_axis(score, images):
     """Where all axes of length 1 go."""
     squeezed = [node("p", "Mean", ["mixed_6/conv", "axes"], T=1, keep_dims=True)]
