@@ -152,19 +152,16 @@ class _FolderImages(ImageSource):
         names = self._names[start:stop]
         out = np.empty((len(names), *self.shape[1:]), np.uint8)
 
-        def fill(first: int, last: int) -> None:
-            for row in range(first, last):
-                image = self._open(names[row])
-                self._check_size(names[row], *image.shape[:2])
-                out[row] = image
+        def fill(row: int) -> None:
+            image = self._open(names[row])
+            self._check_size(names[row], *image.shape[:2])
+            out[row] = image
 
-        # A network on a GPU is quicker than one core that decodes; threads are slower with images
-        # so small that Python's lock is what they wait for.
+        # A network on a GPU is quicker than one core that decodes; with small images threads would
+        # wait for Python's lock.
         small = self.shape[1] * self.shape[2] < _SMALL
-        share = max(1, math.ceil(len(names) / (1 if small else _FILES_AT_ONCE)))
-        starts = range(0, len(names), share)
         with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-            for _ in pool.map(fill, starts, (min(start + share, len(names)) for start in starts)):
+            for _ in (map if small else pool.map)(fill, range(len(names))):
                 pass
         return out
 

@@ -84,7 +84,7 @@ class TorchEngine:
 
     def _source(self, reference: str) -> str:
         """The node behind an input, past nodes that hand on what they get."""
-        node = self._node(reference)
+        node = self.graph.node(reference)
         seen = {reference}
         while node.op in _PASSED_THROUGH and node.name != IMAGES_NODE:
             if not node.inputs:
@@ -93,16 +93,8 @@ class TorchEngine:
             if reference in seen:
                 raise UserError(f"{self.graph.path}: {node.name} depends on itself")
             seen.add(reference)
-            node = self._node(reference)
+            node = self.graph.node(reference)
         return node.name
-
-    def _node(self, reference: str) -> Node:
-        name, _, output = reference.partition(":")
-        if output not in ("", "0"):
-            raise UserError(f"{self.graph.path}: output {output} of {name} is not supported")
-        if name not in self.graph.nodes:
-            raise UserError(f"{self.graph.path}: there is no node {name}")
-        return self.graph.nodes[name]
 
     def _sources(self, name: str) -> list[str]:
         """The nodes that a node takes its data from (`^name` is control only)."""

@@ -260,7 +260,7 @@ def _work_through(
 
 def _check_sum(image_set: ImageSet | None) -> None:
     """Have the CRC-32 of an .npz checked, of which each process sees a part only."""
-    if image_set is not None and str(image_set.images).endswith(".npz"):
+    if image_set is not None and image_set.name.endswith(".npz"):
         source = open_images(image_set.images, flag=image_set.flag)
         for start in range(0, len(source), _READ_ROWS):
             source.read(start, min(start + _READ_ROWS, len(source)))

@@ -493,7 +493,8 @@ class _Extractor:
         source = image_set.source
         if isinstance(source, GrowingImages):
             return
-        self._stamps[image_set.name] = stamp_of(source)
+        if self.settings.devices:
+            self._stamps[image_set.name] = stamp_of(source)
         pool, spatial = features_of_batch(self.engine, source.read(0, min(_TRIED, len(source))))
         if pool.shape[1] != self.graph.dimensions:
             raise UserError(

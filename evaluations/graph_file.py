@@ -118,12 +118,14 @@ class Graph:
         `UserError` if there is no such node, or no value in it.
         """
         seen: set[str] = set()
-        node = self._node(name)
+        node = self.node(name)
         while node.op == "Identity":
             if node.name in seen:
                 raise UserError(f"{self.path}: {node.name} depends on itself")
             seen.add(node.name)
-            node = self._node(node.inputs[0] if node.inputs else "")
+            if not node.inputs:
+                raise UserError(f"{self.path}: the Identity node {node.name} has no input")
+            node = self.node(node.inputs[0])
         if node.op != "Const":
             raise UserError(f"{self.path}: {name} is a {node.op}, a Const was expected")
         value = node.attributes.get("value")
@@ -131,11 +133,14 @@ class Graph:
             raise UserError(f"{self.path}: the Const {node.name} has no numbers")
         return value
 
-    def _node(self, name: str) -> Node:
-        node = self.nodes.get(name.removesuffix(":0"))
-        if node is None:
-            raise UserError(f"{self.path}: there is no node {name!r}")
-        return node
+    def node(self, reference: str) -> Node:
+        """The node that an input names, as `name` or `name:0`; `UserError` if there is none."""
+        name, _, output = reference.partition(":")
+        if output not in ("", "0"):
+            raise UserError(f"{self.path}: output {output} of {name} is not supported")
+        if name not in self.nodes:
+            raise UserError(f"{self.path}: there is no node {name}")
+        return self.nodes[name]
 
 
 def read_graph(path: str | os.PathLike, *, flag: str = "--inception_path") -> Graph:

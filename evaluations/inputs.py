@@ -160,6 +160,7 @@ class FeatureCache:
         """
         if not path.exists():
             return None
+        problem: object = f"--cache_dir: {path} holds other numbers than it should"
         try:
             with NpzReader(path, flag="--cache_dir") as reader:
                 features = Features(
@@ -168,14 +169,14 @@ class FeatureCache:
                     _read_gaussian(reader, "spatial"),
                     reader.array("spatial") if "spatial" in reader.names else None,
                 )
-                if not _is_sound(features, count, dimensions):
-                    raise ValueError("other numbers than it should")
-            return features
-        except (UserError, TypeError, ValueError, OverflowError) as error:
-            if not isinstance(error, UserError):  # of arrays whose shapes fit nothing
-                error = f"--cache_dir: {path} holds {error}"
-            warnings.warn(f"cached features are made anew: {error}", stacklevel=2)
-            return None
+                if _is_sound(features, count, dimensions):
+                    return features
+        except UserError as error:
+            problem = error
+        except (TypeError, ValueError, OverflowError):
+            pass  # what arrays of odd shapes or types run into
+        warnings.warn(f"cached features are made anew: {problem}", stacklevel=2)
+        return None
 
     @staticmethod
     def save(path: Path, features: Features) -> None:

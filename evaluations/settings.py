@@ -1,8 +1,8 @@
 """Everything but the images that decides the figures."""
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,22 +60,8 @@ class Settings:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.type
-            if field.name == "metrics":
-                kind = Iterable
-                value = (value,) if isinstance(value, str) else value
-            elif isinstance(value, os.PathLike):
-                value = os.fspath(value)
-            elif isinstance(value, np.integer):
-                value = int(value)
-            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-                expected = getattr(field.type, "__name__", field.type)
-                raise UserError(f"--{field.name} {value!r}: its type must be {expected}")
-            if isinstance(value, str) and "\0" in value:
-                raise UserError(f"--{field.name} {value!r}: it has a character that no name has")
-            object.__setattr__(self, field.name, value)  # frozen, but this is its making
-        metrics = tuple(self.metrics) if np.ndim(self.metrics) else (self.metrics,)
-        object.__setattr__(self, "metrics", metrics)
+            object.__setattr__(self, field.name, self._of_its_type(field))  # frozen, but not yet
+        metrics = self.metrics
         choices = (*METRICS, "published", "all")
         unknown = [
             str(name) for name in metrics if not isinstance(name, str) or name not in choices
@@ -113,6 +99,26 @@ class Settings:
             raise UserError("--expect: a number of images, without --devices")
         if self.bootstrap == 1:
             raise UserError("--bootstrap 1: an interval takes 2 groups or more, or 0 for none")
+
+    def _of_its_type(self, field: dataclasses.Field) -> object:
+        """What a field was given, as its type has it; `UserError` for what is of another."""
+        value, kind = getattr(self, field.name), field.type
+        if field.name == "metrics":  # one name, or several of whatever gives them in turn
+            if isinstance(value, str):
+                return (value,)
+            with contextlib.suppress(TypeError):
+                return tuple(value)
+            raise UserError(f"--metrics {value!r}: it must be a name, or several")
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        elif isinstance(value, np.integer):
+            value = int(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            expected = getattr(kind, "__name__", kind)
+            raise UserError(f"--{field.name} {value!r}: its type must be {expected}")
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"--{field.name} {value!r}: it has a character that no name has")
+        return value
 
     @property
     def device_list(self) -> list[str]:

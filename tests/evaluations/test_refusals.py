@@ -2,6 +2,7 @@
 
 import functools
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from evaluations.features import graph_identity, load_graph, remember_graph
 from evaluations.graph_file import Graph, Node
 from evaluations.inputs import open_set
 from evaluations.make_reference import make_reference
+from evaluations.settings import Settings
 from tests.evaluations.graph_writer import GOLDEN, constant, graph, node, small_graph
 
 
@@ -94,6 +96,19 @@ def test_a_damaged_note_of_known_graphs_is_left_aside(score, images, monkeypatch
     Path("known_graphs.json").write_text("x")
     with pytest.warns(UserWarning, match="known_graphs.json is damaged.* left aside"):
         assert graph_identity(load_graph("small.pb")) == "unverified"
+
+
+def test_no_warning_is_told_twice(score, images, monkeypatch, tmp_path):
+    """Though the network's identity is asked for by statistics and by results."""
+    monkeypatch.setenv("ES_DDPM_CACHE", str(tmp_path))
+    monkeypatch.setattr(Graph, "has_inception_nodes", True)
+    Path("known_graphs.json").write_text("x")
+    width = load_graph("small.pb").dimensions
+    np.savez("ref.npz", arr_0=images[0], mu=np.zeros(width), sigma=np.eye(width))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        score("ref.npz", images[1])
+    assert len([one for one in caught if "known_graphs.json" in str(one.message)]) == 1
 
 
 def test_the_last_image_of_a_folder_is_looked_at_first(score, images, capsys):
@@ -373,10 +388,10 @@ def test_a_worker_s_error_names_the_reference(score, images):
     ("settings", "words"),
     [
         ({"batch_size": "64"}, "^batch_size '64': its type must be int$"),
-        ({"metrics": 5}, "^metrics 5: its type must be"),
+        ({"metrics": 5}, "^metrics 5: it must be a name, or several"),
         ({"cache_dir": 3}, "^cache_dir 3: its type must be str . None$"),
         ({"allow_mixed_precision": "no"}, "^allow_mixed_precision 'no': its type must be bool$"),
-        ({"metrics": np.array("fid")}, "^metrics fid: choose from"),
+        ({"metrics": np.array("fid")}, "^metrics array.*: it must be a name, or several"),
         ({"metrics": [np.array([1, 2])]}, r"^metrics \[1 2\]: choose from"),
         ({"batch_size": True}, "^batch_size True: its type must be int$"),
         ({"cache_dir": "a\0b"}, "^cache_dir 'a.x00b': it has a character that no name has$"),
@@ -388,6 +403,8 @@ def test_a_worker_s_error_names_the_reference(score, images):
 def test_keywords_of_another_kind_are_one_line(score, images, settings, words):
     options = {"inception_path": Path("small.pb"), "backend": "torch", "metrics": ["fid"]}
     assert evaluate(*images, **options, batch_size=np.int64(8)).settings.batch_size == 8
+    for several in ({"fid"}, iter(["fid"]), np.array(["fid"])):
+        assert Settings(metrics=several).metrics == ("fid",)
     with pytest.raises(UserError, match=words):
         evaluate(*images, **{**options, **settings})
 

@@ -37,11 +37,14 @@ def test_figures_other_than_the_published_are_wrong(published):
     (published / "admnet_imagenet64.npz").touch()
     run = verify(published)
     assert run.returncode == 1, run.stderr
-    alone = "admnet_imagenet64.npz: its reference VIRTUAL_imagenet64_labeled.npz is not there"
+    alone = (
+        "admnet_imagenet64.npz against VIRTUAL_imagenet64_labeled.npz: "
+        "VIRTUAL_imagenet64_labeled.npz is not there, skipped"
+    )
     assert alone in run.stdout
     assert run.stdout.count(": ok") == 4 and run.stdout.count(": WRONG") == 5
     assert f"{SAMPLES} fid: expected 3.94256, found " in run.stdout
-    assert "admnet_guided_imagenet256.npz: not there, skipped" in run.stdout
+    assert f"against {REFERENCE}: admnet_guided_imagenet256.npz is not there, skipped" in run.stdout
 
 
 def test_a_reference_of_another_name(published):
