@@ -14,7 +14,6 @@ import datetime
 import functools
 import json
 import os
-import sys
 import tempfile
 import time
 import uuid
@@ -52,9 +51,13 @@ class SeqWriter:
 
 
 class HumanOutputFormat(KVWriter, SeqWriter):
-    """A table of two columns a row, and messages a line; to a stream or appended to a file."""
+    """A table of two columns a row, and messages a line; to a stream or appended to a file.
 
-    def __init__(self, filename_or_file: str | os.PathLike | TextIO):
+    Without a file they go to stdout as it is when they are written: notebooks and test runners
+    put another in its place, and close the one before.
+    """
+
+    def __init__(self, filename_or_file: str | os.PathLike | TextIO | None = None):
         self.own_file = isinstance(filename_or_file, str | os.PathLike)
         self.file = (
             open(filename_or_file, "a", encoding="utf-8") if self.own_file else filename_or_file
@@ -77,8 +80,7 @@ class HumanOutputFormat(KVWriter, SeqWriter):
             self.file.close()
 
     def _write(self, text: str) -> None:
-        self.file.write(text + "\n")
-        self.file.flush()
+        print(text, file=self.file, flush=True)
 
 
 class JSONOutputFormat(KVWriter):
@@ -187,7 +189,7 @@ def make_output_format(format: str, ev_dir: str | os.PathLike, log_suffix: str =
     folder = Path(ev_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if format == "stdout":
-        return HumanOutputFormat(sys.stdout)
+        return HumanOutputFormat()
     if format == "log":
         return HumanOutputFormat(folder / f"log{log_suffix}.txt")
     if format == "csv":
@@ -361,7 +363,7 @@ def get_current() -> Logger:
 
 def _current() -> Logger:
     if Logger.CURRENT is None:
-        Logger.CURRENT = Logger(None, [HumanOutputFormat(sys.stdout)])
+        Logger.CURRENT = Logger(None, [HumanOutputFormat()])
     return Logger.CURRENT
 
 

@@ -1,4 +1,6 @@
+import contextlib
 import csv
+import io
 import json
 import sys
 
@@ -37,6 +39,18 @@ def test_figures_go_to_every_output(tmp_path, capsys):
     }
     for text in (capsys.readouterr().out, (tmp_path / "log.txt").read_text()):
         assert "| loss | 3      |" in text and "| lr   | 0.0001 |" in text
+
+
+@pytest.mark.parametrize("configured", [True, False])
+def test_messages_go_to_the_stdout_of_their_time(tmp_path, capsys, configured):
+    with contextlib.redirect_stdout(io.StringIO()) as first:
+        if configured:
+            logger.configure(str(tmp_path), ["stdout"])
+        logger.log("one")
+    assert first.getvalue().endswith("one\n")
+    first.close()
+    logger.log("two")
+    assert capsys.readouterr().out == "two\n"
 
 
 def test_csv_grows_columns_and_a_second_run_appends(tmp_path):
