@@ -76,7 +76,9 @@ class ScheduleSampler(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take up the state of `state_dict`."""
+        """Take up the state of `state_dict`; ValueError for that of a sampler of another kind."""
+        if "loss_history" in state:
+            raise ValueError("the saved sampler went by losses")
 
 
 class UniformSampler(ScheduleSampler):

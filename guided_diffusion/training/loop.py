@@ -165,6 +165,7 @@ class Trainer(RunState):
         self.lr_anneal_steps, self.lr_warmup = lr_anneal_steps, lr_warmup
         self.grad_clip = grad_clip
         self.iterations = iterations or lr_anneal_steps
+        self._ends_at = "--iterations" if iterations else "--lr_anneal_steps"
         self.ema_rate = parse_rates(ema_rate)
         self.power_ema = widths(power_ema)
         self.log_interval, self.save_interval = log_interval, save_interval
@@ -278,8 +279,8 @@ class Trainer(RunState):
         """Tell of steps that are none: those done before, those at a learning rate of 0."""
         if 0 < self.iterations <= self.global_step:
             logger.warn(
-                f"--iterations {self.iterations}: {self.global_step} steps are done already,"
-                " nothing is left to do"
+                f"{self._ends_at} {self.iterations}: {self.global_step} steps are done already, nothing is"
+                " left to do"
             )
         elif 0 < self.lr_anneal_steps < self.iterations:
             logger.warn(

@@ -204,15 +204,23 @@ def test_another_average_starts_from_the_weights_and_says_so(log_folder):
     assert "ema_0.5_000003.pt: this average starts from the model's weights" in told
 
 
-@pytest.mark.parametrize("kinds", [("uniform", "loss-second-moment"), ("loss-second-moment",) * 2])
-def test_another_sampler_of_timesteps_starts_anew(kinds, log_folder):
-    train_loop(kinds[0], iterations=3).run_loop()
+@pytest.mark.parametrize(
+    "before, now, said",
+    [
+        ("uniform", "loss-second-moment", "the saved sampler kept no losses: this one starts anew"),
+        ("loss-second-moment", "uniform", "the saved sampler went by losses: this one starts anew"),
+        ("loss-second-moment", "loss-second-moment", None),
+        ("uniform", "uniform", None),
+    ],
+)
+def test_another_sampler_of_timesteps_starts_anew(before, now, said, log_folder):
+    train_loop(before, iterations=3).run_loop()
     logger.configure(str(log_folder), ["log"])
-    loop = train_loop(kinds[1], iterations=5, resume_checkpoint="auto")
-    said = "--schedule_sampler: the saved sampler kept no losses: this one starts anew"
-    changed = kinds[0] != kinds[1]
-    assert (said in (log_folder / "log.txt").read_text()) == changed
-    assert loop.schedule_sampler._loss_counts.sum() == (0 if changed else 12)
+    loop = train_loop(now, iterations=5, resume_checkpoint="auto")
+    told = (log_folder / "log.txt").read_text()
+    assert f"--schedule_sampler: {said}" in told if said else "--schedule_sampler" not in told
+    if now == "loss-second-moment":
+        assert loop.schedule_sampler._loss_counts.sum() == (0 if said else 12)
     loop.run_loop()
 
 
@@ -238,12 +246,13 @@ def test_the_sampler_learns_once_a_step_whatever_the_microbatch(monkeypatch):
     assert states[0] == states[1]
 
 
-def test_steps_that_are_done_already(log_folder):
+@pytest.mark.parametrize("flag", ["iterations", "lr_anneal_steps"])
+def test_steps_that_are_done_already(flag, log_folder):
     train_loop(iterations=5).run_loop()
     before = {path: path.stat().st_mtime_ns for path in log_folder.glob("*.pt")}
     logger.configure(str(log_folder), ["log"])
-    train_loop(iterations=3, resume_checkpoint="auto").run_loop()
-    assert "--iterations 3: 5 steps are done already" in (log_folder / "log.txt").read_text()
+    train_loop(**{flag: 3}, resume_checkpoint="auto").run_loop()
+    assert f"--{flag} 3: 5 steps are done already" in (log_folder / "log.txt").read_text()
     assert before == {path: path.stat().st_mtime_ns for path in log_folder.glob("*.pt")}
 
 
