@@ -20,6 +20,12 @@ EXIT_TERMINATED = 143  # 128 + SIGTERM
 
 _SWALLOWED_S = 1.0  # between two looks whether `Terminated` is still on its way
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_PEER_ENDED = {  # by what PyTorch says of it
+    "gloo/transport": "another process of this run has ended, and with it this one: see its own "
+    "message",
+    "DataLoader worker": "a process that reads images was killed, as happens where memory is short: "
+    "fewer --num_workers take less, --resume_checkpoint auto goes on",
+}
 _MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY)
 
 
@@ -149,10 +155,10 @@ def describe_blob_error(error: Exception) -> str | None:
 
 
 def describe_peer_error(error: Exception) -> str | None:
-    """One line for a lost connection to a process that we train with, None for any other error."""
-    if isinstance(error, RuntimeError) and "gloo/transport" in str(error):
-        return "another process of this run has ended, and with it this one: see its own message"
-    return None
+    """One line for the end of a process that we work with, None for any other error."""
+    if not isinstance(error, RuntimeError):
+        return None
+    return next((line for part, line in _PEER_ENDED.items() if part in str(error)), None)
 
 
 def first_line(error: Exception, most: int = 300) -> str:

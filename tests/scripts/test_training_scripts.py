@@ -288,6 +288,18 @@ def test_workers_end_when_the_parent_is_killed(images, tmp_path):
     process.communicate(timeout=PATIENCE_S)  # to the end of the output, which the workers share
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
+def test_a_killed_worker_is_one_line(images, tmp_path):
+    process = start_long_run(str(images), tmp_path / "run", "--num_workers", "2")
+    wait_until((tmp_path / "run/model000005.pt").exists, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[0]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 1 and "Traceback" not in output
+    assert "error: a process that reads images was killed" in output.splitlines()[-1]
+
+
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(data, tmp_path, monkeypatch):
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     process = start_long_run(data, killed)
