@@ -207,13 +207,13 @@ def _is_sound(features: Features, count: int, dimensions: int) -> bool:
     """Whether features read from a file are of so many images, finite, and fit their moments."""
     pool, spatial = features.pool, features.spatial
     gaussians = features.pool_gaussian, features.spatial_gaussian
-    shapes = pool.shape == (count, dimensions) == (len(pool), features.pool_gaussian.dimensions)
+    sound = pool.shape == (count, dimensions) == (len(pool), features.pool_gaussian.dimensions)
     if spatial is not None:
-        shapes = shapes and spatial.shape == (count, features.spatial_gaussian.dimensions)
+        sound = sound and spatial.shape == (count, features.spatial_gaussian.dimensions)
+        sound = sound and bool(np.isfinite(spatial).all())
     return (
-        shapes
+        sound
         and all(one.count == count and _has_shape(one) and one.is_finite() for one in gaussians)
-        and all(array is None or bool(np.isfinite(array).all()) for array in (pool, spatial))
         and np.allclose(pool.mean(axis=0, dtype=np.float64), gaussians[0].mean, rtol=1e-6)
     )
 
