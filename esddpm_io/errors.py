@@ -21,10 +21,13 @@ EXIT_TERMINATED = 143  # 128 + SIGTERM
 _SWALLOWED_S = 1.0  # between two looks whether `Terminated` is still on its way
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PEER_ENDED = {  # by what PyTorch says of it
-    "gloo/transport": "another process of this run has ended, and with it this one: see its own "
-    "message",
-    "DataLoader worker": "a process that reads images was killed, as happens where memory is short: "
-    "fewer --num_workers take less, --resume_checkpoint auto goes on",
+    "gloo/transport": (
+        "another process of this run has ended, and with it this one: see its own message"
+    ),
+    "DataLoader worker": (
+        "a process that reads images was killed, as happens where memory is short: fewer "
+        "--num_workers take less, --resume_checkpoint auto goes on"
+    ),
 }
 _MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY)
 

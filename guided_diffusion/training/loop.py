@@ -279,8 +279,8 @@ class Trainer(RunState):
         """Tell of steps that are none: those done before, those at a learning rate of 0."""
         if 0 < self.iterations <= self.global_step:
             logger.warn(
-                f"{self._ends_at} {self.iterations}: {self.global_step} steps are done already, nothing is"
-                " left to do"
+                f"{self._ends_at} {self.iterations}: {self.global_step} steps are done already,"
+                " nothing is left to do"
             )
         elif 0 < self.lr_anneal_steps < self.iterations:
             logger.warn(
