@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, get_args
 
 EXIT_MAY_PASS = 1  # something that another try may mend, as any fault of the program is
 EXIT_USER_ERROR = 2
@@ -127,6 +128,25 @@ def check_choice(flag: str, value: str, valid: Iterable[str]) -> None:
     names = list(valid)
     if value not in names:
         raise UserError(f"{flag} {value}: choose from {', '.join(names)}", got=value, valid=names)
+
+
+def of_type(flag: str, value: object, kind: Any) -> Any:
+    """The value of an argument as its type has it: paths are text, whole numbers are floats, too.
+
+    kind: a type, or several joined by |. UserError for a value of another.
+    """
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    elif hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()  # a number of NumPy
+    kinds = get_args(kind) or (kind,)
+    if float in kinds and type(value) is int:
+        value = float(value)
+    if type(value) not in kinds:  # not isinstance: True is no number
+        raise UserError(f"{flag} {value!r}: its type must be {getattr(kind, '__name__', kind)}")
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{flag} {value!r}: it has a character that no name has")
+    return value
 
 
 def check_at_least(args: object, lowest: dict[str, int]) -> None:

@@ -2,12 +2,9 @@
 
 import contextlib
 import dataclasses
-import os
 from dataclasses import dataclass
 
-import numpy as np
-
-from esddpm_io.errors import UserError, check_choice
+from esddpm_io.errors import UserError, check_choice, of_type
 from esddpm_io.files import is_blob
 from evaluations.neighbours import ARITHMETICS
 from evaluations.network_file import is_network_file
@@ -102,23 +99,14 @@ class Settings:
 
     def _of_its_type(self, field: dataclasses.Field) -> object:
         """What a field was given, as its type has it; `UserError` for what is of another."""
-        value, kind = getattr(self, field.name), field.type
+        value = getattr(self, field.name)
         if field.name == "metrics":  # one name, or several of whatever gives them in turn
             if isinstance(value, str):
                 return (value,)
             with contextlib.suppress(TypeError):
                 return tuple(value)
             raise UserError(f"--metrics {value!r}: it must be a name, or several")
-        if isinstance(value, os.PathLike):
-            value = os.fspath(value)
-        elif isinstance(value, np.integer):
-            value = int(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            expected = getattr(kind, "__name__", kind)
-            raise UserError(f"--{field.name} {value!r}: its type must be {expected}")
-        if isinstance(value, str) and "\0" in value:
-            raise UserError(f"--{field.name} {value!r}: it has a character that no name has")
-        return value
+        return of_type(f"--{field.name}", value, field.type)
 
     @property
     def device_list(self) -> list[str]:

@@ -1,12 +1,18 @@
 """Early stop as a Python call: the engine's sampler on images in memory, without folders."""
 
 import dataclasses
+import functools
+import inspect
+import math
+import os
+import warnings
 from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar, get_args
 
 import numpy as np
 import torch
 
-from esddpm_io.errors import speaking_of_arguments
+from esddpm_io.errors import of_type, speaking_of_arguments
 from esddpm_io.hub import fetched
 from guided_diffusion.checkpoints import read_checkpoint, read_sidecar
 from guided_diffusion.commands.request import (
@@ -17,17 +23,22 @@ from guided_diffusion.commands.request import (
     network_of,
     sampler_of,
 )
+from guided_diffusion.commands.sampler_flags import WITH_ETA
 from guided_diffusion.denoiser import Denoiser
 from guided_diffusion.diffusers_folder import KIND as DIFFUSERS
+from guided_diffusion.flags import check_flags, flag_defaults
 from guided_diffusion.pixels import to_float
 from guided_diffusion.sampling.generators import GeneratedImages, generator_of
 from guided_diffusion.sampling.job import Job
 from guided_diffusion.sampling.sampler import LoadedNetworks, Sampler, choose_device
 from guided_diffusion.sampling.sources import GeneratorImages, Source, Start
 from guided_diffusion.script_util import NUM_CLASSES
-from guided_diffusion.settings.layers import require
+from guided_diffusion.settings.layers import require, without_effect
 from guided_diffusion.settings.record import Guidance, Network, Run, StartSettings, diffusion_from
 from guided_diffusion.settings.resolver import Resolved, check_same_noise, resolve_network
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,25 +61,55 @@ class LoadedNetwork:
         return Denoiser(self.module, diffusion_from(self.resolved.process, ""))
 
 
-def load_network(path: str, device: str = "", **flags: bool | int | float | str) -> LoadedNetwork:
+def _checked(call: Callable[P, R]) -> Callable[P, R]:
+    """Plain arguments are of the types that the signature has; errors speak of arguments."""
+    signature = inspect.signature(call)
+    plain = {int, float, str, bool, type(None)}
+    kinds = {
+        name: parameter.annotation
+        for name, parameter in signature.parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+        and {*(get_args(parameter.annotation) or [parameter.annotation])} <= plain
+    }
+
+    @functools.wraps(call)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = signature.bind(*args, **kwargs)
+        with speaking_of_arguments():
+            for name in kinds.keys() & given.arguments.keys():
+                given.arguments[name] = of_type(name, given.arguments[name], kinds[name])
+            return call(*given.args, **given.kwargs)
+
+    return checked
+
+
+@_checked
+def load_network(
+    path: str | os.PathLike,
+    device: str | torch.device = "",
+    **flags: bool | int | float | str,
+) -> LoadedNetwork:
     """Load a U-Net or a classifier of noisy images; its flags are found as the commands find them.
 
     path: of a checkpoint, or a folder or hf://owner/name[@revision] of diffusers. device: "cpu", an
     index or "cuda:INDEX"; empty: a GPU if there is one. flags: of the network and the process
     (`noise_schedule`, `num_heads`, …), for bare files whose shapes do not tell them; what had to be
     assumed is in the `remarks` of `resolved`. ValueError for a file that is missing, is no
-    checkpoint, or does not fit its flags.
+    checkpoint, or does not fit its flags, and for a flag that there is not.
     """
-    with speaking_of_arguments():
-        path = fetched(path, flag="path")
-        kind = _kind_of(path)
-        resolved = resolve_network(kind, path, flag="path", typed=flags)
-        record, where = network_of(resolved, "path"), choose_device(device)
-        kept = LoadedNetworks()
-        module = kept.load(record, where, flag="path", log=print)
-        return LoadedNetwork(record, resolved, where, module, kept)
+    path = fetched(of_type("path", path, str), flag="path")
+    kind = _kind_of(path)
+    known = flag_defaults(kind)
+    del known["timestep_respacing"]  # of the sampler
+    check_flags("flags", flags, known)
+    resolved = resolve_network(kind, path, flag="path", typed=flags)
+    record, where = network_of(resolved, "path"), choose_device(str(device))
+    kept = LoadedNetworks()
+    module = kept.load(record, where, flag="path", log=print)
+    return LoadedNetwork(record, resolved, where, module, kept)
 
 
+@_checked
 def early_stop(
     network: LoadedNetwork,
     images: np.ndarray | Callable[..., torch.Tensor],
@@ -95,60 +136,78 @@ def early_stop(
     --generator gives it (docs/bring_your_own.md), which makes `num_samples` of them, and their
     labels if it has classes. The other arguments are the flags of that name;
     None is the sampler's own. On CUDA it sets this process's switches for tf32 to what the
-    network's precision is. ValueError, naming the argument, for all that cannot be.
+    network's precision is. ValueError, naming the argument, for all that cannot be; what has no
+    effect is warned of.
     """
-    with speaking_of_arguments():
-        require(batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
-        require(0 <= seed <= LARGEST_SEED, f"seed must be in 0 … {LARGEST_SEED}, not {seed}")
-        guidance, networks = None, [network.resolved]
-        if guidance_scale:
-            require(classifier is not None, "classifier: guidance_scale needs one")
-            assert classifier is not None
-            check_same_noise(network.resolved, classifier.resolved)
-            guidance = Guidance(classifier.record, guidance_scale)
-            networks.append(classifier.resolved)
-        classes, size = classes_of(networks), int(network.record.flags["image_size"])
-        source: _Arrays | GeneratorImages
-        if isinstance(images, np.ndarray) or not callable(images):
-            require(not num_samples, "num_samples: leave it out with an array of images")
-            _check_images(images, size, networks)
-            _check_labels(labels, len(images), classes)
-            source = _Arrays(images, labels)
-        else:
-            require(labels is None, "labels: leave them out with a generator, which has its own")
-            source = _generated(images, num_samples, seed, network.device)
-            source.check(size, "image_size", classes, least_side(networks))
-        height, width = source.shape
-        request = Request(
-            kind="model",
-            model_path=network.record.path,
-            typed={},
-            respacing="",
-            steps=steps,
-            sampler=sampler,
-            t_prime=t_prime,
-            spacing=spacing,
-            eta=eta,
-            clip_denoised=clip_denoised,
-        )
-        shape = None if height == width else (height, width)
-        start = StartSettings("images", num_classes=classes, shape=shape)
-        run = Run(
-            network=network.record,
-            process=network.resolved.process,
-            guidance=guidance,
-            start=start,
-            sampler=sampler_of(request, networks),
-            seed=seed,
-            num_samples=len(source),
-        )
-        device = "cpu" if network.device.type == "cpu" else str(network.device)
-        kept = network.kept if classifier is None else network.kept.joined(classifier.kept)
-        engine = Sampler(Job(run, source, save_dir="", device=device), networks=kept)
-        starts = range(0, len(source), batch_size)
-        return np.concatenate(
-            [engine.sample(i, min(i + batch_size, len(source)))[0] for i in starts]
-        )
+    require(batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
+    require(0 <= seed <= LARGEST_SEED, f"seed must be in 0 … {LARGEST_SEED}, not {seed}")
+    networks, guidance = _networks(network, classifier, guidance_scale)
+    classes, size = classes_of(networks), int(network.record.flags["image_size"])
+    source: _Arrays | GeneratorImages
+    if isinstance(images, np.ndarray) or not callable(images):
+        require(not num_samples, "num_samples: leave it out with an array of images")
+        _check_images(images, size, networks)
+        _check_labels(labels, len(images), classes)
+        source = _Arrays(images, labels)
+    else:
+        require(labels is None, "labels: leave them out with a generator, which has its own")
+        source = _generated(images, num_samples, seed, network.device)
+        source.check(size, "image_size", classes, least_side(networks))
+    height, width = source.shape
+    request = Request(
+        kind="model",
+        model_path=network.record.path,
+        typed={},
+        respacing="",
+        steps=steps,
+        sampler=sampler,
+        t_prime=t_prime,
+        spacing=spacing,
+        eta=eta,
+        clip_denoised=clip_denoised,
+    )
+    shape = None if height == width else (height, width)
+    run = Run(
+        network=network.record,
+        process=network.resolved.process,
+        guidance=guidance,
+        start=StartSettings("images", num_classes=classes, shape=shape),
+        sampler=sampler_of(request, networks),
+        seed=seed,
+        num_samples=len(source),
+    )
+    in_vain = {
+        "classifier": (classifier is not None and guidance is None, "with guidance_scale 0"),
+        "labels": (labels is not None and classes is None, "with a network that takes none"),
+        "eta": (eta is not None and sampler not in WITH_ETA, f"with the sampler {sampler}"),
+    }
+    for remark in without_effect({*in_vain}, in_vain):
+        warnings.warn(remark.removeprefix("--"), stacklevel=3)
+    device = "cpu" if network.device.type == "cpu" else str(network.device)
+    kept = network.kept if classifier is None else network.kept.joined(classifier.kept)
+    engine = Sampler(Job(run, source, save_dir="", device=device), networks=kept)
+    starts = range(0, len(source), batch_size)
+    return np.concatenate([engine.sample(i, min(i + batch_size, len(source)))[0] for i in starts])
+
+
+def _networks(
+    network: LoadedNetwork, classifier: LoadedNetwork | None, scale: float
+) -> tuple[list[Resolved], Guidance | None]:
+    """The U-Net and, where the scale is not 0, the classifier; `ValueError` for any others."""
+    given = {"network": ("U-Net", network)}
+    if classifier is not None:
+        given["classifier"] = ("classifier", classifier)
+    for name, (kind, one) in given.items():
+        fits = isinstance(one, LoadedNetwork)
+        fits = fits and (one.record.kind == "classifier") == (kind == "classifier")
+        require(fits, f"{name} must be a {kind} that load_network gives")
+    require(math.isfinite(scale), f"guidance_scale must be a finite number, not {scale}")
+    if not scale:
+        return [network.resolved], None
+    require(classifier is not None, "classifier: guidance_scale needs one")
+    assert classifier is not None
+    check_same_noise(network.resolved, classifier.resolved)
+    return [network.resolved, classifier.resolved], Guidance(classifier.record, scale)
 
 
 class _Arrays(Source):

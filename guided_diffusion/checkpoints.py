@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from esddpm_io.atomic import atomic_path, write_json
-from esddpm_io.errors import UserError
+from esddpm_io.errors import UserError, of_type
 from esddpm_io.files import exists, is_blob, open_binary
 from esddpm_io.optional import import_extra
 from guided_diffusion.diffusers_folder import is_diffusers, read_folder, read_tensors
+from guided_diffusion.flags import check_flags, flag_defaults
 
 KINDS = ("model", "classifier", "sr", "vae")
 _NAMED = 3  # tensors that an error names, of each sort
@@ -288,11 +289,17 @@ def read_sidecar(path: str) -> dict | None:
         content = json.loads(text)
     except (TypeError, ValueError) as error:
         raise UserError(f"{sidecar} is not valid JSON: {error}") from error
+    content = {"early_stop_steps": None, **content} if isinstance(content, dict) else {}
     if (
-        not isinstance(content, dict)
-        or content.keys() != {"kind", "flags", "early_stop_steps"}
+        content.keys() != {"kind", "flags", "early_stop_steps"}
         or content["kind"] not in KINDS
         or not isinstance(content["flags"], dict)
     ):
-        raise UserError(f"{sidecar} is not the sidecar of a checkpoint: move it away")
+        raise UserError(
+            f"{sidecar} is not the sidecar of a checkpoint: move it away, or write it like "
+            '{"kind": "model", "flags": {"noise_schedule": "linear"}, "early_stop_steps": null}, '
+            f"kind one of {', '.join(KINDS)}"
+        )
+    check_flags(sidecar, content["flags"], flag_defaults(content["kind"]))
+    of_type(f"{sidecar}: early_stop_steps", content["early_stop_steps"], int | None)
     return content

@@ -257,9 +257,9 @@ class VAE(nn.Module):
         error = self.decode(z, labels) - x
         kl = 0.5 * (mean**2 + torch.exp(2 * log_sigma) - 1.0) - log_sigma
         return {
-            "reconstruction": error.abs().flatten(1).sum(dim=1) / PIXEL_SCALE,
+            "reconstruction": error.abs().sum(dim=(1, 2, 3)) / PIXEL_SCALE,
             "kl": kl.sum(dim=1),
-            "mse": (error.detach() ** 2).flatten(1).mean(dim=1),
+            "mse": (error.detach() ** 2).mean(dim=(1, 2, 3)),
         }
 
     @torch.no_grad()

@@ -60,10 +60,10 @@ class TinyFiles:
         for index, (image, label) in enumerate(zip(pixels, labels, strict=True)):
             save_png(self.folder / f"{index}_label_{label}.png", image)
 
-    def fixed_variance(self) -> Path:
-        """A checkpoint of the same network without a learned variance."""
-        path = self.root / "fixed_variance.pt"
-        flags = {**model_and_diffusion_defaults(), **MODEL, "learn_sigma": False}
+    def variant(self, **changes: object) -> Path:
+        """A checkpoint of the network with other flags."""
+        path = self.root / f"{'-'.join(changes)}.pt"
+        flags = {**model_and_diffusion_defaults(), **MODEL, **changes}
         torch.save(fill(create_model_and_diffusion(**flags)[0]).state_dict(), path)
         return path
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from esddpm_io.errors import UserError
 from esddpm_io.files import is_blob
 from guided_diffusion.flags import (
+    check_flags,
     classifier_defaults,
     diffusion_defaults,
     model_and_diffusion_defaults,
@@ -166,25 +167,18 @@ def _require_known(path: Path, what: str, given: Mapping, known: list[str]) -> N
 
 def _check_flags(path: Path, table: str, flags: object) -> None:
     """Hold a table of flags against the defaults: same names, same types."""
-    defaults = _flag_groups()[table]
     if not isinstance(flags, dict):
         raise UserError(f"preset {path}: {table} must be a table of flags")
-    _require_known(path, f"flag in {table}:", flags, list(defaults))
-    for name, value in flags.items():
-        # A whole number is a fine float (dropout = 0), but a truth value is no number.
-        wanted = type(defaults[name])
-        fits = type(value) is wanted or (wanted is float and type(value) is int)
-        if not fits:
-            raise UserError(
-                f"preset {path}: {name} must be of type {wanted.__name__}, not {value!r}"
-            )
+    check_flags(f"preset {path}, {table}", flags, _flag_groups()[table])
 
 
 def _flag_groups() -> dict[str, dict]:
-    """The flags of each table, with their defaults."""
+    """The flags of each table, with their defaults; the chain is the command's to say."""
     diffusion, model = diffusion_defaults(), model_and_diffusion_defaults()
+    model = {key: value for key, value in model.items() if key not in diffusion}
+    del diffusion["timestep_respacing"]
     return {
-        "model_flags": {key: value for key, value in model.items() if key not in diffusion},
+        "model_flags": model,
         "diffusion_flags": diffusion,
         "classifier_flags": classifier_defaults(),
     }

@@ -282,8 +282,8 @@ def _unsaid(
         raise UserError(
             f"{source.flag}: names and shapes of {source.path} do not tell {', '.join(needed)}. "
             f"Say what it was trained with, in a preset of your own (--dataset FILE.toml, tables "
-            f"model_flags and diffusion_flags) or in a sidecar .json beside it, for example: "
-            f"{lines}"
+            f"model_flags and diffusion_flags, for example {lines}) or in a sidecar .json beside "
+            "it (docs/checkpoints.md)"
         )
     if not open_flags:
         return []

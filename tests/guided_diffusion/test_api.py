@@ -1,12 +1,14 @@
 """Early stop as a Python call."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from guided_diffusion import early_stop, load_network
 from guided_diffusion.sampling.sampler import Sampler
@@ -53,7 +55,29 @@ def test_the_same_samples_as_the_scripts(tiny, tmp_path, network, classifier, da
     np.testing.assert_array_equal(found, expected)
 
 
-def test_what_cannot_be_names_the_argument(tiny, network, data):
+def test_paths_numbers_of_numpy_and_devices_are_taken(tiny, network, data):
+    images, labels = data
+    again = load_network(tiny.model, torch.device("cpu"), image_size=IMAGE_SIZE, **KNOWN)
+    found = early_stop(again, images[:3], np.int64(400), steps=np.int32(2), labels=labels[:3])
+    expected = early_stop(network, images[:3], 400, steps=2, labels=labels[:3])
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_what_has_no_effect_is_warned_of(tiny, network, classifier, data):
+    images, labels = data
+    free = load_network(tiny.variant(class_cond=False), "cpu", image_size=IMAGE_SIZE, **KNOWN)
+    for wanted, argument, value in [
+        (network, "eta", {"eta": 0.5, "sampler": "ddpm"}),
+        (network, "classifier", {"classifier": classifier}),
+        (free, "labels", {}),
+    ]:
+        given = {"labels": labels[:2], **value}
+        with pytest.warns(UserWarning, match=f"^{argument} has no effect with") as told:
+            early_stop(wanted, images[:2], steps=2, **given)
+        assert [one.filename for one in told] == [__file__]
+
+
+def test_what_cannot_be_names_the_argument(tiny, network, classifier, data):
     images, labels = data
     good = {"labels": labels, "steps": 2}
 
@@ -72,6 +96,29 @@ def test_what_cannot_be_names_the_argument(tiny, network, data):
     refused("^sampler must be one of ddpm, ddim", sampler="euler")
     refused("^batch_size must be at least 1", batch_size=0)
     refused("^seed must be in 0 …", seed=-1)
+    refused("^network must be a U-Net", wanted=str(tiny.model))
+    refused("^network must be a U-Net", wanted=classifier)
+    refused("^classifier must be a classifier", classifier=network)
+    for scale in (math.nan, math.inf):
+        given = {"classifier": classifier, "guidance_scale": scale}
+        refused("^guidance_scale must be a finite number", **given)
+    for name, value in {
+        "t_prime": (None, 400.0, "auto"),
+        "steps": (2.0, True),
+        "seed": (None, 1.5),
+        "batch_size": (2.5,),
+        "sampler": (None,),
+        "guidance_scale": ("1",),
+        "clip_denoised": ("False",),
+    }.items():
+        for one in value:
+            refused(f"^{name} {one!r}: its type must be ", **{name: one})
+    flags = {"noise_shedule": "cosine", "timestep_respacing": "10"}
+    for name, value in flags.items():
+        with pytest.raises(ValueError, match=f"^flags: unknown flag {name}; valid"):
+            load_network(str(tiny.model), **{name: value})
+    with pytest.raises(ValueError, match="^flags: num_heads '4': its type must be int"):
+        load_network(str(tiny.model), num_heads="4")
     with pytest.raises(ValueError, match="^path: there is no file nowhere.pt"):
         load_network("nowhere.pt")
     with pytest.raises(ValueError, match="^path: "):

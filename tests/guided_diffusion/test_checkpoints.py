@@ -270,7 +270,7 @@ def test_sidecars(tiny_path):
     sidecar = Path(tiny_path).with_name("model000100.json")
     assert sidecar.is_file()
     ema = str(sidecar.with_name("ema_0.9999_000100.pt"))
-    write_sidecar(ema, {"latent": 8}, kind="vae")
+    write_sidecar(ema, {"latent_dim": 8}, kind="vae")
     assert sidecar.with_name("ema_0.9999_000100.json").is_file()
     assert read_sidecar(ema)["kind"] == "vae"
     with pytest.raises(ValueError, match="kind must be one of model, "):
@@ -279,6 +279,24 @@ def test_sidecars(tiny_path):
         sidecar.write_text(text)
         with pytest.raises(UserError, match=r"model000100\.json is not"):
             read_sidecar(tiny_path)
+
+
+def test_a_sidecar_that_a_user_writes(tiny_path):
+    sidecar = Path(tiny_path).with_name("model000100.json")
+    sidecar.write_text(json.dumps({"kind": "model", "flags": {"num_heads": 2, "dropout": 0}}))
+    assert read_sidecar(tiny_path)["early_stop_steps"] is None
+    for wrong, message in [
+        ({"num_head": 2}, "unknown flag num_head; valid are .*; did you mean num_heads"),
+        ({"num_heads": "2"}, "num_heads '2': its type must be int"),
+        ({"num_heads": 2.0}, "num_heads 2.0: its type must be int"),
+        ({"predict_xstart": "False"}, "predict_xstart 'False': its type must be bool"),
+    ]:
+        sidecar.write_text(json.dumps({"kind": "model", "flags": wrong}))
+        with pytest.raises(UserError, match=rf"model000100\.json: {message}"):
+            read_sidecar(tiny_path)
+    sidecar.write_text(json.dumps({"kind": "model", "flags": {}, "early_stop_steps": "100"}))
+    with pytest.raises(UserError, match=r"\.json: early_stop_steps '100': its type must be int"):
+        read_sidecar(tiny_path)
 
 
 def test_the_fingerprint_is_that_of_the_tensors(tiny_path, tmp_path):

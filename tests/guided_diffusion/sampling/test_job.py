@@ -277,7 +277,7 @@ def test_the_variance_is_in_the_record_where_it_is_chosen(tiny, tmp_path):
     assert ddim.run.identity == job(use_ddim=True).run.identity
     assert "--variance has no effect without DDPM (--sampler ddpm)" in ddim.remarks
     with pytest.raises(UserError, match="--variance posterior: the network learned no variance"):
-        job(variance="posterior", model_path=tiny.fixed_variance(), learn_sigma=False)
+        job(variance="posterior", model_path=tiny.variant(learn_sigma=False), learn_sigma=False)
 
 
 @pytest.mark.parametrize(

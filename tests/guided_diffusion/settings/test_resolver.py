@@ -106,9 +106,9 @@ def test_a_preset_must_say_what_a_bare_file_does_not(bare, tmp_path):
     named = own_preset(tmp_path, bare, "[model_flags]", "image_size = 32")
     message = (
         r"--model_path: names and shapes of .*model000100\.pt do not tell num_heads, "
-        r"num_head_channels, use_new_attention_order, noise_schedule\. .*for example: "
+        r"num_head_channels, use_new_attention_order, noise_schedule\. .*for example "
         r"num_heads = 4; num_head_channels = -1; use_new_attention_order = false; "
-        r'noise_schedule = "linear"$'
+        r'noise_schedule = "linear"\) or in a sidecar \.json beside it'
     )
     with pytest.raises(UserError, match=message) as error:
         resolve(bare, named)
