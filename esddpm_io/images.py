@@ -8,14 +8,14 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-from esddpm_io.atomic import atomic_path
+from esddpm_io.atomic import atomic_path, write_json
 from esddpm_io.errors import UserError
-from esddpm_io.files import blobfile, fingerprint_file, is_blob, open_binary
+from esddpm_io.files import blobfile, fingerprint_file, is_blob, open_binary, read_json
 from esddpm_io.npz import NpyReader, NpzReader, NpzWriter
 from esddpm_io.progress import Progress
 
@@ -74,6 +74,25 @@ class ImageSource:
         None where `fingerprint` reads no more than that itself.
         """
         return None
+
+
+class HasContents(Protocol):
+    """What `ImageSource` says of its contents."""
+
+    def fingerprint(self) -> str | None: ...
+    def stamp(self) -> str | None: ...
+
+
+def noted_fingerprint(images: HasContents, note: str) -> str | None:
+    """The fingerprint of images, noted in the file `note` where it costs reading all of them."""
+    stamp = images.stamp()
+    if stamp is None:
+        return images.fingerprint()
+    known = read_json(note)
+    if not (isinstance(known, dict) and known.get("stamp") == stamp):
+        known = {"stamp": stamp, "fingerprint": images.fingerprint()}
+        write_json(note, known)
+    return str(known["fingerprint"])
 
 
 class _NpzImages(ImageSource):

@@ -26,14 +26,14 @@ from guided_diffusion.commands.request import (
 from guided_diffusion.commands.sampler_flags import WITH_ETA
 from guided_diffusion.denoiser import Denoiser
 from guided_diffusion.diffusers_folder import KIND as DIFFUSERS
-from guided_diffusion.flags import check_flags, flag_defaults
+from guided_diffusion.flags import flag_defaults
 from guided_diffusion.pixels import to_float
 from guided_diffusion.sampling.generators import GeneratedImages, generator_of
 from guided_diffusion.sampling.job import Job
 from guided_diffusion.sampling.sampler import LoadedNetworks, Sampler, choose_device
 from guided_diffusion.sampling.sources import GeneratorImages, Source, Start
 from guided_diffusion.script_util import NUM_CLASSES
-from guided_diffusion.settings.layers import require, without_effect
+from guided_diffusion.settings.layers import check_flags, require, without_effect
 from guided_diffusion.settings.record import Guidance, Network, Run, StartSettings, diffusion_from
 from guided_diffusion.settings.resolver import Resolved, check_same_noise, resolve_network
 

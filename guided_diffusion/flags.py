@@ -4,9 +4,7 @@
 """
 
 import argparse
-from collections.abc import Iterable, Mapping
-
-from esddpm_io.errors import UserError, of_type
+from collections.abc import Iterable
 
 from .flag_help import FLAG_HELP
 
@@ -111,23 +109,6 @@ def flag_defaults(kind: str) -> dict:
         "sr": sr_model_and_diffusion_defaults,
         "vae": vae_defaults,
     }[kind]()
-
-
-def check_flags(where: str, flags: Mapping[str, object], known: Mapping[str, object]) -> None:
-    """UserError unless all flags are among the known ones and of their defaults' types.
-
-    where: what the message begins with. A whole number is a fine float, but a truth value is no
-    number.
-    """
-    unknown = [name for name in flags if name not in known]
-    if unknown:
-        raise UserError(
-            f"{where}: unknown flag {', '.join(unknown)}; valid are {', '.join(known)}",
-            got=unknown,
-            valid=known,
-        )
-    for name, value in flags.items():
-        of_type(f"{where}: {name}", value, type(known[name]))
 
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict) -> None:

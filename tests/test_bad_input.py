@@ -331,6 +331,9 @@ def _other_cases() -> Iterator[tuple[str, Callable, dict[str, object], str]]:
         {"output_dir": "/proc/none"},
         {"eval_device": "cuda:99"},
         {"model_path": "s3://b/x.pt"},
+        {"classifier_guidance_scale": "nan"},
+        *({flag: ""} for flag in ("model_path", "dataset_path", "generator", "output_dir")),
+        *({flag: ""} for flag in ("again", "ref_batch", "inception_path", "eval_cache_dir")),
     ):
         name, value = next(iter(changes.items()))
         yield "driver", _driver, changes, f"--{name}" if "s3:" not in str(value) else "s3://b/x.pt"
@@ -357,6 +360,11 @@ def _other_cases() -> Iterator[tuple[str, Callable, dict[str, object], str]]:
         contradiction = {"precision": "bfloat16", "use_fp16": True}
         yield name, command, contradiction, "--precision bfloat16 contradicts --use_fp16 True"
     yield "gather", _gather, {"dir": "another_size"}, "another_size"
+    yield "gather", _gather, {"ref_batch": ""}, "--ref_batch"
+    for kind in ("model_path", "classifier_path", "ref_batch"):
+        yield "sweep", _sweep, {kind: ""}, f"--{kind}"
+    for name, command in {"worker": _guided, "classifier_sample": _classifier_sample}.items():
+        yield name, command, {"classifier_scale": "inf"}, "--classifier_scale"
     for changes in ({"num_file": 0}, {"num_file": 3}, {"wait_time": -1}):
         yield "gather", _gather, changes, f"--{next(iter(changes))}"
     changed = {"metrics": "fad"}, {"batch_size": 0}, {"device": "cuda:99"}, {"expect": 0}

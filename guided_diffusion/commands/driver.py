@@ -33,7 +33,8 @@ from guided_diffusion.commands.sampler_flags import (
 )
 from guided_diffusion.flag_help import GENERATOR_HELP
 from guided_diffusion.flags import str2bool
-from guided_diffusion.settings.layers import parse, require, without_effect
+from guided_diffusion.sampling.gathering import METRICS_FILE
+from guided_diffusion.settings.layers import check_not_empty, parse, require, without_effect
 from guided_diffusion.settings.presets import (
     GUIDED_SAMPLER,
     PLAIN_SAMPLER,
@@ -149,6 +150,7 @@ class Plan:
 
 def main(argv: list[str] | None = None) -> None:
     args, typed = parse(create_argparser(), argv)
+    check_not_empty(args, typed, ("save_dir_suffix", "slurm_args"))
     check_place(args)
     argv = sys.argv[1:] if argv is None else argv
     if slurm.is_wanted(args):
@@ -170,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
 def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
     """Check the flags and their files; None where commands can only be printed."""
     preset = load_preset(args.dataset)
-    _warn_of_flags_in_vain(typed, _flags_in_vain(args, preset) | _scoring_in_vain(args))
+    warn_of_flags_in_vain(typed, _flags_in_vain(args, preset) | _scoring_in_vain(args))
     named = by_name(args, typed, ("chain_length", "reverse_steps"))
     if not named:
         print(_describe_steps(args, _chain(args, preset)))
@@ -268,6 +270,8 @@ def _execute(plan: Plan, argv: list[str]) -> None:
 
     terminate_cleanly()
     folder = open_folder(plan.output, plan.run, plan.args.machine_idx)
+    if plan.args.save_png_files:
+        outputs.claim_png_folder(folder)
     with contextlib.ExitStack() as stack:
         stack.enter_context(telling_how_to_continue([str(DRIVER), *argv]))
         score = None
@@ -332,12 +336,9 @@ def _plan_again(args: argparse.Namespace, typed: set[str]) -> Plan:
         not surplus,
         f"--again repeats a run as it was: leave out {', '.join(f'--{name}' for name in surplus)}",
     )
-    _warn_of_flags_in_vain(typed, _scoring_in_vain(args))
+    warn_of_flags_in_vain(typed, _scoring_in_vain(args))
     require(bool(args.output_dir), "--again: name a new folder with --output_dir")
-    record = read_json(args.again)
-    require(record is not None, f"--again: there is no file {args.again}")
-    if not isinstance(record, dict) or not isinstance(record.get("run"), dict):
-        raise UserError(f"--again: {args.again} has no record of a run that could be repeated")
+    record = _read_metrics(args.again)
     run = Run.from_json(record["run"], where=args.again)
     evaluation = _evaluation_again(args, record)
     run = _compare_inputs(run, record)
@@ -355,6 +356,28 @@ def _plan_again(args: argparse.Namespace, typed: set[str]) -> Plan:
     if not args.execute:
         open_folder(output, run, args.machine_idx)
     return Plan(run, output, commands, evaluation, record.get("dataset"), args)
+
+
+def _read_metrics(path: str) -> dict[str, Any]:
+    """A metrics.json, or that of a run's folder, with all that repeating the run takes."""
+    if not is_blob(path) and os.path.isdir(path):
+        path = join(path, METRICS_FILE)
+    record = read_json(path)
+    require(record is not None, f"--again: there is no file {path}")
+    needed = {
+        "run": (),
+        "inputs": (),
+        "sampling": ("batch_size", "chunk_size"),
+        "scoring": [field.name for field in dataclasses.fields(scoring.Evaluation)],
+    }
+    for part, names in needed.items():
+        found = record.get(part) if isinstance(record, dict) else None
+        require(
+            isinstance(found, dict) and found.keys() >= {*names},
+            f"--again: {path} has no record of a run that could be repeated ({part} lacks)",
+        )
+    assert isinstance(record, dict)
+    return record
 
 
 def _evaluation_again(
@@ -399,9 +422,31 @@ def _compare_inputs(run: "Run", record: Mapping[str, Any]) -> "Run":
         elif name == "start_images":
             start = dataclasses.replace(run.start, contents=contents_of(run.start))
             run = dataclasses.replace(run, start=start)
+            if now != then["sha256"]:
+                _check_start_again(run)
     if not changed:
         print("--again: all inputs are what they were")
     return run
+
+
+def _check_start_again(run: "Run") -> None:
+    """UserError where start images have become others than the run can start from."""
+    from guided_diffusion.sampling.sources import open_generator_images
+
+    start, size = run.start, int(run.network.flags["image_size"])
+    if start.kind == "generator":
+        return
+    assert start.path is not None
+    images = open_generator_images(start.path, run.num_samples, flag="--again")
+    there = f"--again: {start.path} has"
+    count, shape = run.num_samples, start.shape or (size, size)
+    require(len(images) == count, f"{there} {len(images)} images now, the run takes {count}")
+    require(
+        images.shape == shape,
+        f"{there} images of {images.shape[1]}x{images.shape[0]} now, the run takes "
+        f"{shape[1]}x{shape[0]}",
+    )
+    images.check(size, "image_size", start.num_classes, multiple=1)
 
 
 # --- flags into what they mean ---
@@ -457,7 +502,8 @@ def _log_name(args: argparse.Namespace, named: bool) -> str:
     return f"ddpm_{args.chain_length}_length{part}_global_rank_{{rank}}.log"
 
 
-def _warn_of_flags_in_vain(typed: set[str], in_vain: Mapping[str, tuple[bool, str]]) -> None:
+def warn_of_flags_in_vain(typed: set[str], in_vain: Mapping[str, tuple[bool, str]]) -> None:
+    """Print what `without_effect` finds."""
     for remark in without_effect(typed, in_vain):
         print(f"warning: {remark}", file=sys.stderr)
 
@@ -484,6 +530,7 @@ def _scoring_in_vain(args: argparse.Namespace) -> dict[str, tuple[bool, str]]:
     unevaluated = "with --not_eval_metrics" if args.not_eval_metrics else "but on machine 0"
     submitted = slurm.is_wanted(args)
     return {
+        **slurm.flags_in_vain(args),
         **dict.fromkeys(scoring.FLAGS, (not _evaluates(args), unevaluated)),
         "eval_while_sampling": (
             not _evaluates(args) or submitted,
@@ -571,10 +618,11 @@ def check_files(args: argparse.Namespace, typed: set[str], preset: Preset, outpu
         require(bool(path), f"{flag}: the preset {preset.name} names no such file: give one")
     missing = {f: p for f, p in needed.items() if not (is_blob(p) or os.path.exists(p))}
     if missing:
+        named = all(flag.removeprefix("--") in typed for flag in missing)
         what = "; ".join(f"{flag}: there is no file or folder {p}" for flag, p in missing.items())
         fetch = shlex.join(["python", str(SCRIPTS_FOLDER / "download.py"), args.dataset])
         shipped = {file.path for file in preset.download} & set(missing.values())
-        if not (shipped or preset.is_own):
+        if not (shipped or preset.is_own or named):
             what += "; the files of this preset come with the repository: clone it, or name others"
         raise UserError(f"{what}; fetch with: {fetch}" if shipped else what)
 

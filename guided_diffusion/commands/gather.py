@@ -16,7 +16,7 @@ from esddpm_io.errors import UserError, check_at_least, terminate_cleanly
 from esddpm_io.files import check_output_folder, exists, is_blob, join
 from esddpm_io.help import CommandLine
 from guided_diffusion.commands import scoring
-from guided_diffusion.settings.layers import parse
+from guided_diffusion.settings.layers import check_not_empty, parse
 from guided_diffusion.settings.presets import Preset, load_preset
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 
     terminate_cleanly()
     args, typed = parse(create_argparser(), argv)
+    check_not_empty(args, typed)
     check_at_least(args, {"num_file": 1, "wait_time": 0})
     if not (is_blob(args.dir) or os.path.isdir(args.dir)):
         raise UserError(f"--dir: there is no folder {args.dir}")

@@ -21,7 +21,7 @@ from esddpm_io.files import check_output_file, read_json
 from esddpm_io.help import CommandLine
 from guided_diffusion.commands import driver, scoring
 from guided_diffusion.commands.sampler_flags import AUTO, by_name
-from guided_diffusion.settings.layers import parse, require
+from guided_diffusion.settings.layers import check_not_empty, parse, require
 from guided_diffusion.settings.presets import load_preset
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def create_argparser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     terminate_cleanly()
     args, typed = parse(create_argparser(), argv)
+    check_not_empty(args, typed)
     check_at_least(args, {"num_images": 4, "batch_size": 1, "steps": 1})
     for name in ("json", "plot"):
         if getattr(args, name):

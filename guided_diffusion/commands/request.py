@@ -1,20 +1,24 @@
 """What a command asks for, held against its files: a `Request` in, the record of the run out."""
 
 import dataclasses
+import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from esddpm_io.errors import UserError
-from esddpm_io.files import absolute
+from esddpm_io.files import absolute, is_blob, join
+from esddpm_io.images import noted_fingerprint
 from guided_diffusion.checkpoints import fingerprint, read_checkpoint
 from guided_diffusion.commands.sampler_flags import OWN_ETA, WITH_ETA
+from guided_diffusion.sampling.chunks import IMAGES_FILE
 from guided_diffusion.sampling.generators import full_target
 from guided_diffusion.sampling.sampler import choose_device
 from guided_diffusion.sampling.sources import (
     GeneratorImages,
     ImagesToEnlarge,
     Source,
-    noted_contents,
     open_generator,
     open_generator_images,
     open_images_to_enlarge,
@@ -143,9 +147,15 @@ def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None
         f"{request.flag('eta')} must be in 0 … 1, not {request.eta}",
     )
     require(
+        math.isfinite(request.classifier_scale),
+        f"{request.flag('classifier_scale')} must be a finite number, not "
+        f"{request.classifier_scale}",
+    )
+    require(
         request.limit >= 0,
         f"{request.flag('limit')} must be at least 1, or 0 for all generator images",
     )
+    _check_apart(request, save_dir)
     read = networks or ReadNetworks()
     request = dataclasses.replace(request, typed=_with_precision(request))
     size = _size_of_images(request)
@@ -177,9 +187,23 @@ def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None
     return Settled(
         run=run,
         source=source,
-        remarks=[remark for network in resolved for remark in network.remarks] + _of_shape(run),
+        remarks=[
+            *(remark for network in resolved for remark in network.remarks),
+            *_of_images(request, run),
+        ],
         highest_t_prime=min([int(model.process["diffusion_steps"]), *trained]),
     )
+
+
+def _check_apart(request: Request, save_dir: str) -> None:
+    """UserError for an output folder in the one with the images: outputs would be images, too."""
+    if request.images and os.path.isdir(request.images) and not is_blob(save_dir):
+        images, output = Path(request.images).resolve(), Path(save_dir).resolve()
+        require(
+            not output.is_relative_to(images),
+            f"{request.flag('dataset_path')}: the output folder {save_dir} is in {request.images}: "
+            "what is written there would be taken for images; choose another",
+        )
 
 
 def _with_precision(request: Request) -> dict[str, Value]:
@@ -260,7 +284,10 @@ def sampler_of(request: Request, networks: list[Resolved]) -> SamplerSettings:
         chain = diffusion_from(networks[0].process, request.respacing).timestep_map
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
-        raise UserError(f"{request.flag(name)} {rest}") from error
+        origin = networks[0].origins.get(name, "typed")
+        typed = origin == "typed" or name == "timestep_respacing"
+        said = f"{request.flag(name)} {rest}" if typed else f"{name} {rest} ({origin})"
+        raise UserError(said) from error
     steps_flag = request.flag("denoise_steps")
     steps = len(chain) if request.steps is None else request.steps
     require(
@@ -370,12 +397,17 @@ def least_side(networks: Sequence[Resolved]) -> int:
     return max(multiples) if all(multiples) else 0
 
 
-def _of_shape(run: Run) -> list[str]:
-    if run.start.shape is None:
-        return []
-    height, width = run.image_shape
-    size = run.network.flags["image_size"]
-    return [f"the images are {width}x{height}; the network was made for {size}x{size}"]
+def _of_images(request: Request, run: Run) -> list[str]:
+    """Remarks on images that are fewer than asked for, or of another shape than the network's."""
+    remarks = []
+    if run.num_samples < request.limit:
+        flag = request.flag("limit")
+        remarks.append(f"{flag} {request.limit}: there are only {run.num_samples} images")
+    if run.start.shape is not None:
+        height, width = run.image_shape
+        size = run.network.flags["image_size"]
+        remarks.append(f"the images are {width}x{height}; the network was made for {size}x{size}")
+    return remarks
 
 
 def _start(
@@ -396,7 +428,7 @@ def _start(
         images = open_start(request)
         multiple = least_side(networks) if len({*images.shape}) > 1 else 0
     images.check(int(model.flags[size_flag]), size_flag, num_classes, multiple)
-    contents = noted_contents(images, save_dir)
+    contents = noted_fingerprint(images, join(save_dir, IMAGES_FILE))
     path = images.path if request.generator else absolute(images.path)
     shape = images.shape if multiple else None
     return StartSettings(kind, path, contents, images.available, num_classes, shape), images

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from esddpm_io.errors import UserError
 from esddpm_io.files import absolute, exists, is_blob, join, read_json, sha256
 from esddpm_io.launch import without_launch
 from esddpm_io.processes import PARENT_VARIABLE, run_to_end, running
+from guided_diffusion.sampling.gathering import METRICS_FILE
 from guided_diffusion.sampling.point import generator_of, point_of_run
 from guided_diffusion.settings.presets import Preset
 from guided_diffusion.settings.provenance import provenance
@@ -25,7 +27,6 @@ from guided_diffusion.settings.provenance import provenance
 if TYPE_CHECKING:
     from guided_diffusion.settings.record import Run
 
-METRICS_FILE = "metrics.json"
 PROPOSAL_FILE = "t_prime.json"  # of --t_prime auto
 EVALUATOR = Path(__file__).resolve().parents[2] / "evaluations" / "evaluator.py"
 BACKENDS = ("auto", "tensorflow", "torch")  # the evaluator's, which is not imported
@@ -61,14 +62,31 @@ class Evaluation:
         for note in notes:
             print(f"warning: {note}", file=sys.stderr)
 
+    def inputs(self) -> dict[str, dict[str, str]]:
+        """Path and SHA-256 of reference and graph, as they are now."""
+        from evaluations.features import cached_graph_path
+
+        paths = {"reference": self.reference, "graph": self.graph or str(cached_graph_path())}
+        return {name: {"path": path, "sha256": sha256(path)} for name, path in paths.items()}
+
+    @functools.cached_property
+    def _hashes(self) -> set[str]:
+        return {entry["sha256"] for entry in self.inputs().values()}
+
     def made(self, record: Mapping[str, Any]) -> bool:
-        """Whether a metrics.json has figures of this evaluation, wherever features were kept."""
+        """Whether a metrics.json has figures of this evaluation, wherever features were kept.
+
+        And of files with the contents that reference and graph have now.
+        """
 
         def decisive(scoring: Mapping[str, Any]) -> dict[str, Any]:
             engine = {k: v for k, v in scoring["engine"].items() if k != "cache_dir"}
             return {**scoring, "engine": engine}
 
-        return decisive(record["scoring"]) == decisive(dataclasses.asdict(self))
+        inputs = record.get("inputs") or {}  # not in the oldest
+        then = {inputs[name]["sha256"] for name in ("reference", "graph") if name in inputs}
+        same = decisive(record["scoring"]) == decisive(dataclasses.asdict(self))
+        return same and then == self._hashes
 
     def score(self, *samples: str) -> dict[str, Any]:
         """Run the evaluator, whose results go to stdout; what it writes with --json.
@@ -217,8 +235,6 @@ def hash_inputs(
 
     made: the recorded hash of the generator that makes the start images, None if a file has them.
     """
-    from evaluations.features import cached_graph_path
-
     hashes = {}
     if run is not None:
         hashes["checkpoint"] = {"path": run.network.path, "sha256": run.network.sha256}
@@ -227,7 +243,4 @@ def hash_inputs(
             hashes["classifier"] = {"path": classifier.path, "sha256": classifier.sha256}
     if start_images:
         hashes["start_images"] = {"path": start_images, "sha256": made or sha256(start_images)}
-    graph = evaluation.graph or str(cached_graph_path())
-    for name, path in (("reference", evaluation.reference), ("graph", graph)):
-        hashes[name] = {"path": path, "sha256": sha256(path)}
-    return hashes
+    return hashes | evaluation.inputs()

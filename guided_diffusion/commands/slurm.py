@@ -77,6 +77,11 @@ def is_wanted(args: argparse.Namespace) -> bool:
     return bool(args.submit or args.print_sbatch)
 
 
+def flags_in_vain(args: argparse.Namespace) -> dict[str, tuple[bool, str]]:
+    """Whether flags of these do nothing, and when, as `without_effect` takes it."""
+    return {"slurm_args": (not is_wanted(args), "without --submit slurm or --print_sbatch")}
+
+
 def check(args: argparse.Namespace, typed: set[str]) -> None:
     """UserError for flags that say what Slurm decides, and where it is not there."""
     for flag in ("devices", "machine_idx"):

@@ -35,8 +35,9 @@ from guided_diffusion.commands.sweep_points import (
     settle_all,
 )
 from guided_diffusion.commands.sweep_table import write_tables
+from guided_diffusion.sampling.gathering import METRICS_FILE, SAMPLES_FILE
 from guided_diffusion.sampling.point import GeneratorPoint
-from guided_diffusion.settings.layers import parse, require
+from guided_diffusion.settings.layers import check_not_empty, parse, require
 from guided_diffusion.settings.presets import SCRIPTS_FOLDER, Preset, load_preset
 from guided_diffusion.settings.record import SAMPLERS
 
@@ -86,6 +87,8 @@ class Sweep:
 
 def main(argv: list[str] | None = None) -> None:
     args, typed = parse(create_argparser(), argv)
+    check_not_empty(args, typed, ("slurm_args",))
+    driver.warn_of_flags_in_vain(typed, slurm.flags_in_vain(args))
     argv = sys.argv[1:] if argv is None else argv
     if slurm.is_wanted(args):
         slurm.check(args, typed)
@@ -212,7 +215,7 @@ def _hand_over(sweep: Sweep, argv: Sequence[str]) -> None:
 
 def _open_all(sweep: Sweep) -> "dict[str, ChunkFolder]":
     """The points' folders, of which each may refuse, before the first sample."""
-    from guided_diffusion.sampling.sources import IMAGES_FILE
+    from guided_diffusion.sampling.chunks import IMAGES_FILE
 
     # What reading all images of a folder has told, so that not every process does so again.
     note = read_json(join(sweep.output, IMAGES_FILE))
@@ -240,7 +243,7 @@ def _score(sweep: Sweep, points: list[Point]) -> None:
         folders = [point.folder for point in points]
         scoring.evaluate(folders, sweep.evaluation, sweep.preset.name)
     print(write_tables(sweep.output))
-    if any(exists(join(point.folder, scoring.METRICS_FILE)) for point in sweep.points):
+    if any(exists(join(point.folder, METRICS_FILE)) for point in sweep.points):
         report.write([sweep.output], sweep.output)
 
 
@@ -254,9 +257,7 @@ def _commands(sweep: Sweep, folders: "Sequence[ChunkFolder]") -> "list[WorkerCom
 
 def _is_scored(point: Point, evaluation: scoring.Evaluation | None) -> bool:
     """Whether the point's metrics.json is of these images and this evaluation."""
-    from guided_diffusion.sampling.gathering import SAMPLES_FILE
-
-    record = read_json(join(point.folder, scoring.METRICS_FILE))
+    record = read_json(join(point.folder, METRICS_FILE))
     if not isinstance(record, dict) or not exists(join(point.folder, SAMPLES_FILE)):
         return False
     samples = (record.get("point") or {}).get("samples")

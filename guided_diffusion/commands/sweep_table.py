@@ -11,7 +11,7 @@ import numpy as np
 
 from esddpm_io.atomic import atomic_path, write_json
 from esddpm_io.files import join, list_names, read_json
-from guided_diffusion.commands.scoring import METRICS_FILE
+from guided_diffusion.sampling.gathering import METRICS_FILE
 
 JSON_FILE, CSV_FILE = "sweep.json", "sweep.csv"
 DISTANCES = ("fid", "frechet_distance")  # as the evaluator calls it, by the graph
@@ -92,8 +92,12 @@ def paired_differences(rows: Sequence[Row]) -> dict[str, Row]:
 
 def _comparable(row: Row) -> str:
     result = row["evaluation"]["results"][0]
-    scoring = {name: row["scoring"][name] for name in ("reference", "graph")}
-    return json.dumps([row["point"]["samples"], scoring, sorted(result["metrics"])])
+    known = row.get("inputs") or {}  # not in the oldest
+    inputs = [
+        known[name]["sha256"] if name in known else row["scoring"][name]
+        for name in ("reference", "graph")
+    ]
+    return json.dumps([row["point"]["samples"], inputs, sorted(result["metrics"])])
 
 
 def _difference(row: Row, best: Row) -> Row:

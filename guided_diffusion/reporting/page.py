@@ -14,8 +14,9 @@ from esddpm_io.files import join
 from guided_diffusion.reporting import figures
 from guided_diffusion.reporting.html import Content, Element, as_html, element, image
 from guided_diffusion.reporting.nearest import Nearest
-from guided_diffusion.reporting.points import METRICS_FILE, Group, Point, Setting
+from guided_diffusion.reporting.points import Group, Point, Setting
 from guided_diffusion.reporting.strips import Row, Strip
+from guided_diffusion.sampling.gathering import METRICS_FILE
 
 TEMPLATE = Path(__file__).with_name("page.html")
 _DRIVER = "scripts/generate_processes_diffusion_and_reverse.py"

@@ -10,11 +10,10 @@ from typing import Any
 from esddpm_io.errors import UserError
 from esddpm_io.files import absolute, exists, join, list_names, read_json, short_names
 from esddpm_io.images import ImageSource, open_images
-from guided_diffusion.sampling.gathering import SAMPLES_FILE
+from guided_diffusion.sampling.gathering import METRICS_FILE, SAMPLES_FILE
 from guided_diffusion.sampling.point import point_of_run
 from guided_diffusion.settings.record import Run
 
-METRICS_FILE = "metrics.json"
 SWEEP_FILE = "sweep.json"
 # The first of these that was measured is the one to choose by.
 _DISTANCES = ("fid", "frechet_distance", "kid", "kernel_distance")

@@ -20,6 +20,7 @@ from esddpm_io.parts import Range, cover, find_parts, gaps, part_path
 from guided_diffusion.settings.record import Run
 
 SETTINGS_FILE = "settings.json"
+IMAGES_FILE = "generator_images.json"  # what is known of the start images' files
 
 # A folder of more files than this is slow to list, so small batches share a chunk.
 _MOST_CHUNKS = 4096
@@ -52,8 +53,8 @@ class ChunkFolder:
             if (differences := run.differences(there.run)) and there._has_samples():
                 raise UserError(
                     f"{folder} holds samples of other settings ({'; '.join(differences)}): choose "
-                    "another folder (--save_dir; in the driver --save_dir_suffix or --output_dir) "
-                    "or remove this one"
+                    "another folder (--save_dir, --output_dir, --save_dir_suffix or OPENAI_LOGDIR, "
+                    "whichever the command has), or remove this one"
                 )
         elif any(name.startswith("samples_all") for name in list_names(folder)):
             raise UserError(

@@ -6,14 +6,15 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from esddpm_io.files import absolute, join
-from esddpm_io.images import ImageSource, open_images
+from esddpm_io.files import absolute, join, read_json, remove
+from esddpm_io.images import ImageSource, noted_fingerprint, open_images
 from guided_diffusion.sampling import outputs
-from guided_diffusion.sampling.chunks import ChunkFolder
+from guided_diffusion.sampling.chunks import IMAGES_FILE, ChunkFolder
 from guided_diffusion.sampling.heartbeat import Observer
 from guided_diffusion.settings.record import Run, diffusion_of
 
 SAMPLES_FILE, GRID_FILE = "samples_all.npz", "samples_grid.png"
+METRICS_FILE = "metrics.json"
 
 
 def gather(folder: ChunkFolder, log: Callable[[str], None] = print) -> bool:
@@ -23,12 +24,21 @@ def gather(folder: ChunkFolder, log: Callable[[str], None] = print) -> bool:
     """
     if folder.remove_damaged(log, all_bytes=True):
         return False
-    samples = join(folder.folder, SAMPLES_FILE)
+    samples, metrics = (join(folder.folder, name) for name in (SAMPLES_FILE, METRICS_FILE))
+    scored = read_json(metrics)
+    point = scored.get("point") if isinstance(scored, dict) else None
+    if point and point["samples"] != folder.num_samples:
+        log(f"{metrics} is removed: it is of another number of samples")
+        remove(metrics)
     outputs.join_parts(outputs.parts_of(folder, 0, folder.num_samples), samples)
     start, starts = folder.run.start, None
     if start.has_images and start.path is not None:
         seed = folder.run.seed if start.kind == "generator" else None
         starts = open_start_images(start.path, folder.num_samples, seed)
+        note = join(folder.folder, IMAGES_FILE)
+        if seed is None and noted_fingerprint(starts, note) != start.contents:
+            log(f"{start.path} has changed since it was sampled from: the grid leaves it out")
+            starts = None
     draw_grid(folder.folder, starts, _caption(folder.run))
     Observer(folder.folder).close()
     folder.clean()

@@ -306,7 +306,7 @@ def _module(name: str, flag: str) -> types.ModuleType:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
-            raise UserError(f"{flag}: cannot import {name}: {error}") from error
+            raise UserError(f"{flag}: cannot import {name} from {os.getcwd()}: {error}") from error
     if not Path(name).is_file():
         raise UserError(f"{flag}: there is no file {name}")
     spec = importlib.util.spec_from_file_location(absolute(name), name)
@@ -350,6 +350,11 @@ def _telling_where(name: str) -> Iterator[None]:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
+    except SystemExit as error:
+        raise UserError(
+            f"{name}: its code ended the process, as argparse does: it must not read the command "
+            "line when it is imported or called"
+        ) from error
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         ours = str(Path(__file__).parents[1])

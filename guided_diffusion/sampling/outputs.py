@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError
-from esddpm_io.files import join, list_names
+from esddpm_io.files import join, list_names, read_json, remove
 from esddpm_io.images import (
     ImageSource,
     enlarge,
@@ -111,10 +112,30 @@ def _samples_name(folder: ChunkFolder, count: int) -> str:
     return f"samples_{count}x{height}x{width}x3"
 
 
-def export_pngs(folder: ChunkFolder, start: int, stop: int) -> str:
-    """Write samples as `images/{index}_label_{label}.png` where missing; return the folder."""
+def claim_png_folder(folder: ChunkFolder) -> str:
+    """The folder for PNGs of this run's samples; UserError if it has any others."""
     target = join(folder.folder, PNG_FOLDER)
+    marker = f"{target}.json"
+    owner = {"samples_of": folder.run.identity}
+    if read_json(marker) != owner:
+        if list_names(target):
+            raise UserError(
+                f"--save_png_files: {target} has files that are not of this run: move them away"
+            )
+        write_json(marker, owner)
+    return target
+
+
+def export_pngs(folder: ChunkFolder, start: int, stop: int) -> str:
+    """Write samples as `images/{index}_label_{label}.png` where missing; return the folder.
+
+    Those beyond the run's number of samples, of a longer one before, are removed.
+    """
+    target = claim_png_folder(folder)
     there = exported_pngs(folder)
+    for index, name in there.items():
+        if index >= folder.num_samples:
+            remove(join(target, name))
     for chunk, (first, last) in folder.cover(start, stop):
         missing = [index for index in range(first, last) if index not in there]
         if not missing:
@@ -129,10 +150,10 @@ def export_pngs(folder: ChunkFolder, start: int, stop: int) -> str:
     return target
 
 
-def exported_pngs(folder: ChunkFolder) -> set[int]:
-    """The samples that are there as PNGs."""
+def exported_pngs(folder: ChunkFolder) -> dict[int, str]:
+    """The samples that are there as PNGs, and the files' names."""
     names = list_names(join(folder.folder, PNG_FOLDER))
-    return {int(index) for name in names if (index := re.split("[_.]", name)[0]).isdecimal()}
+    return {int(index): name for name in names if (index := re.split("[_.]", name)[0]).isdecimal()}
 
 
 def save_grid(samples: str, starts: ImageSource | None, path: str, caption: str = "") -> None:

@@ -6,17 +6,16 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from esddpm_io.atomic import write_json
 from esddpm_io.errors import UserError
-from esddpm_io.files import join, read_json
-from esddpm_io.images import ImageSource, open_images
+from esddpm_io.files import join
+from esddpm_io.images import ImageSource, noted_fingerprint, open_images
 from guided_diffusion.pixels import to_float
 from guided_diffusion.rng import random_labels
+from guided_diffusion.sampling.chunks import IMAGES_FILE
 from guided_diffusion.sampling.generators import FLAG as GENERATOR_FLAG
 from guided_diffusion.sampling.generators import GeneratedImages, load_generator
 from guided_diffusion.settings.record import StartSettings
 
-IMAGES_FILE = "generator_images.json"
 _LABELS_AT_ONCE = 65536
 _CPU = torch.device("cpu")
 
@@ -106,7 +105,8 @@ class _ImageFile(Source):
     def _check_labels(self, num_classes: int) -> None:
         if not self.has_labels:
             raise UserError(
-                f"{self._flag}: {self.path} has no labels, which a class-conditional model needs: "
+                f"{self._flag}: {self.path} has no labels, or not for all images, which a "
+                "class-conditional model needs: "
                 "arr_1 in an .npz, names such as 27987_label_762.png or a subfolder for each "
                 "class in a folder, num_classes of a generator"
             )
@@ -218,19 +218,6 @@ def open_source(
     return open_generator_images(start.path, num_samples)
 
 
-def noted_contents(source: Source, save_dir: str) -> str | None:
-    """The hash of the images' contents, noted in `save_dir` where it costs reading all files."""
-    stamp = source.stamp()
-    if stamp is None:
-        return source.fingerprint()
-    path = join(save_dir, IMAGES_FILE)
-    known = read_json(path)
-    if not (isinstance(known, dict) and known.get("stamp") == stamp):
-        known = {"stamp": stamp, "fingerprint": source.fingerprint()}
-        write_json(path, known)
-    return str(known["fingerprint"])
-
-
 def contents_of(start: StartSettings) -> str | None:
     """The hash of the start images as they are now."""
     if start.kind == "generator":
@@ -241,7 +228,7 @@ def contents_of(start: StartSettings) -> str | None:
 
 def check_source(source: Source, start: StartSettings, save_dir: str) -> None:
     """UserError if the images are not those of the record any more."""
-    if noted_contents(source, save_dir) != start.contents:
+    if noted_fingerprint(source, join(save_dir, IMAGES_FILE)) != start.contents:
         raise UserError(
             f"{start.path} has changed since the run's settings were written: start it anew in "
             "another folder"

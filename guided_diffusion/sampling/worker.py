@@ -63,16 +63,30 @@ def run(
     folder of other settings, a checkpoint that does not fit, and samples that are not finite.
     """
     folder = ChunkFolder.open(job.save_dir, job.run)
+    if job.save_png_files:
+        outputs.claim_png_folder(folder)
     log(f"rank {job.rank} of {job.world_size}: {folder.num_samples} samples in {job.save_dir}")
     for remark in job.remarks:
         log(remark)
     log(describe_chain(job.run))
     with Heartbeat(folder.folder, rank=job.rank, device=job.device or "auto") as heartbeat:
         folder.remove_damaged(log, job.block)
-        Worker(job, folder, heartbeat, log, networks).run()
+        worker = Worker(job, folder, heartbeat, log, networks)
+        worker.run()
+        if worker.images_done:
+            check_source_again(job)
         if job.save_numpy_array or job.save_png_files:
             heartbeat.tell(state="exporting")
             export(job, folder, log)
+
+
+def check_source_again(job: Job) -> None:
+    """UserError if start images in files have changed while samples were made of them."""
+    start = job.run.start
+    if start.path is not None and start.kind != "generator":
+        from guided_diffusion.sampling.sources import check_source, open_source
+
+        check_source(open_source(start, job.run.num_samples, job.run.seed), start, job.save_dir)
 
 
 def next_chunk(job: Job, missing: Sequence[Range]) -> Range | None:
@@ -107,7 +121,7 @@ class Worker:
         self._job, self._folder, self._heartbeat, self._log = job, folder, heartbeat, log
         self._networks = networks
         self._batch_size = job.batch_size
-        self._images_done = 0
+        self.images_done = 0
 
     def run(self) -> None:
         """Work until no wanted chunk is missing."""
@@ -155,8 +169,8 @@ class Worker:
                 worker=self._heartbeat.worker_id,
                 batch_size=self._batch_size,
             )
-            self._images_done += len(images)
-            self._heartbeat.set(stored=self._images_done)
+            self.images_done += len(images)
+            self._heartbeat.set(stored=self.images_done)
 
     def _sample(self, chunk: Range) -> tuple[np.ndarray, np.ndarray | None]:
         """The chunk's images and labels, in batches that fit into the device's memory."""
@@ -197,7 +211,7 @@ class Worker:
         def report(done: int) -> None:
             nonlocal looked
             now = time.monotonic()
-            images = self._images_done + before + size * done / steps
+            images = self.images_done + before + size * done / steps
             rate = images / (now - self._started)
             self._heartbeat.set(step=done, steps=steps, images=images, rate=rate, batch_size=size)
             if now - looked >= _LOOK_S:

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from esddpm_io.errors import UserError
+from esddpm_io.errors import UserError, of_type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,31 @@ def parse(
     typed = {name for name, value in given.items() if not isinstance(value, _Default)}
     values = {n: v.value if isinstance(v, _Default) else v for n, v in given.items()}
     return argparse.Namespace(**values), typed
+
+
+def check_not_empty(
+    args: argparse.Namespace, typed: set[str], may_be_empty: Sequence[str] = ()
+) -> None:
+    """UserError for typed text without a letter, as a shell makes of a variable that is not set."""
+    for name in sorted(typed.difference(may_be_empty)):
+        require(getattr(args, name) != "", f"--{name} is empty: give a value, or leave it out")
+
+
+def check_flags(where: str, flags: Mapping[str, object], known: Mapping[str, object]) -> None:
+    """UserError unless all flags are among the known ones and of their defaults' types.
+
+    where: what the message begins with. A whole number is a fine float, but a truth value is no
+    number.
+    """
+    unknown = [name for name in flags if name not in known]
+    if unknown:
+        raise UserError(
+            f"{where}: unknown flag {', '.join(unknown)}; valid are {', '.join(known)}",
+            got=unknown,
+            valid=known,
+        )
+    for name, value in flags.items():
+        of_type(f"{where}: {name}", value, type(known[name]))
 
 
 def without_effect(typed: set[str], conditions: Mapping[str, tuple[bool, str]]) -> list[str]:

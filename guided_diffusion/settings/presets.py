@@ -13,11 +13,11 @@ from pathlib import Path
 from esddpm_io.errors import UserError
 from esddpm_io.files import is_blob
 from guided_diffusion.flags import (
-    check_flags,
     classifier_defaults,
     diffusion_defaults,
     model_and_diffusion_defaults,
 )
+from guided_diffusion.settings.layers import check_flags
 
 PRESET_FOLDER = Path(__file__).parent / "preset_data"
 # The published commands are typed in scripts/, so the paths of shipped presets start there.

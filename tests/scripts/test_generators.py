@@ -43,6 +43,13 @@ def of_another_size(device):
     generate.latent_shape, generate.num_classes = (3, 4, 4), 1000
     return generate
 
+def with_flags_of_its_own(device):
+    import argparse
+    argparse.ArgumentParser().parse_args(["--of_the_driver"])
+
+def leaves(device):
+    raise SystemExit(0)
+
 def broken(device):
     raise OSError("no weights\\nhere")
 """
@@ -249,6 +256,11 @@ def test_the_python_call_takes_the_function(tiny, module, made):
         ({"generator": "my_gan"}, "--generator: 'my_gan' is not MODULE:FUNCTION"),
         ({"generator": "{}:without_classes"}, "--generator: .* has no labels.* num_classes of a"),
         ({"generator": "{}:of_another_size"}, "--generator: .* are 4x4, the network takes 8x8"),
+        (
+            {"generator": "{}:with_flags_of_its_own"},
+            "of_its_own: its code ended the process, as ar",
+        ),
+        ({"generator": "{}:leaves"}, "leaves: its code ended the process"),
         ({"generator": "{}:broken"}, r"broken: OSError: no weights here \(.*my_gan\.py:\d+\)$"),
     ],
 )

@@ -209,15 +209,41 @@ def test_a_run_is_repeated_from_its_metrics(tiny, tmp_path, whole_job, capsys):
         (["--again", "none.json", "--output_dir", "x"], r"--again: there is no file none\.json"),
         (["--again", "empty.json", "--output_dir", "x"], r"has no record of a run that could"),
         (["--again", "cut.json", "--output_dir", "x"], r"cut\.json is damaged: it is not JSON"),
+        (["--again", "old.json", "--output_dir", "x"], r"could be repeated \(sampling lacks\)"),
+        (["--again", ".", "--output_dir", "x"], r"--again: there is no file \./metrics\.json"),
     ],
 )
 def test_what_cannot_be_repeated(whole_job, tmp_path, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)
     Path("empty.json").write_text('{"run": null}')
     Path("cut.json").write_text('{"run": ')
+    Path("old.json").write_text('{"run": {}, "inputs": {}, "sampling": {"batch_size": 4}}')
     with pytest.raises(UserError, match=message):
         driver.main(["--again", str(whole_job[1] / "metrics.json"), *more])
     assert not Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, b: (a[:4], b[:4]), "has 4 images now, the run takes 10"),
+        (lambda a, b: (a[:, :4, :4], b), "has images of 4x4 now, the run takes 8x8"),
+        (lambda a, b: (a, b + 5000), "label 5[0-9]* of image 0 .* is not one of the classes"),
+        (lambda a, b: (a,), "has no labels"),
+    ],
+)
+def test_start_images_that_have_become_unfit_are_refused(
+    tiny, tmp_path, whole_job, change, message
+):
+    with np.load(tiny.images) as npz:
+        np.savez(tmp_path / "changed.npz", *change(npz["arr_0"], npz["arr_1"]))
+    record = json.loads((whole_job[1] / "metrics.json").read_text())
+    record["inputs"]["start_images"]["path"] = str(tmp_path / "changed.npz")
+    record["run"]["start"]["path"] = str(tmp_path / "changed.npz")
+    (tmp_path / "metrics.json").write_text(json.dumps(record))
+    argv = ["--devices", "cpu", "--execute", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=f"^--again: .*{message}"):
+        driver.main(["--again", str(tmp_path), *argv])
 
 
 def test_flags_in_vain_beside_again_are_warned_of(whole_job, tmp_path, capsys):

@@ -83,6 +83,21 @@ def test_a_point_is_what_the_driver_gives(tiny, tmp_path, whole):
     assert scores[0] == scores[1]
 
 
+def test_a_reference_that_has_changed_scores_all_points_anew(tiny, tmp_path):
+    reference, out = tmp_path / "reference.npz", tmp_path / "out"
+    with np.load(tiny.images) as npz:
+        pixels = npz["arr_0"]
+    for turn, shown in enumerate((pixels, 255 - pixels)):
+        np.savez(reference, arr_0=shown)
+        more = {"t_prime": "0,200,300" if turn else "0,200", "ref_batch": reference}
+        sweep.main(flags(tiny, out, **more, classifier_guidance_scale=0))
+    sweep.main(flags(tiny, tmp_path / "fresh", **more, classifier_guidance_scale=0))
+    found = [(path / "sweep.csv").read_text().splitlines() for path in (out, tmp_path / "fresh")]
+    times = found[0][0].split(",").index("seconds_per_image")
+    rows = [[line.split(",")[:times] for line in lines] for lines in found]
+    assert len(rows[0]) == 4 and rows[0] == rows[1]
+
+
 def test_auto_is_measured_once(tiny, tmp_path, capsys):
     argv = flags(tiny, tmp_path, t_prime="auto,0", seed="0")
     with pytest.raises(UserError, match="--t_prime auto: T' is not known yet"):
