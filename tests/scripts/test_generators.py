@@ -258,7 +258,7 @@ def test_the_python_call_takes_the_function(tiny, module, made):
         ({"generator": "{}:of_another_size"}, "--generator: .* are 4x4, the network takes 8x8"),
         (
             {"generator": "{}:with_flags_of_its_own"},
-            "of_its_own: its code ended the process, as ar",
+            "of_its_own: its code ended the process",
         ),
         ({"generator": "{}:leaves"}, "leaves: its code ended the process"),
         ({"generator": "{}:broken"}, r"broken: OSError: no weights here \(.*my_gan\.py:\d+\)$"),
