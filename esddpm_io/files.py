@@ -188,22 +188,18 @@ def sha256(path: str | os.PathLike, *, flag: str = "") -> str:
         names = sorted(name for name in os.listdir(path) if not name.startswith("."))
         parts = [f"{name}\0{sha256(join(path, name), flag=flag)}\0" for name in names]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
-    digest = hashlib.sha256()
     with open_binary(path, flag=flag) as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def fingerprint_file(path: str | os.PathLike, *, flag: str = "") -> str:
     """A hash of a file's contents; of a zip archive (.npz, .pt) that of its directory's CRCs."""
-    digest = hashlib.sha256()
     with open_binary(path, flag=flag) as stream:
         if zipfile.is_zipfile(stream):
+            digest = hashlib.sha256()
             for info in zipfile.ZipFile(stream).infolist():
                 digest.update(f"{info.filename}\0{info.file_size}\0{info.CRC}\0".encode())
         else:
             stream.seek(0)
-            while block := stream.read(1 << 20):
-                digest.update(block)
+            digest = hashlib.file_digest(stream, "sha256")
     return digest.hexdigest()[:16]

@@ -72,8 +72,8 @@ class _Layout(argparse.RawDescriptionHelpFormatter):
 class CommandLine(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with the name that was probably meant."""
 
-    def __init__(self, description: str | None = None, prog: str | None = None):
-        super().__init__(prog=prog, description=description, formatter_class=_Layout)
+    def __init__(self, description: str | None = None):
+        super().__init__(description=description, formatter_class=_Layout)
 
     def format_help(self) -> str:
         """The usage in one line, the description, and the flags in the groups of `GROUPS`."""

@@ -156,7 +156,7 @@ class _FolderImages(ImageSource):
     """
 
     def __init__(self, path: str, flag: str):
-        self._path, self._prefix = path, f"{flag}: "
+        self._path, self._flag = path, flag
         self._names = sorted(_image_names(path, flag), key=_natural_key)
         if not self._names:
             raise UserError(
@@ -211,12 +211,12 @@ class _FolderImages(ImageSource):
     def _check_size(self, name: str, height: int, width: int) -> None:
         if (height, width) != self.shape[1:3]:
             raise UserError(
-                f"{self._prefix}{self._path}/{name} is {width}x{height}, the first image of the "
+                f"{self._flag}: {self._path}/{name} is {width}x{height}, the first image of the "
                 f"folder {self.shape[2]}x{self.shape[1]}"
             )
 
     def fingerprint(self) -> str:
-        return self._digest_files(lambda path: fingerprint_file(path, flag=self._prefix[:-2]))
+        return self._digest_files(lambda path: fingerprint_file(path, flag=self._flag))
 
     def stamp(self) -> str:
         return self._digest_files(_stamp)
@@ -234,12 +234,12 @@ class _FolderImages(ImageSource):
     @contextlib.contextmanager
     def _image(self, name: str) -> Iterator[Image.Image]:
         path = f"{self._path}/{name}"
-        with open_binary(path, flag=self._prefix.rstrip(": ")) as stream:
+        with open_binary(path, flag=self._flag) as stream:
             try:
                 with _opened(stream) as image:
                     yield image
             except UserError as error:
-                raise UserError(f"{self._prefix}cannot read the image {path}: {error}") from error
+                raise UserError(f"{self._flag}: cannot read the image {path}: {error}") from error
 
 
 def open_images(path: str | os.PathLike, *, flag: str) -> ImageSource:

@@ -50,7 +50,7 @@ def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     return ALONE
 
 
-def without_launch(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+def without_launch() -> dict[str, str]:
     """The environment for a child that is to work alone, though a launcher started us."""
     names = {name for layout in _LAYOUTS.values() for name in layout}
-    return {name: value for name, value in environ.items() if name not in names}
+    return {name: value for name, value in os.environ.items() if name not in names}

@@ -204,6 +204,11 @@ class NpzReader:
         self._member(name)
         return self._infos[name].CRC
 
+    def is_stored(self, name: str) -> bool:
+        """Whether the array lies there uncompressed, so that any row can be read at once."""
+        self._member(name)
+        return self._infos[name].compress_type == zipfile.ZIP_STORED
+
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows start … stop-1 (0 <= start <= stop <= length) as an array of their own."""
         member = self._member(name)
@@ -283,9 +288,6 @@ class NpyReader:
     def rows(self, start: int, stop: int) -> np.ndarray:
         with _explained(self._what, ".npy"):
             return self._member.rows(start, stop)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 @contextlib.contextmanager

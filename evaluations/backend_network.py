@@ -13,12 +13,7 @@ import torch
 from esddpm_io.atomic import atomic_path
 from esddpm_io.errors import UserError, first_line
 from evaluations.backend_torch import check_device
-from evaluations.network_file import (
-    Description,
-    NetworkFile,
-    description_path,
-    is_network_file,
-)
+from evaluations.network_file import Description, NetworkFile, description_path, is_network_file
 
 _TRIED = 3  # images of the batch that an export is tried on: not the number that it was traced with
 _TOLERANCE = 1e-4  # of the largest feature: what another order of sums may change

@@ -23,14 +23,7 @@ from esddpm_io.images import ImageSource, open_images
 from esddpm_io.launch import Launch
 from esddpm_io.processes import watch_parent
 from esddpm_io.progress import Progress, quiet
-from evaluations.features import (
-    Engine,
-    Features,
-    choose_engine,
-    cuda_devices,
-    extract,
-    load_graph,
-)
+from evaluations.features import Engine, Features, choose_engine, cuda_devices, extract, load_graph
 from evaluations.inputs import ArrayImages, FeatureCache, ImageSet, open_set
 from evaluations.moments import merged
 

@@ -12,12 +12,7 @@ from esddpm_io.files import check_output_folder, short_names
 from esddpm_io.launch import ALONE, Launch
 from esddpm_io.parts import GrowingImages
 from esddpm_io.progress import quiet
-from evaluations.devices import (
-    device_of_rank,
-    extract_among_ranks,
-    extract_on_devices,
-    stamp_of,
-)
+from evaluations.devices import device_of_rank, extract_among_ranks, extract_on_devices, stamp_of
 from evaluations.features import (
     GRAPH_NAME,
     PUBLISHED,

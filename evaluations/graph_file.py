@@ -143,8 +143,9 @@ class Graph:
         return self.nodes[name]
 
 
-def read_graph(path: str | os.PathLike, *, flag: str = "--inception_path") -> Graph:
-    """Read the frozen graph at `path`; `UserError` naming `flag` if it is missing or broken."""
+def read_graph(path: str | os.PathLike) -> Graph:
+    """Read the frozen graph at `path`; `UserError` if it is missing or broken."""
+    flag = "--inception_path"
     try:
         with open_binary(path, flag=flag) as stream:
             data = stream.read()

@@ -17,14 +17,7 @@ from esddpm_io.files import check_output_file
 from esddpm_io.help import CommandLine
 from esddpm_io.images import ImageSource
 from esddpm_io.npz import NpzWriter
-from evaluations.features import (
-    BACKENDS,
-    PRECISIONS,
-    Features,
-    choose_engine,
-    extract,
-    load_graph,
-)
+from evaluations.features import BACKENDS, PRECISIONS, Features, choose_engine, extract, load_graph
 from evaluations.inputs import Images, open_set
 from evaluations.resizing import PUBLISHED_RESIZE, RESIZES
 

@@ -16,12 +16,7 @@ import scipy
 from esddpm_io.errors import listed
 from esddpm_io.processes import available_cores
 from evaluations.moments import Gaussian, RunningMoments, frechet_distance, gaussian_of
-from evaluations.neighbours import (
-    density_coverage,
-    nearest,
-    neighbour_radii,
-    precision_recall,
-)
+from evaluations.neighbours import density_coverage, nearest, neighbour_radii, precision_recall
 
 __all__ = [
     "Gaussian",
@@ -288,10 +283,8 @@ def jackknife_interval(
     *,
     groups: int,
     logarithmic: bool = False,
-    level: float = 0.95,
-    seed: int = 0,
 ) -> tuple[float, float]:
-    """Confidence interval of a metric from leaving out groups of its rows (Tukey 1958).
+    """95 % confidence interval of a metric from leaving out groups of its rows (Tukey 1958).
 
     `estimate` takes row indices int64 and returns the metric of these rows. With t the metric of
     all `count` rows and t_j that without group j of g, the variance is (g - 1) / g times the sum
@@ -302,8 +295,8 @@ def jackknife_interval(
     Rows are never drawn twice, as the bootstrap does: distances between distributions grow with
     repeated rows, which makes its intervals too wide.
     """
-    replicates = jackknife_replicates(estimate, count, groups=groups, seed=seed)
-    return interval_of_replicates(replicates, logarithmic=logarithmic, level=level)
+    replicates = jackknife_replicates(estimate, count, groups=groups)
+    return interval_of_replicates(replicates, logarithmic=logarithmic)
 
 
 def jackknife_replicates(
@@ -338,12 +331,12 @@ def _one_blas_thread() -> contextlib.AbstractContextManager:
 
 
 def interval_of_replicates(
-    replicates: np.ndarray, *, logarithmic: bool = False, level: float = 0.95
+    replicates: np.ndarray, *, logarithmic: bool = False
 ) -> tuple[float, float]:
     """The interval that `jackknife_interval` tells of, from the replicates, float [1 + g]."""
     scale, back = (np.log, np.exp) if logarithmic else (np.asarray, float)
     whole, without = scale(replicates[0]), scale(replicates[1:])
     groups = len(without)
     deviation = np.sqrt((groups - 1) * np.var(without))
-    half_width = float(scipy.special.stdtrit(groups - 1, (1.0 + level) / 2.0) * deviation)
+    half_width = float(scipy.special.stdtrit(groups - 1, 0.975) * deviation)
     return float(back(whole - half_width)), float(back(whole + half_width))

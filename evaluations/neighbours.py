@@ -376,7 +376,7 @@ def _round_half(values: np.ndarray, overflow: float = _HALF_OVERFLOW) -> None:
         values[np.abs(values) >= overflow] *= np.inf
 
 
-def _round_bits(values: np.ndarray) -> None:
+def _round_bits(values: np.ndarray) -> np.ndarray:
     """Round float32 to 11 bits in place, ties to even: half precision's normal numbers.
 
     Sums of half-precision numbers need no more: the tiny ones among them are exact.
@@ -387,6 +387,7 @@ def _round_bits(values: np.ndarray) -> None:
     odd += np.uint32(0x0FFF)
     bits += odd
     bits &= np.uint32(0xFFFFE000)
+    return values
 
 
 def _half(values: np.ndarray) -> np.ndarray:
@@ -421,7 +422,7 @@ def _half_sum(terms: np.ndarray) -> np.ndarray:
     width = terms.shape[1]
     if width > _LEAF:
         half = -(-(width // 2) // _LANES) * _LANES
-        return _rounded(_half_sum(terms[:, :half]) + _half_sum(terms[:, half:]))
+        return _round_bits(_half_sum(terms[:, :half]) + _half_sum(terms[:, half:]))
     packed = width // _LANES * _LANES
     packets = terms[:, :packed].reshape(len(terms), -1, _LANES)
     accumulators = _ACCUMULATORS if packets.shape[1] >= 2 * _ACCUMULATORS else 1
@@ -430,7 +431,7 @@ def _half_sum(terms: np.ndarray) -> np.ndarray:
     sums = _running_half_sum(groups)
     lanes = _running_half_sum(np.concatenate([sums, packets[:, whole:]], axis=1))
     single = _running_half_sum(terms[:, packed:])
-    return _rounded(single + _rounded(lanes.sum(axis=1)))
+    return _round_bits(single + _round_bits(lanes.sum(axis=1)))
 
 
 def _running_half_sum(terms: np.ndarray) -> np.ndarray:
@@ -440,11 +441,6 @@ def _running_half_sum(terms: np.ndarray) -> np.ndarray:
         total += terms[:, index]
         _round_bits(total)
     return total
-
-
-def _rounded(sums: np.ndarray) -> np.ndarray:
-    _round_bits(sums)
-    return sums
 
 
 # --- neighbours ---

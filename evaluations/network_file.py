@@ -123,12 +123,10 @@ def description_path(path: str | os.PathLike) -> str:
 
 def read_network(path: str | os.PathLike, *, flag: str = "--inception_path") -> NetworkFile:
     """The network at `path` as its TOML describes it; `UserError` naming `flag`. Loads no torch."""
-    digest = hashlib.sha256()
     beside = description_path(path)
     try:
         with open_binary(path, flag=flag) as stream:
-            while data := stream.read(1 << 20):
-                digest.update(data)
+            digest = hashlib.file_digest(stream, "sha256")
         with open_binary(beside, flag=flag) as stream:
             text = stream.read()
     except OSError as error:

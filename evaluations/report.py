@@ -7,14 +7,7 @@ import re
 import numpy as np
 
 from esddpm_io.files import short_names
-from esddpm_io.images import (
-    ImageSource,
-    enlarge,
-    image_grid,
-    open_images,
-    save_png,
-    with_caption,
-)
+from esddpm_io.images import ImageSource, enlarge, image_grid, open_images, save_png, with_caption
 from evaluations.evaluation import Evaluation, Result
 from evaluations.features import OTHER, PUBLISHED
 from evaluations.resizing import PUBLISHED_RESIZE

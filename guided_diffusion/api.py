@@ -16,7 +16,6 @@ from esddpm_io.errors import of_type, speaking_of_arguments
 from esddpm_io.hub import fetched
 from guided_diffusion.checkpoints import read_checkpoint, read_sidecar
 from guided_diffusion.commands.request import (
-    LARGEST_SEED,
     Request,
     classes_of,
     least_side,
@@ -34,7 +33,14 @@ from guided_diffusion.sampling.sampler import LoadedNetworks, Sampler, choose_de
 from guided_diffusion.sampling.sources import GeneratorImages, Source, Start
 from guided_diffusion.script_util import NUM_CLASSES
 from guided_diffusion.settings.layers import check_flags, require, without_effect
-from guided_diffusion.settings.record import Guidance, Network, Run, StartSettings, diffusion_from
+from guided_diffusion.settings.record import (
+    LARGEST_SEED,
+    Guidance,
+    Network,
+    Run,
+    StartSettings,
+    diffusion_from,
+)
 from guided_diffusion.settings.resolver import Resolved, check_same_noise, resolve_network
 
 P = ParamSpec("P")

@@ -156,23 +156,21 @@ class GaussianDiffusion:
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
 
         # q(x_t | x_0) and its inversion (DDPM, eq. 4).
+        one_minus = 1.0 - self.alphas_cumprod
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
-        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
-        self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(one_minus)
+        self.log_one_minus_alphas_cumprod = np.log(one_minus)
         self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
 
         # q(x_{t-1} | x_t, x_0) (DDPM, eq. 6 and 7).
-        one_minus = 1.0 - self.alphas_cumprod
         self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / one_minus
         self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / one_minus
         self.posterior_mean_coef2 = (1.0 - self.alphas_cumprod_prev) * np.sqrt(alphas) / one_minus
         # The posterior of step 0 is a point; its logarithm takes the variance of step 1.
-        first = self.posterior_variance[min(1, self.num_timesteps - 1)]
-        if self.num_timesteps == 1:
-            first = betas[0]
-        self._posterior_variance_clipped = np.append(first, self.posterior_variance[1:])
-        self.posterior_log_variance_clipped = np.log(self._posterior_variance_clipped)
+        first = self.posterior_variance[1] if self.num_timesteps > 1 else betas[0]
+        clipped = np.append(first, self.posterior_variance[1:])
+        self.posterior_log_variance_clipped = np.log(clipped)
         self._log_betas = np.log(betas)
         self._large_variance = np.append(first, betas[1:])
         self._log_large_variance = np.log(self._large_variance)

@@ -11,7 +11,6 @@ import os
 import random
 import signal
 import threading
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -260,17 +259,10 @@ def load_npz(path: str, image_size: int, class_cond: bool, num_classes: int) -> 
             )
         classes = classes.astype(np.int64)
         _check_labels(classes, num_classes, str(path))
-    if math.prod(shape) <= _IN_MEMORY_BYTES or not _is_stored(path, "arr_0"):
+    in_place = not is_blob(path) and reader.is_stored("arr_0")  # so that any row can be read
+    if math.prod(shape) <= _IN_MEMORY_BYTES or not in_place:
         return ArrayImages(reader.array("arr_0"), classes)
     return ArrayImages(_NpzRows(reader, "arr_0"), classes)
-
-
-def _is_stored(path: str, name: str) -> bool:
-    """Whether an array lies uncompressed in a file on a disk, so that any row can be read."""
-    if is_blob(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return archive.getinfo(f"{name}.npy").compress_type == zipfile.ZIP_STORED
 
 
 def _check_labels(classes: np.ndarray, num_classes: int, what: str) -> None:

@@ -11,14 +11,13 @@ With several processes only rank 0 writes figures; the others keep a `log-rankNN
 import contextlib
 import csv
 import datetime
-import functools
 import json
 import os
 import tempfile
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -328,7 +327,7 @@ def configure(
     if rank > 0:
         log_suffix += f"-rank{rank:03d}"
     outputs = [make_output_format(name, dir, log_suffix) for name in format_strs if name]
-    _current().close()
+    get_current().close()
     Logger.CURRENT = Logger(dir, outputs, comm)
     if outputs:
         log(f"Logging to {dir}")
@@ -336,7 +335,7 @@ def configure(
 
 def reset() -> None:
     """Close what `configure` opened: messages go to stdout again, figures too."""
-    _current().close()
+    get_current().close()
     Logger.CURRENT = None
 
 
@@ -345,23 +344,19 @@ def scoped_configure(
     dir: str | None = None, format_strs: list[str] | None = None, comm: Any = None
 ) -> Iterator[None]:
     """`configure` for the length of a block."""
-    before = _current()
+    before = get_current()
     # A logger of its own to close, so that the one from before stays open.
     Logger.CURRENT = Logger(None, [])
     try:
         configure(dir, format_strs, comm)
         yield
     finally:
-        _current().close()
+        get_current().close()
         Logger.CURRENT = before
 
 
 def get_current() -> Logger:
     """The logger in use; before `configure`, one that writes to stdout and has no folder."""
-    return _current()
-
-
-def _current() -> Logger:
     if Logger.CURRENT is None:
         Logger.CURRENT = Logger(None, [HumanOutputFormat()])
     return Logger.CURRENT
@@ -369,12 +364,12 @@ def _current() -> Logger:
 
 def logkv(key: str, val: Any) -> None:
     """Set a figure of the next row."""
-    _current().logkv(key, val)
+    get_current().logkv(key, val)
 
 
 def logkv_mean(key: str, val: float) -> None:
     """Add a value to a figure of the next row that is the mean of all its values."""
-    _current().logkv_mean(key, val)
+    get_current().logkv_mean(key, val)
 
 
 def logkvs(d: Mapping[str, Any]) -> None:
@@ -385,17 +380,17 @@ def logkvs(d: Mapping[str, Any]) -> None:
 
 def dumpkvs() -> dict[str, Any]:
     """Write the waiting figures as one row, forget them, and return them."""
-    return _current().dumpkvs()
+    return get_current().dumpkvs()
 
 
 def getkvs() -> dict[str, Any]:
     """The waiting figures."""
-    return _current().name2val
+    return get_current().name2val
 
 
 def log(*args: Any, level: int = INFO) -> None:
     """Write a message, if `level` is at least that of `set_level`."""
-    _current().log(*args, level=level)
+    get_current().log(*args, level=level)
 
 
 def debug(*args: Any) -> None:
@@ -420,17 +415,17 @@ def error(*args: Any) -> None:
 
 def set_level(level: int) -> None:
     """Leave out messages below `level` from now on."""
-    _current().set_level(level)
+    get_current().set_level(level)
 
 
 def set_comm(comm: Any) -> None:
     """Average rows over this mpi4py communicator from now on (None: do not)."""
-    _current().set_comm(comm)
+    get_current().set_comm(comm)
 
 
 def get_dir() -> str | None:
     """The folder of the run, None before `configure`."""
-    return _current().get_dir()
+    return get_current().get_dir()
 
 
 record_tabular = logkv
@@ -444,21 +439,12 @@ def profile_kv(scopename: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _current().name2val[f"wait_{scopename}"] += time.perf_counter() - start
+        get_current().name2val[f"wait_{scopename}"] += time.perf_counter() - start
 
 
-def profile(n: str) -> Callable[[Callable], Callable]:
+def profile(n: str) -> contextlib.ContextDecorator:
     """Decorator: `profile_kv(n)` around every call."""
-
-    def decorate(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with profile_kv(n):
-                return function(*args, **kwargs)
-
-        return timed
-
-    return decorate
+    return profile_kv(n)
 
 
 def _plain(value: Any) -> Any:

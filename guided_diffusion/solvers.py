@@ -4,8 +4,12 @@ Paper: DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), its multistep solvers wi
 Everything here is arithmetic on noise levels; networks and guidance are the reverse loop's.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 SOLVERS = ("dpmpp_2m", "dpmpp_2m_sde")
 SPACINGS = ("uniform", "logsnr", "karras")
@@ -58,7 +62,9 @@ class MultistepSolver:
         self._done = 0
         self._before: torch.Tensor | None = None
 
-    def __call__(self, x: torch.Tensor, x_start: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, x: "torch.Tensor", x_start: "torch.Tensor", z: "torch.Tensor"
+    ) -> "torch.Tensor":
         """The next x from this one, the x_0 predicted from it, and standard normal noise z.
 
         With D = x_start and D' the one before: keep x + gain D + slope (D - D') + noise z. The

@@ -13,11 +13,7 @@ from .image_datasets import BatchStream
 from .pixels import to_uint8
 from .resample import create_named_schedule_sampler
 from .respace import SpacedDiffusion
-from .train_options import (
-    data_options,
-    explained_flags,
-    loop_options,
-)
+from .train_options import data_options, explained_flags, loop_options
 from .train_util import TrainLoop
 from .training.start import settle_resumed, start_run
 

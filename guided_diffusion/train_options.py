@@ -11,9 +11,9 @@ from esddpm_io.help import CommandLine
 from esddpm_io.processes import available_cores
 
 from .flags import add_dict_to_argparser
+from .settings.record import LARGEST_SEED
 
 # What the generators of torch and NumPy take.
-HIGHEST_SEED = 2**64 - 1
 # Workers beyond this only cost memory: one decodes some hundred images a second.
 _MOST_WORKERS = 8
 
@@ -87,9 +87,7 @@ def diffusion_training_defaults() -> dict:
 def training_parser(description: str, *defaults: dict) -> argparse.ArgumentParser:
     """A parser with these flags, the shared ones explained."""
     parser = CommandLine(description=description)
-    merged: dict = {}
-    for group in defaults:
-        merged.update(group)
+    merged = {name: value for group in defaults for name, value in group.items()}
     add_dict_to_argparser(parser, merged)
     for action in parser._actions:
         if action.dest in ("compile", "shard", "start_anew"):
@@ -127,8 +125,8 @@ def check_ranges(args: argparse.Namespace) -> None:
 
 def check_seed(seed: int) -> None:
     """UserError for a seed that the generators do not take."""
-    if not 0 <= seed <= HIGHEST_SEED:
-        raise UserError(f"--seed is {seed}, it must be in 0 … {HIGHEST_SEED}")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"--seed is {seed}, it must be in 0 … {LARGEST_SEED}")
 
 
 def loop_options(args: argparse.Namespace) -> dict:

@@ -36,10 +36,7 @@ from guided_diffusion.commands import (
     vae_sample,
     vae_train,
 )
-from guided_diffusion.script_util import (
-    sr_create_model,
-    sr_model_and_diffusion_defaults,
-)
+from guided_diffusion.script_util import sr_create_model, sr_model_and_diffusion_defaults
 from tests.tiny_sampling import CLASSIFIER, FEATURE_GRAPH, MODEL, TinyFiles
 
 SUPER_RES = {

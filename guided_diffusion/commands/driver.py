@@ -47,7 +47,7 @@ from guided_diffusion.settings.presets import (
 if TYPE_CHECKING:
     from guided_diffusion.commands.request import Request
     from guided_diffusion.sampling.chunks import ChunkFolder
-    from guided_diffusion.sampling.launcher import WorkerCommand, WorkersFailed
+    from guided_diffusion.sampling.launcher import WorkerCommand
     from guided_diffusion.settings.record import Run
 
 DRIVER = SCRIPTS_FOLDER / "generate_processes_diffusion_and_reverse.py"
@@ -182,7 +182,9 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
     evaluation = None
     only_print = not (args.execute or args.print_settings)
     if named.get("t_prime") == AUTO:
-        named["t_prime"] = _measured_t_prime(args, typed, preset, named, output)
+        named["t_prime"], _ = measured_t_prime(
+            args, typed, preset, named, output, lambda request: scoring.PROPOSAL_FILE
+        )
     from guided_diffusion.commands.request import settle
 
     try:
@@ -220,29 +222,32 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
     return Plan(settled.run, output, commands, evaluation, preset.name, args)
 
 
-def _measured_t_prime(
+def measured_t_prime(
     args: argparse.Namespace,
     typed: set[str],
     preset: Preset,
     named: dict[str, Any],
     output: str,
-) -> int:
+    file_of: "Callable[[Request], str]",
+) -> tuple[int, str]:
+    """T' for `auto`, and where it is kept: in the file below `output` that `file_of` names.
+
+    An unknown one is measured by machine 0, when it is to sample itself.
+    """
     from guided_diffusion.commands.propose import stored_or_measured
 
     check_files(args, typed, preset, output)
-    return stored_or_measured(
-        request_of(args, typed, preset, named),
+    request = request_of(args, typed, preset, named)
+    path = join(output, file_of(request))
+    t_prime = stored_or_measured(
+        request,
         scoring.read_flags(args, preset),
         choose_devices(args, typed)[0],
         args.batch_size,
-        join(output, scoring.PROPOSAL_FILE),
-        may_measure=may_measure(args),
+        path,
+        may_measure=args.execute and args.machine_idx == 0 and not slurm.is_wanted(args),
     )
-
-
-def may_measure(args: argparse.Namespace) -> bool:
-    """Whether this is the process, and the machine, to measure an unknown T' on."""
-    return args.execute and args.machine_idx == 0 and not slurm.is_wanted(args)
+    return t_prime, path
 
 
 def open_folder(output: str, run: "Run", machine_idx: int) -> "ChunkFolder":
@@ -282,7 +287,6 @@ def _execute(plan: Plan, argv: list[str]) -> None:
             [folder],
             lambda _: plan.commands,
             gathers=plan.args.machine_idx == 0,
-            on_failure=_give_up,
         )
         if plan.args.save_png_files:
             outputs.export_pngs(folder, 0, folder.num_samples)
@@ -314,10 +318,6 @@ def telling_how_to_continue(command: list[str]) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"\nstopped; what is finished stays; continue with\n  {again}", file=sys.stderr)
         raise
-
-
-def _give_up(error: "WorkersFailed") -> None:
-    raise error
 
 
 def _gather_command(plan: Plan) -> str:

@@ -24,14 +24,12 @@ from guided_diffusion.sampling.sources import (
     open_images_to_enlarge,
     open_source,
 )
-from guided_diffusion.script_util import (
-    NUM_CLASSES,
-    classifier_defaults,
-)
+from guided_diffusion.script_util import NUM_CLASSES, classifier_defaults
 from guided_diffusion.settings.layers import require
 from guided_diffusion.settings.presets import Preset
 from guided_diffusion.settings.recognition import outline_of
 from guided_diffusion.settings.record import (
+    LARGEST_SEED,
     SAMPLERS,
     Guidance,
     Network,
@@ -43,8 +41,6 @@ from guided_diffusion.settings.record import (
 )
 from guided_diffusion.settings.resolver import Resolved, check_same_noise, resolve_network
 from guided_diffusion.solvers import SOLVERS, evaluation_timesteps
-
-LARGEST_SEED = 2**64 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +121,17 @@ class ReadNetworks:
         return self._resolved[key]
 
     def record(self, network: Resolved, flag: str, precision: str | None) -> Network:
-        """`network_of`; the hash of its tensors is taken once."""
+        """The record of a network; the hash of its tensors is taken once.
+
+        precision: what flags have no value for, so that other runs keep the identity they had.
+        """
         if network.path not in self._hashes:
             self._hashes[network.path] = fingerprint(read_checkpoint(network.path, flag=flag))
-        return _record_of(network, self._hashes[network.path], precision)
+        flags = network.network_flags
+        if precision in ("tf32", "bfloat16"):
+            flags["precision"] = precision
+        where, sha256 = absolute(network.path), self._hashes[network.path]
+        return Network(network.kind, flags, where, sha256)
 
 
 def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None) -> Settled:
@@ -254,14 +257,6 @@ def classes_of(networks: Sequence[Resolved]) -> int | None:
 def network_of(network: Resolved, flag: str) -> Network:
     """The record of a network, with the hash of its tensors."""
     return ReadNetworks().record(network, flag, None)
-
-
-def _record_of(network: Resolved, sha256: str, precision: str | None) -> Network:
-    """precision: what flags have no value for, so that other runs keep the identity they had."""
-    flags = network.network_flags
-    if precision in ("tf32", "bfloat16"):
-        flags["precision"] = precision
-    return Network(network.kind, flags, absolute(network.path), sha256)
 
 
 def _guidance(request: Request, classifier: Resolved | None, read: ReadNetworks) -> Guidance | None:

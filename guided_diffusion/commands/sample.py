@@ -100,9 +100,9 @@ def sampling_defaults(guided: bool) -> dict:
     return defaults
 
 
-def build_parser(guided: bool, prog: str | None = None) -> argparse.ArgumentParser:
+def build_parser(guided: bool) -> argparse.ArgumentParser:
     """The command line of a sampling script; switches may be given a truth value too."""
-    parser = CommandLine(prog=prog, description=DESCRIPTION)
+    parser = CommandLine(description=DESCRIPTION)
     defaults = sampling_defaults(guided)
     add_dict_to_argparser(parser, {k: v for k, v in defaults.items() if k not in _WITHOUT_TYPE})
     parser.add_argument("--settings", nargs="+", default=(), help=FLAG_HELP["settings"])

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 from guided_diffusion.settings.layers import require
 from guided_diffusion.settings.record import PRECISIONS, SAMPLERS, VARIANCES
+from guided_diffusion.solvers import SPACINGS
 
-SPACINGS = ("uniform", "logsnr", "karras")
 AUTO = "auto"  # the value of --t_prime that asks for a proposal
 # The samplers' own share of the noise; those with eta take another, too.
 OWN_ETA = {"ddpm": 1.0, "ddim": 0.0, "dpmpp_2m": 0.0, "dpmpp_2m_sde": 1.0}

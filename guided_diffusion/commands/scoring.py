@@ -156,7 +156,7 @@ def _pass_on(said: str, process: subprocess.Popen) -> None:
 
 
 def add_flags(add: Callable[..., object]) -> None:
-    """The flags that `read_flags` takes, for the driver and for the gathering script."""
+    """The flags that `read_flags` takes."""
     add("--ref_batch", help="reference batch instead of the preset's")
     add("--inception_path", help="feature graph for the evaluator instead of the preset's")
     add("--eval_backend", choices=BACKENDS, help="engine of the evaluator")

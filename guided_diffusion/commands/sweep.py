@@ -16,17 +16,10 @@ from typing import TYPE_CHECKING
 
 from esddpm_io.atomic import write_json
 from esddpm_io.errors import EXIT_MAY_PASS, check_at_least, terminate_cleanly
-from esddpm_io.files import (
-    absolute,
-    check_output_folder,
-    exists,
-    is_blob,
-    join,
-    read_json,
-)
+from esddpm_io.files import absolute, check_output_folder, exists, is_blob, join, read_json
 from esddpm_io.help import CommandLine
 from guided_diffusion.commands import driver, report, scoring, slurm
-from guided_diffusion.commands.sampler_flags import AUTO, SPACINGS
+from guided_diffusion.commands.sampler_flags import AUTO
 from guided_diffusion.commands.sweep_points import (
     LISTS,
     SCRATCH,
@@ -40,6 +33,7 @@ from guided_diffusion.sampling.point import GeneratorPoint
 from guided_diffusion.settings.layers import check_not_empty, parse, require
 from guided_diffusion.settings.presets import SCRIPTS_FOLDER, Preset, load_preset
 from guided_diffusion.settings.record import SAMPLERS
+from guided_diffusion.solvers import SPACINGS
 
 if TYPE_CHECKING:
     from guided_diffusion.sampling.chunks import ChunkFolder

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from esddpm_io.errors import UserError, did_you_mean
 from esddpm_io.files import exists, join, list_names, read_json
-from guided_diffusion.commands import driver, scoring
+from guided_diffusion.commands import driver
 from guided_diffusion.commands.sampler_flags import AUTO, OWN_ETA
 from guided_diffusion.sampling.point import GeneratorPoint, generator_of
 from guided_diffusion.settings.presets import Preset
@@ -20,6 +20,7 @@ from guided_diffusion.settings.record import SAMPLERS
 
 if TYPE_CHECKING:
     from esddpm_io.images import ImageSource
+    from guided_diffusion.commands.request import Request
     from guided_diffusion.settings.record import Run
 
 SCRATCH = "scratch"
@@ -178,33 +179,19 @@ def _args_of(
     given = {name: value for name, value in values.items() if value is not None}
     own = argparse.Namespace(**{**vars(args), **given, "proposal": None})
     if own.t_prime == AUTO:
-        own.t_prime, own.proposal = _measured_t_prime(own, typed, preset, output)
+        named = {name: getattr(own, name) for name in ("sampler", "steps", "spacing")}
+        own.t_prime, own.proposal = driver.measured_t_prime(
+            own, typed, preset, named, output, _proposal_file
+        )
     if own.t_prime == SCRATCH:
         own.t_prime, own.start_from_scratch = None, True
         own.num_samples = _count_images(own, typed, preset)
     return own
 
 
-def _measured_t_prime(
-    args: argparse.Namespace, typed: set[str], preset: Preset, output: str
-) -> tuple[int, str]:
-    """T' for `auto`, of one combination's checkpoint, generator images and sampler; its file."""
-    from guided_diffusion.commands.propose import stored_or_measured
-
-    driver.check_files(args, typed, preset, output)
-    named = {name: getattr(args, name) for name in ("sampler", "steps", "spacing")}
-    request = driver.request_of(args, typed, preset, named)
-    asked = hashlib.sha256(repr(request).encode()).hexdigest()[:16]
-    path = join(output, "t_prime", f"{asked}.json")
-    t_prime = stored_or_measured(
-        request,
-        scoring.read_flags(args, preset),
-        driver.choose_devices(args, typed)[0],
-        args.batch_size,
-        path,
-        may_measure=driver.may_measure(args),
-    )
-    return t_prime, path
+def _proposal_file(request: "Request") -> str:
+    """Of one combination's checkpoint, generator images and sampler."""
+    return f"t_prime/{hashlib.sha256(repr(request).encode()).hexdigest()[:16]}.json"
 
 
 def _count_images(args: argparse.Namespace, typed: set[str], preset: Preset) -> int:

@@ -12,7 +12,7 @@ through fits the prior anew. Starts alone, or under torchrun, mpiexec or srun, a
 import argparse
 from typing import TYPE_CHECKING
 
-from esddpm_io.errors import UserError
+from esddpm_io.errors import UserError, check_at_least
 from guided_diffusion.flags import args_to_dict, vae_defaults
 from guided_diffusion.train_options import (
     data_options,
@@ -87,9 +87,7 @@ def training_data(args: argparse.Namespace) -> "BatchStream":
 
 def check_vae_ranges(args: argparse.Namespace) -> None:
     """UserError for numbers that no VAE can be trained with."""
-    for name in ("iterations", "prior_images"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}, it must be at least 1")
+    check_at_least(args, {"iterations": 1, "prior_images": 1})
     if args.precision == "float16":
         raise UserError("--precision float16: a VAE trains in float32 or bfloat16")
 

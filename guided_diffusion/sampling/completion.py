@@ -13,13 +13,13 @@ def complete(
     commands: Callable[[Sequence[ChunkFolder]], list[WorkerCommand]],
     *,
     gathers: bool,
-    on_failure: Callable[[WorkersFailed], None],
+    on_failure: Callable[[WorkersFailed], None] | None = None,
 ) -> None:
     """Sample what is missing of the folders, in their order; with `gathers` join the samples.
 
     commands: the processes that sample the folders given to it. on_failure: is told of a folder
-    that cannot be completed; if it returns, the others go on. WorkersFailed where the fault is of
-    no folder, or the disk is full.
+    that cannot be completed, and the others go on. WorkersFailed without it, and where the fault is
+    of no folder, or the disk is full.
     """
     left = list(folders)
     while left:
@@ -33,7 +33,7 @@ def complete(
             if missing:
                 Launcher(commands(missing), *missing).run()
         except WorkersFailed as error:
-            if error.folder is None or error.exit_code == EXIT_DISK_FULL:
+            if on_failure is None or error.folder is None or error.exit_code == EXIT_DISK_FULL:
                 raise
             on_failure(error)
             left.remove(error.folder)

@@ -1,4 +1,4 @@
-"""One process's part in a run, and the published flags of the sampling scripts that ask for it."""
+"""One process's part in a run."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -13,11 +13,7 @@ from esddpm_io.errors import EXIT_DISK_FULL, EXIT_MAY_PASS, EXIT_USER_ERROR
 from esddpm_io.parts import Range
 from esddpm_io.processes import PARENT_VARIABLE, available_cores
 from guided_diffusion.sampling.chunks import ChunkFolder
-from guided_diffusion.sampling.heartbeat import (
-    DEAD_AFTER_S,
-    Observer,
-    machine_id,
-)
+from guided_diffusion.sampling.heartbeat import DEAD_AFTER_S, Observer, machine_id
 from guided_diffusion.sampling.status import Monitor, Screen
 
 _POLL_S = 0.1

@@ -12,12 +12,14 @@ import typing
 from collections.abc import Mapping
 
 from esddpm_io.errors import UserError
+from guided_diffusion.solvers import SOLVERS
 
 if typing.TYPE_CHECKING:
     from guided_diffusion.respace import SpacedDiffusion
 
 Value = bool | int | float | str
-SAMPLERS = ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde")
+SAMPLERS = ("ddpm", "ddim", *SOLVERS)
+LARGEST_SEED = 2**64 - 1
 VARIANCES = ("learned", "posterior")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 # Flags of a network that its samples do not depend on, and what they are while it samples.

@@ -25,19 +25,8 @@ class SmallImages:
 
 
 def load_superres_data(
-    data_dir: str,
-    batch_size: int,
-    large_size: int,
-    small_size: int,
-    class_cond: bool = False,
-    **more,
+    data_dir: str, batch_size: int, large_size: int, small_size: int, **more
 ) -> SmallImages:
     """Endless (images, {"low_res": small images, ["y": labels]}); `more` goes to `load_data`."""
-    data = load_data(
-        data_dir=data_dir,
-        batch_size=batch_size,
-        image_size=large_size,
-        class_cond=class_cond,
-        **more,
-    )
+    data = load_data(data_dir=data_dir, batch_size=batch_size, image_size=large_size, **more)
     return SmallImages(data, small_size)

@@ -10,13 +10,7 @@ import pytest
 
 from esddpm_io.atomic import atomic_path, write_json
 from esddpm_io.errors import Terminated, UserError, run_main
-from esddpm_io.files import (
-    check_output_file,
-    check_output_folder,
-    read_json,
-    sha256,
-    short_names,
-)
+from esddpm_io.files import check_output_file, check_output_folder, read_json, sha256, short_names
 from esddpm_io.processes import run_to_end
 from esddpm_io.progress import Progress, progress_text
 from tests.waiting import PATIENCE_S

@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 
 from evaluations.metrics import interval_of_replicates
-from guided_diffusion.commands.sweep_table import (
-    paired_differences,
-    read_points,
-    write_tables,
-)
+from guided_diffusion.commands.sweep_table import paired_differences, read_points, write_tables
 
 
 def write_point(folder, distance: float, replicates=None, **point) -> None:

@@ -11,11 +11,7 @@ import torch
 from esddpm_io.errors import UserError
 from guided_diffusion.pixels import to_uint8
 from guided_diffusion.rng import RandomStreams, derived_seed, random_labels
-from guided_diffusion.sampling.generators import (
-    GeneratedImages,
-    generator_of,
-    load_generator,
-)
+from guided_diffusion.sampling.generators import GeneratedImages, generator_of, load_generator
 from guided_diffusion.sampling.sources import contents_of, open_generator
 from guided_diffusion.sampling.trial import Spread
 from guided_diffusion.settings.record import StartSettings

@@ -7,12 +7,10 @@ import pytest
 from esddpm_io import images
 from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import write_sidecar
-from guided_diffusion.commands import sampler_flags
 from guided_diffusion.commands.sample import build_parser
 from guided_diffusion.sampling.job import Job, rank_from_environment
 from guided_diffusion.script_util import classifier_defaults, model_and_diffusion_defaults
 from guided_diffusion.settings.record import PRECISIONS, SAMPLERS, Run
-from guided_diffusion.solvers import SOLVERS, SPACINGS
 from tests.tiny_sampling import CLASSIFIER, IMAGE_SIZE, MODEL, read_job
 
 
@@ -301,11 +299,6 @@ def test_the_variance_is_in_the_record_where_it_is_chosen(tiny, tmp_path):
 def test_evaluations_by_name_that_cannot_be(tiny, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
         read_job(named_flags(tiny, tmp_path, **flags), guided=False)
-
-
-def test_names_of_samplers_are_those_of_the_record_and_the_solvers():
-    assert SAMPLERS[2:] == SOLVERS
-    assert sampler_flags.SPACINGS == SPACINGS
 
 
 def test_flags_may_be_abbreviated_as_argparse_lets_them(tiny, tmp_path):

@@ -25,7 +25,7 @@ def test_images_come_as_the_model_takes_them(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "size", "message"),
     [
-        (None, 8, r"--dataset_path: .*a\.npz has no labels, which a class-conditional"),
+        (None, 8, r"--dataset_path: .*a\.npz has no labels, or not for all images"),
         ([0, 5, 1, 9], 8, r"--dataset_path: label 5 of image 1 in .* classes 0 … 4"),
         ([0, -1, 1, 9], 8, r"--dataset_path: label -1 of image 1"),
         ([0, 1, 1, 2], 16, r"--dataset_path: the images of .* are 16x16, the network takes 8x8"),
