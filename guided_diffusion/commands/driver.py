@@ -374,7 +374,7 @@ def _read_metrics(path: str) -> dict[str, Any]:
         found = record.get(part) if isinstance(record, dict) else None
         require(
             isinstance(found, dict) and found.keys() >= {*names},
-            f"--again: {path} has no record of a run that could be repeated ({part} lacks)",
+            f"--again: {path} has no record of a run that could be repeated: {part} is not whole",
         )
     assert isinstance(record, dict)
     return record

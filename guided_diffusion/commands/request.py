@@ -202,9 +202,10 @@ def _check_apart(request: Request, save_dir: str) -> None:
     """UserError for an output folder in the one with the images: outputs would be images, too."""
     if request.images and os.path.isdir(request.images) and not is_blob(save_dir):
         images, output = Path(request.images).resolve(), Path(save_dir).resolve()
+        flag = request.flag("base_samples" if request.kind == "sr" else "dataset_path")
         require(
             not output.is_relative_to(images),
-            f"{request.flag('dataset_path')}: the output folder {save_dir} is in {request.images}: "
+            f"{flag}: the output folder {save_dir} is in {request.images}: "
             "what is written there would be taken for images; choose another",
         )
 

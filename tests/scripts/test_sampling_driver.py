@@ -209,7 +209,7 @@ def test_a_run_is_repeated_from_its_metrics(tiny, tmp_path, whole_job, capsys):
         (["--again", "none.json", "--output_dir", "x"], r"--again: there is no file none\.json"),
         (["--again", "empty.json", "--output_dir", "x"], r"has no record of a run that could"),
         (["--again", "cut.json", "--output_dir", "x"], r"cut\.json is damaged: it is not JSON"),
-        (["--again", "old.json", "--output_dir", "x"], r"could be repeated \(sampling lacks\)"),
+        (["--again", "old.json", "--output_dir", "x"], r"could be repeated: sampling is"),
         (["--again", ".", "--output_dir", "x"], r"--again: there is no file \./metrics\.json"),
     ],
 )
