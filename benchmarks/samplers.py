@@ -34,7 +34,7 @@ from esddpm_io.help import CommandLine
 from esddpm_io.images import image_grid, open_images, save_png
 from evaluations.features import choose_engine, load_graph, pool_features
 from evaluations.metrics import Gaussian, frechet_distance, gaussian_of, precision_recall
-from guided_diffusion.commands.request import Request, settle
+from guided_diffusion.commands.request import Request, resolve_run
 from guided_diffusion.pixels import to_float, to_uint8
 from guided_diffusion.rng import RandomStreams
 from guided_diffusion.sampling.sampler import load_network
@@ -173,11 +173,11 @@ class Bench:
         if row.sampler == "start":
             return self.starts
         with tempfile.TemporaryDirectory() as scratch:
-            settled = settle(self._request(row, seed), scratch)
+            resolved = resolve_run(self._request(row, seed), scratch)
         if row.fractions or row.dynamic:
-            return self._by_hand(settled.run, row, seed)
-        trial = Trial(settled.run, settled.source, self._count, device="cpu", batch_size=BATCH)
-        return trial.sample(settled.run.sampler, f"{row.sampler}, {row.steps} evaluations")
+            return self._by_hand(resolved.run, row, seed)
+        trial = Trial(resolved.run, resolved.source, self._count, device="cpu", batch_size=BATCH)
+        return trial.sample(resolved.run.sampler, f"{row.sampler}, {row.steps} evaluations")
 
     def _request(self, row: Row, seed: int) -> Request:
         named = {"sampler": row.sampler, "spacing": row.spacing}

@@ -31,7 +31,7 @@ from esddpm_io.images import open_images
 from evaluations.features import choose_engine, load_graph, pool_features
 from evaluations.metrics import frechet_distance, gaussian_of
 from guided_diffusion.checkpoints import load_weights, read_sidecar
-from guided_diffusion.commands.request import Request, Settled, at_t_prime, settle
+from guided_diffusion.commands.request import Request, ResolvedRun, at_t_prime, resolve_run
 from guided_diffusion.pixels import to_float, to_uint8
 from guided_diffusion.proposal import propose
 from guided_diffusion.rng import RandomStreams
@@ -83,7 +83,7 @@ class Study:
         self.real = images[odd[: args.num_samples]], labels[odd[: args.num_samples]]
         self.others = images[even[: args.num_samples]], labels[even[: args.num_samples]]
         self._reference = gaussian_of(pool_features(self._engine, images[even]))
-        self._settled: dict[tuple[str, int], Settled] = {}
+        self._resolved: dict[tuple[str, int], ResolvedRun] = {}
         self._distances: dict[tuple[str, int, int], float] = {}
 
     def distance(self, features: np.ndarray) -> float:
@@ -104,19 +104,19 @@ class Study:
         path = args.results / name
         if path.exists():
             return np.load(path)
-        settled = self.settled(prior, seed)
-        trial = Trial(settled.run, settled.source, args.num_samples, device="cpu")
+        resolved = self.resolved(prior, seed)
+        trial = Trial(resolved.run, resolved.source, args.num_samples, device="cpu")
         if t_prime == 0:
             images = trial.start_images()[0]
         else:
-            images = trial.sample(at_t_prime(settled.run, t_prime, args.steps), name)
+            images = trial.sample(at_t_prime(resolved.run, t_prime, args.steps), name)
         found = pool_features(self._engine, images)
         np.save(path, found)
         return found
 
-    def settled(self, prior: str, seed: int) -> Settled:
+    def resolved(self, prior: str, seed: int) -> ResolvedRun:
         key = (prior, seed)
-        if key not in self._settled:
+        if key not in self._resolved:
             path = self._args.results / f"{self._args.dataset}_{prior}_{self._args.num_samples}.npz"
             if not path.exists():
                 images, labels = self.images(prior)
@@ -134,8 +134,8 @@ class Study:
                 images=str(path),
                 preset=self._preset,
             )
-            self._settled[key] = settle(request, str(self._args.results))
-        return self._settled[key]
+            self._resolved[key] = resolve_run(request, str(self._args.results))
+        return self._resolved[key]
 
     def images(self, prior: str) -> tuple[np.ndarray, np.ndarray]:
         """Start images of a prior and their labels."""
@@ -181,8 +181,8 @@ def spoil(image: np.ndarray, prior: str) -> np.ndarray:
 
 def by_loss_ratio(study: Study, prior: str, seed: int) -> float:
     """T' where the network's noise-prediction loss on start images falls to that on real ones."""
-    settled = study.settled(prior, seed)
-    run = settled.run
+    resolved = study.resolved(prior, seed)
+    run = resolved.run
     model = load_network(run.network, torch.device("cpu"), flag="--model_path", log=lambda _: None)
     diffusion = diffusion_from(run.process, "")
     ratios = []
@@ -213,7 +213,7 @@ def by_divergence(study: Study, prior: str, seed: int) -> float:
 
     Jeffreys divergence, in the leading principal components of real images; needs no network.
     """
-    levels = diffusion_from(study.settled(prior, seed).run.process, "").alphas_cumprod
+    levels = diffusion_from(study.resolved(prior, seed).run.process, "").alphas_cumprod
     ours, real = (
         to_float(images).reshape(len(images), -1).double().numpy()
         for images in (study.images(prior)[0], study.others[0])

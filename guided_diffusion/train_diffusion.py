@@ -15,7 +15,7 @@ from .resample import create_named_schedule_sampler
 from .respace import SpacedDiffusion
 from .train_options import data_options, explained_flags, loop_options
 from .train_util import TrainLoop
-from .training.start import settle_resumed, start_run
+from .training.start import resolve_resumed, start_run
 
 # Enough DDIM steps to judge a network by, few enough that training hardly waits for them.
 _STEPS = 25
@@ -38,7 +38,7 @@ def train_diffusion(
     start_run(args, "use_fp16")
     flags = args_to_dict(args, flag_names)
     with explained_flags(vars(args)):
-        stop = settle_resumed(args, flags)
+        stop = resolve_resumed(args, flags)
         model, diffusion = create(**flags)
         sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion, stop)
         data = load(class_cond=args.class_cond, **data_options(args))

@@ -93,7 +93,7 @@ def training_parser(description: str, *defaults: dict) -> argparse.ArgumentParse
         if action.dest in ("compile", "shard", "start_anew"):
             action.nargs, action.const = "?", True
     if "early_stop_steps" in merged:
-        parser.set_defaults(early_stop_steps=None)  # told from 0, see `settle_resumed`
+        parser.set_defaults(early_stop_steps=None)  # told from 0, see `resolve_resumed`
     return parser
 
 

@@ -24,12 +24,12 @@ def main(argv: list[str] | None = None) -> None:
     from guided_diffusion.resample import create_named_schedule_sampler
     from guided_diffusion.script_util import create_classifier_and_diffusion
     from guided_diffusion.training.classifier import ClassifierTrainer
-    from guided_diffusion.training.start import settle_resumed, start_run
+    from guided_diffusion.training.start import resolve_resumed, start_run
 
     start_run(args, "classifier_use_fp16")
     flags = args_to_dict(args, classifier_and_diffusion_defaults())
     with explained_flags(vars(args)):
-        stop = settle_resumed(args, flags)
+        stop = resolve_resumed(args, flags)
         model, diffusion = create_classifier_and_diffusion(**flags)
         common = {"image_size": args.image_size, "class_cond": True}
         options = data_options(args)

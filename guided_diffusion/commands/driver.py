@@ -185,41 +185,41 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Plan | None:
         named["t_prime"], _ = measured_t_prime(
             args, typed, preset, named, output, lambda request: scoring.PROPOSAL_FILE
         )
-    from guided_diffusion.commands.request import settle
+    from guided_diffusion.commands.request import resolve_run
 
     try:
         check_files(args, typed, preset, output)
-        settled = settle(request_of(args, typed, preset, named), output)
+        resolved = resolve_run(request_of(args, typed, preset, named), output)
     except UserError as error:
         if not only_print:
             raise
-        settled = None
+        resolved = None
         print(f"note: these commands cannot run yet: {error}", file=sys.stderr)
-    for remark in settled.remarks if settled else []:
+    for remark in resolved.remarks if resolved else []:
         print(f"note: {remark}", file=sys.stderr)
-    if named and settled:
+    if named and resolved:
         from guided_diffusion.sampling.worker import describe_chain
 
-        print(describe_chain(settled.run))
+        print(describe_chain(resolved.run))
     if args.print_settings:
         from guided_diffusion.sampling.job import describe
 
-        print(describe(settled.run))
+        print(describe(resolved.run))
         return None
     if args.execute and _evaluates(args):
         evaluation = scoring.read_flags(args, preset)
-        evaluation.check(settled.run.num_samples)
+        evaluation.check(resolved.run.num_samples)
     guided = is_guided(args, preset)
     log = log_folder(args, output) / _log_name(args, bool(named))
     settings = [settings_path(output, args.machine_idx)]
     commands = worker_commands(args, choose_devices(args, typed), guided, settings, log)
     for command in commands:
         print(command, flush=True)
-    if settled is None:
+    if resolved is None:
         return None
     if only_print:
-        open_folder(output, settled.run, args.machine_idx)
-    return Plan(settled.run, output, commands, evaluation, preset.name, args)
+        open_folder(output, resolved.run, args.machine_idx)
+    return Plan(resolved.run, output, commands, evaluation, preset.name, args)
 
 
 def measured_t_prime(

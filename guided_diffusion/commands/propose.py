@@ -27,7 +27,7 @@ from guided_diffusion.settings.presets import load_preset
 if TYPE_CHECKING:
     import numpy as np
 
-    from guided_diffusion.commands.request import Request, Settled
+    from guided_diffusion.commands.request import Request, ResolvedRun
     from guided_diffusion.proposal import Proposal
     from guided_diffusion.settings.record import Run
 
@@ -138,7 +138,7 @@ def measure(
 ) -> Measured:
     """Propose a T' for a request whose own is left open, on `count` of its start images.
 
-    UserError for all that `settle` and the evaluation refuse, before anything is sampled.
+    UserError for all that `resolve_run` and the evaluation refuse, before anything is sampled.
     """
     from evaluations.evaluation import reference_gaussian
     from evaluations.features import choose_engine, load_graph, pool_features
@@ -148,13 +148,13 @@ def measure(
     from guided_diffusion.sampling.trial import Trial
 
     began = time.monotonic()
-    settled, steps = _with_least_t_prime(request, scratch)
-    evaluation.check(min(count, len(settled.source)))
+    resolved, steps = _with_least_t_prime(request, scratch)
+    evaluation.check(min(count, len(resolved.source)))
     choice = {name: evaluation.engine.get(name, "auto") for name in ("backend", "device")}
     graph = load_graph(evaluation.graph)
     engine = choose_engine(graph, **choice)
     reference = reference_gaussian(evaluation.reference, graph, engine)
-    trial = Trial(settled.run, settled.source, count, device=device, batch_size=batch_size)
+    trial = Trial(resolved.run, resolved.source, count, device=device, batch_size=batch_size)
     evaluations = 0
 
     def features_at(t_prime: int) -> "np.ndarray":
@@ -162,18 +162,18 @@ def measure(
         if t_prime == 0:
             return pool_features(engine, trial.start_images()[0])
         evaluations += len(trial) * steps
-        sampler = at_t_prime(settled.run, t_prime, steps, request.spacing)
+        sampler = at_t_prime(resolved.run, t_prime, steps, request.spacing)
         return pool_features(engine, trial.sample(sampler, f"T' = {t_prime}"))
 
     proposal = propose(
         features_at,
         lambda features: frechet_distance(reference, gaussian_of(features)),
-        settled.highest_t_prime,
+        resolved.highest_t_prime,
         steps,
     )
     return Measured(
         proposal,
-        _question(request, settled.run, evaluation),
+        _question(request, resolved.run, evaluation),
         len(trial),
         steps,
         evaluations,
@@ -181,14 +181,14 @@ def measure(
     )
 
 
-def _with_least_t_prime(request: "Request", scratch: str) -> "tuple[Settled, int]":
+def _with_least_t_prime(request: "Request", scratch: str) -> "tuple[ResolvedRun, int]":
     """The run that is the same for all T' but for its timesteps; and K."""
-    from guided_diffusion.commands.request import settle
+    from guided_diffusion.commands.request import resolve_run
 
     steps = request.steps
     require(bool(steps and steps > 0), f"--steps must be at least 1, not {steps}")
     assert steps is not None
-    return settle(dataclasses.replace(request, t_prime=steps), scratch), steps
+    return resolve_run(dataclasses.replace(request, t_prime=steps), scratch), steps
 
 
 def _question(

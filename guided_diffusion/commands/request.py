@@ -94,7 +94,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settled:
+class ResolvedRun:
     """The record of a run, the images that it starts from, and remarks for the user.
 
     highest_t_prime: the largest T' that the networks were trained for.
@@ -134,7 +134,9 @@ class ReadNetworks:
         return Network(network.kind, flags, where, sha256)
 
 
-def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None) -> Settled:
+def resolve_run(
+    request: Request, save_dir: str, networks: ReadNetworks | None = None
+) -> ResolvedRun:
     """Check a request against its files; of the start images headers and labels are read.
 
     networks: those that earlier requests of the same command have read. What costs reading all
@@ -187,7 +189,7 @@ def settle(request: Request, save_dir: str, networks: ReadNetworks | None = None
         preset=request.preset.source if request.preset else None,
     )
     trained = [network.early_stop_steps for network in resolved if network.early_stop_steps]
-    return Settled(
+    return ResolvedRun(
         run=run,
         source=source,
         remarks=[

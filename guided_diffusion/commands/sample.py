@@ -150,7 +150,7 @@ def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
     else:
         named = bool(args.save_dir) or args.print_settings
         require(named, "--save_dir: name the folder for the samples")
-        from guided_diffusion.commands.request import settle
+        from guided_diffusion.commands.request import resolve_run
 
         request = _request(args, typed, kind)
         if args.t_prime == AUTO:
@@ -158,11 +158,11 @@ def job_from(args: argparse.Namespace, typed: set[str], kind: str) -> Job:
 
             path = join(args.save_dir, scoring.PROPOSAL_FILE)
             request = dataclasses.replace(request, t_prime=propose.kept(request, path))
-        settled = settle(request, args.save_dir)
-        run, source = settled.run, settled.source
+        resolved = resolve_run(request, args.save_dir)
+        run, source = resolved.run, resolved.source
         with_eta = "--use_ddim True, --sampler ddim or dpmpp_2m_sde"
         in_vain = without_effect(typed, unused_flags(args, args.use_ddim, with_eta))
-        remarks = [*settled.remarks, *in_vain]
+        remarks = [*resolved.remarks, *in_vain]
     rank, world_size, launched = place
     return Job(
         run=run,

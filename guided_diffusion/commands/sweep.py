@@ -25,7 +25,7 @@ from guided_diffusion.commands.sweep_points import (
     SCRATCH,
     Point,
     combinations_of,
-    settle_all,
+    resolve_points,
 )
 from guided_diffusion.commands.sweep_table import write_tables
 from guided_diffusion.sampling.gathering import METRICS_FILE, SAMPLES_FILE
@@ -122,7 +122,7 @@ def _plan(args: argparse.Namespace, typed: set[str]) -> Sweep:
     combinations = combinations_of(args)
     full = _as_driver_args(args)
     devices = driver.choose_devices(full, typed)
-    points = settle_all(full, typed, preset, output, combinations)
+    points = resolve_points(full, typed, preset, output, combinations)
     evaluation = None
     if args.machine_idx == 0:
         evaluation = _evaluation(args, preset, output)

@@ -120,7 +120,7 @@ def _path(text: str) -> str:
     return text
 
 
-def settle_all(
+def resolve_points(
     args: argparse.Namespace,
     typed: set[str],
     preset: Preset,
@@ -226,11 +226,11 @@ def _generator(args: argparse.Namespace, typed: set[str], preset: Preset) -> Gen
 def _run(
     args: argparse.Namespace, typed: set[str], preset: Preset, output: str, networks: Any
 ) -> "tuple[Run, list[str]]":
-    from guided_diffusion.commands.request import settle
+    from guided_diffusion.commands.request import resolve_run
 
     named = {name: getattr(args, name) for name in ("sampler", "t_prime", "steps", "spacing")}
-    settled = settle(driver.request_of(args, typed, preset, named), output, networks)
-    return settled.run, settled.remarks
+    resolved = resolve_run(driver.request_of(args, typed, preset, named), output, networks)
+    return resolved.run, resolved.remarks
 
 
 def _folders_by_identity(output: str) -> dict[str, str]:

@@ -24,14 +24,14 @@ _MEANING = (
 
 
 def start_run(args: argparse.Namespace, fp16_flag: str) -> None:
-    """Check the shared flags, join the other processes, open the log, settle precision, seed."""
+    """Check the shared flags, join the other processes, open the log, resolve precision, seed."""
     check_ranges(args)
     dist_util.setup_dist()
     if args.start_anew:
         dist_util.on_rank_zero(lambda: _clear_folder(args.resume_checkpoint))
     logger.configure(comm=dist_util.AllRanks())
     dist_util.on_rank_zero(lambda: _check_folder(args.resume_checkpoint))
-    settle_device_options(args, fp16_flag)
+    resolve_device_options(args, fp16_flag)
     torch.manual_seed(args.seed)
 
 
@@ -63,7 +63,7 @@ def _clear_folder(resume_checkpoint: str) -> None:
         print(f"--start_anew: the run that was in {folder} is in {moved} now", file=sys.stderr)
 
 
-def settle_device_options(args: argparse.Namespace, fp16_flag: str) -> None:
+def resolve_device_options(args: argparse.Namespace, fp16_flag: str) -> None:
     """Turn `fp16_flag` and --precision into a precision that this device has, and say so.
 
     float16 needs CUDA: on a CPU it becomes bfloat16 where the processor computes in it, else
@@ -80,7 +80,7 @@ def settle_device_options(args: argparse.Namespace, fp16_flag: str) -> None:
     setattr(args, fp16_flag, wanted == "float16")
 
 
-def settle_resumed(args: argparse.Namespace, flags: Mapping[str, object]) -> int | None:
+def resolve_resumed(args: argparse.Namespace, flags: Mapping[str, object]) -> int | None:
     """T' of this run, None for all timesteps: --early_stop_steps, or else the resumed network's.
 
     UserError where that network was trained with other `flags` than this run's, in what its weights
