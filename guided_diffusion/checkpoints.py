@@ -19,8 +19,6 @@ from esddpm_io.errors import UserError, of_type
 from esddpm_io.files import exists, is_blob, open_binary
 from esddpm_io.optional import import_extra
 from guided_diffusion.diffusers_folder import is_diffusers, read_folder, read_tensors
-from guided_diffusion.flags import flag_defaults
-from guided_diffusion.settings.layers import check_flags
 
 KINDS = ("model", "classifier", "sr", "vae")
 _NAMED = 3  # tensors that an error names, of each sort
@@ -301,8 +299,5 @@ def read_sidecar(path: str) -> dict | None:
             '{"kind": "model", "flags": {"noise_schedule": "linear"}, "early_stop_steps": null}, '
             f"kind one of {', '.join(KINDS)}"
         )
-    # The number of classes is the tensors' to say; conversions write it beside.
-    known = {"num_classes": 0, **flag_defaults(content["kind"])}
-    check_flags(sidecar, content["flags"], known)
     of_type(f"{sidecar}: early_stop_steps", content["early_stop_steps"], int | None)
     return content

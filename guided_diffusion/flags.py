@@ -107,7 +107,6 @@ def flag_defaults(kind: str) -> dict:
         "model": model_and_diffusion_defaults,
         "classifier": classifier_and_diffusion_defaults,
         "sr": sr_model_and_diffusion_defaults,
-        "vae": vae_defaults,
     }[kind]()
 
 

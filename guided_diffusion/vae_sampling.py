@@ -7,8 +7,10 @@ import torch
 
 from esddpm_io.errors import UserError
 from guided_diffusion.checkpoints import load_weights, read_sidecar
+from guided_diffusion.flags import vae_defaults
 from guided_diffusion.pixels import to_uint8
 from guided_diffusion.rng import RandomStreams
+from guided_diffusion.settings.layers import check_flags
 from guided_diffusion.vae import VAE, create_vae
 
 
@@ -26,6 +28,7 @@ def load_vae(path: str) -> VAE:
             f"--model_path: {path} is not a VAE's checkpoint: vae_train.py writes one, "
             "vaeNNNNNN.pt, with a .json of its flags beside it"
         )
+    check_flags(f"--model_path: the sidecar of {path}", sidecar["flags"], vae_defaults())
     vae = create_vae(**sidecar["flags"])
     load_weights(vae, path, flag="--model_path")
     if not vae.prior.fitted:

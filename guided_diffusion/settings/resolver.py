@@ -18,7 +18,7 @@ from esddpm_io.hub import fetched
 from guided_diffusion.checkpoints import check_fit, read_checkpoint, read_sidecar
 from guided_diffusion.diffusers_folder import KIND as DIFFUSERS
 from guided_diffusion.flags import diffusion_defaults, flag_defaults
-from guided_diffusion.settings.layers import Layer, require, resolve
+from guided_diffusion.settings.layers import Layer, check_flags, require, resolve
 from guided_diffusion.settings.presets import Preset
 from guided_diffusion.settings.recognition import (
     TRACELESS,
@@ -112,6 +112,9 @@ def resolve_network(
             f"{flag}: the sidecar of {path} says it is a {sidecar['kind']}, not a {kind}",
         )
         what = "config" if kind == DIFFUSERS else "sidecar"
+        # The number of classes is the tensors' to say; conversions write it beside.
+        known_flags = {"num_classes": 0, **defaults}
+        check_flags(f"{flag}: the {what} of {path}", sidecar["flags"], known_flags)
         found, remarks = None, [f"{flag}: flags from the {what} of {path}"]
         told = {name: value for name, value in sidecar["flags"].items() if name in defaults}
         known = Layer(f"{what} of {os.path.basename(path)}", told)

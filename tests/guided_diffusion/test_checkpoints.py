@@ -285,15 +285,6 @@ def test_a_sidecar_that_a_user_writes(tiny_path):
     sidecar = Path(tiny_path).with_name("model000100.json")
     sidecar.write_text(json.dumps({"kind": "model", "flags": {"num_heads": 2, "dropout": 0}}))
     assert read_sidecar(tiny_path)["early_stop_steps"] is None
-    for wrong, message in [
-        ({"num_head": 2}, "unknown flag num_head; valid are .*; did you mean num_heads"),
-        ({"num_heads": "2"}, "num_heads '2': its type must be int"),
-        ({"num_heads": 2.0}, "num_heads 2.0: its type must be int"),
-        ({"predict_xstart": "False"}, "predict_xstart 'False': its type must be bool"),
-    ]:
-        sidecar.write_text(json.dumps({"kind": "model", "flags": wrong}))
-        with pytest.raises(UserError, match=rf"model000100\.json: {message}"):
-            read_sidecar(tiny_path)
     sidecar.write_text(json.dumps({"kind": "model", "flags": {}, "early_stop_steps": "100"}))
     with pytest.raises(UserError, match=r"\.json: early_stop_steps '100': its type must be int"):
         read_sidecar(tiny_path)

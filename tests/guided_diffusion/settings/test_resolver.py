@@ -1,5 +1,6 @@
 """Where the flags of a network come from, which source wins, and what is refused."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -100,6 +101,22 @@ def test_guided_diffusion_s_commands_are_told_what_was_assumed(bare):
     assert "noise_schedule" not in assumed and "use_new_attention_order False" in assumed
     heads = resolve(bare, typed={"num_head_channels": 16})
     assert "num_heads" not in heads.remarks[-1] and "noise_schedule linear" in heads.remarks[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"num_head": 2}, "unknown flag num_head; valid are .*; did you mean num_heads"),
+        ({"num_heads": "2"}, "num_heads '2': its type must be int"),
+        ({"num_heads": 2.0}, "num_heads 2.0: its type must be int"),
+        ({"predict_xstart": "False"}, "predict_xstart 'False': its type must be bool"),
+    ],
+)
+def test_a_sidecar_says_flags_that_there_are(bare, flags, message):
+    sidecar = Path(bare).with_suffix(".json")
+    sidecar.write_text(json.dumps({"kind": "model", "flags": flags}))
+    with pytest.raises(UserError, match=rf"--model_path: the sidecar of .*\.pt: {message}"):
+        resolve(bare)
 
 
 def test_a_preset_must_say_what_a_bare_file_does_not(bare, tmp_path):
