@@ -130,6 +130,14 @@ def check_choice(flag: str, value: str, valid: Iterable[str]) -> None:
         raise UserError(f"{flag} {value}: choose from {', '.join(names)}", got=value, valid=names)
 
 
+def check_known(what: str, names: Iterable[str], valid: Iterable[str]) -> None:
+    """UserError, beginning with `what`, for names that are none of the valid ones."""
+    known = list(valid)
+    if unknown := [name for name in names if name not in known]:
+        message = f"{what} {', '.join(unknown)}; valid are {', '.join(known)}"
+        raise UserError(message, got=unknown, valid=known)
+
+
 def of_type(flag: str, value: object, kind: Any) -> Any:
     """The value of an argument as its type has it: paths are text, whole numbers are floats, too.
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from dataclasses import dataclass
 
-from esddpm_io.errors import UserError, check_choice, of_type
+from esddpm_io.errors import UserError, check_choice, check_known, of_type
 from esddpm_io.files import is_blob
 from evaluations.neighbours import ARITHMETICS
 from evaluations.network_file import is_network_file
@@ -47,12 +47,7 @@ class Settings:
     def of(cls, keywords: dict[str, object]) -> "Settings":
         """The settings of a call; `UserError` for a keyword that there is not."""
         known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := [name for name in keywords if name not in known]:
-            raise UserError(
-                f"unknown setting {', '.join(unknown)}: choose from {', '.join(known)}",
-                got=unknown,
-                valid=known,
-            )
+        check_known("unknown setting", keywords, known)
         return cls(**keywords)
 
     def __post_init__(self):

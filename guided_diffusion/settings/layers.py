@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from esddpm_io.errors import UserError, of_type
+from esddpm_io.errors import UserError, check_known, of_type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +60,7 @@ def check_flags(where: str, flags: Mapping[str, object], known: Mapping[str, obj
     where: what the message begins with. A whole number is a fine float, but a truth value is no
     number.
     """
-    unknown = [name for name in flags if name not in known]
-    if unknown:
-        raise UserError(
-            f"{where}: unknown flag {', '.join(unknown)}; valid are {', '.join(known)}",
-            got=unknown,
-            valid=known,
-        )
+    check_known(f"{where}: unknown flag", flags, known)
     for name, value in flags.items():
         of_type(f"{where}: {name}", value, type(known[name]))
 

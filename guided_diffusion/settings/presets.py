@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from esddpm_io.errors import UserError
+from esddpm_io.errors import UserError, check_known
 from esddpm_io.files import is_blob
 from guided_diffusion.flags import (
     classifier_defaults,
@@ -113,7 +113,7 @@ def load_preset(name_or_path: str | os.PathLike, *, flag: str = "--dataset") -> 
 def _read_preset(path: Path, base: Path, source: str) -> Preset:
     content = _parse(path)
     known = [f.name for f in dataclasses.fields(Preset) if f.name != "source"]
-    _require_known(path, "key", content, [*known, *_NETWORK_KEYS])
+    check_known(f"preset {path}: unknown key", content, [*known, *_NETWORK_KEYS])
     if "checkpoint" not in content:
         raise UserError(f"preset {path}: the key 'checkpoint' is missing")
     fields = {"name": path.stem, "sampler_script": PLAIN_SAMPLER, **content}
@@ -153,16 +153,6 @@ def _resolve(text: str, base: Path) -> str:
     if is_blob(text):
         return text
     return os.path.abspath(base / os.path.expanduser(text))
-
-
-def _require_known(path: Path, what: str, given: Mapping, known: list[str]) -> None:
-    unknown = [key for key in given if key not in known]
-    if unknown:
-        raise UserError(
-            f"preset {path}: unknown {what} {', '.join(unknown)}; valid are {', '.join(known)}",
-            got=unknown,
-            valid=known,
-        )
 
 
 def _check_flags(path: Path, table: str, flags: object) -> None:
@@ -209,7 +199,7 @@ def _read_downloads(path: Path, entries: object, base: Path) -> tuple[Download, 
         raise UserError(f"preset {path}: download must be a list of tables [[download]]")
     downloads = []
     for entry in entries:
-        _require_known(path, "key in [[download]]:", entry, list(_DOWNLOAD_KEYS))
+        check_known(f"preset {path}: unknown key in [[download]]:", entry, _DOWNLOAD_KEYS)
         if not all(isinstance(entry.get(key), str) for key in ("url", "path")):
             raise UserError(f"preset {path}: each [[download]] needs a url and a path")
         size = entry.get("bytes")

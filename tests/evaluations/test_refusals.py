@@ -157,7 +157,7 @@ def test_library_calls_at_their_edges(score, images, capsys):
     assert score(torch.from_numpy(reference), torch.from_numpy(samples))[0] == plain
     mirrored = samples[:, :, ::-1]
     assert score(reference, mirrored)[0] == score(reference, mirrored.copy())[0]
-    refused_early(score, capsys, "unknown setting metric: choose from", *images, metric="fid")
+    refused_early(score, capsys, "unknown setting metric; valid are", *images, metric="fid")
     refused_early(score, capsys, "SAMPLE: the path is empty", reference, "")
     refused_early(score, capsys, "SAMPLE is a list: give a path", reference, [1, 2])
 
@@ -406,8 +406,8 @@ def test_a_worker_s_error_names_the_reference(score, images):
         ({"metrics": [np.array([1, 2])]}, r"^metrics \[1 2\]: choose from"),
         ({"batch_size": True}, "^batch_size True: its type must be int$"),
         ({"cache_dir": "a\0b"}, "^cache_dir 'a.x00b': it has a character that no name has$"),
-        ({"launch": None}, "^unknown setting launch: choose from"),
-        ({"tell": print}, "^unknown setting tell: choose from"),
+        ({"launch": None}, "^unknown setting launch; valid are"),
+        ({"tell": print}, "^unknown setting tell; valid are"),
         ({"device": "meta"}, "^device meta: not available here"),
     ],
 )
