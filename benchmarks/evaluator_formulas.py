@@ -20,6 +20,7 @@ import sys
 import time
 
 import numpy as np
+from scipy.linalg import sqrtm
 
 SPATIAL = 2023  # features of sFID
 K = 3  # neighbours of precision and recall
@@ -46,8 +47,6 @@ def exact_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def sqrtm_distance(a, b) -> float:
-    from scipy.linalg import sqrtm
-
     shift = a.mean - b.mean
     product = a.covariance @ b.covariance
     root = sqrtm(product)
@@ -101,8 +100,6 @@ def forget_peak() -> float:
 
 def measure(case: str, rows: int, width: int) -> dict:
     """One measurement, in this process."""
-    import scipy.linalg  # noqa: F401 (loaded before the clock starts)
-
     from evaluations import neighbours
     from evaluations.metrics import Gaussian, frechet_distance, gaussian_of, precision_recall
 

@@ -70,7 +70,7 @@ class LoadedNetwork:
 def _checked(call: Callable[P, R]) -> Callable[P, R]:
     """Plain arguments are of the types that the signature has; errors speak of arguments."""
     signature = inspect.signature(call)
-    plain = {int, float, str, bool, type(None)}
+    plain = {int, float, str, bool, os.PathLike, type(None)}
     kinds = {
         name: parameter.annotation
         for name, parameter in signature.parameters.items()
@@ -103,7 +103,7 @@ def load_network(
     assumed is in the `remarks` of `resolved`. ValueError for a file that is missing, is no
     checkpoint, or does not fit its flags, and for a flag that there is not.
     """
-    path = fetched(of_type("path", path, str), flag="path")
+    path = fetched(str(path), flag="path")
     kind = _kind_of(path)
     known = flag_defaults(kind)
     del known["timestep_respacing"]  # of the sampler
@@ -200,13 +200,10 @@ def _networks(
     network: LoadedNetwork, classifier: LoadedNetwork | None, scale: float
 ) -> tuple[list[Resolved], Guidance | None]:
     """The U-Net and, where the scale is not 0, the classifier; `ValueError` for any others."""
-    given = {"network": ("U-Net", network)}
-    if classifier is not None:
-        given["classifier"] = ("classifier", classifier)
-    for name, (kind, one) in given.items():
-        fits = isinstance(one, LoadedNetwork)
-        fits = fits and (one.record.kind == "classifier") == (kind == "classifier")
-        require(fits, f"{name} must be a {kind} that load_network gives")
+    fits = isinstance(network, LoadedNetwork) and network.record.kind != "classifier"
+    require(fits, "network must be a U-Net that load_network gives")
+    fits = isinstance(classifier, LoadedNetwork) and classifier.record.kind == "classifier"
+    require(fits or classifier is None, "classifier must be a classifier that load_network gives")
     require(math.isfinite(scale), f"guidance_scale must be a finite number, not {scale}")
     if not scale:
         return [network.resolved], None

@@ -79,7 +79,8 @@ class HumanOutputFormat(KVWriter, SeqWriter):
             self.file.close()
 
     def _write(self, text: str) -> None:
-        print(text, file=self.file, flush=True)
+        # In one piece, for other processes may write to the same place.
+        print(f"{text}\n", end="", file=self.file, flush=True)
 
 
 class JSONOutputFormat(KVWriter):

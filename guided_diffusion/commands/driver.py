@@ -618,11 +618,11 @@ def check_files(args: argparse.Namespace, typed: set[str], preset: Preset, outpu
         require(bool(path), f"{flag}: the preset {preset.name} names no such file: give one")
     missing = {f: p for f, p in needed.items() if not (is_blob(p) or os.path.exists(p))}
     if missing:
-        named = all(flag.removeprefix("--") in typed for flag in missing)
+        all_typed = all(flag.removeprefix("--") in typed for flag in missing)
         what = "; ".join(f"{flag}: there is no file or folder {p}" for flag, p in missing.items())
         fetch = shlex.join(["python", str(SCRIPTS_FOLDER / "download.py"), args.dataset])
         shipped = {file.path for file in preset.download} & set(missing.values())
-        if not (shipped or preset.is_own or named):
+        if not (shipped or preset.is_own or all_typed):
             what += "; the files of this preset come with the repository: clone it, or name others"
         raise UserError(f"{what}; fetch with: {fetch}" if shipped else what)
 

@@ -19,7 +19,8 @@ from esddpm_io.errors import UserError
 from esddpm_io.files import absolute, exists, is_blob, join, read_json, sha256
 from esddpm_io.launch import without_launch
 from esddpm_io.processes import PARENT_VARIABLE, run_to_end, running
-from guided_diffusion.sampling.gathering import METRICS_FILE
+from guided_diffusion.sampling.chunks import SETTINGS_FILE, ChunkFolder
+from guided_diffusion.sampling.gathering import METRICS_FILE, SAMPLES_FILE, how_sampled
 from guided_diffusion.sampling.point import generator_of, point_of_run
 from guided_diffusion.settings.presets import Preset
 from guided_diffusion.settings.provenance import provenance
@@ -190,22 +191,23 @@ def evaluate(
 
     score: what stands in for `evaluation.score`.
     """
-    from guided_diffusion.sampling.gathering import SAMPLES_FILE
-
     files = (join(folder, SAMPLES_FILE) for folder in folders)
     scores = (score or evaluation.score)(*files)
+    inputs = evaluation.inputs()
     for folder, result in zip(folders, scores["results"], strict=True):
         metrics = join(folder, METRICS_FILE)
-        write_json(metrics, _record(folder, evaluation, dataset, {**scores, "results": [result]}))
+        of_folder = {**scores, "results": [result]}
+        write_json(metrics, _record(folder, evaluation, inputs, dataset, of_folder))
         print(f"metrics and settings: {absolute(metrics)}")
 
 
 def _record(
-    folder: str, evaluation: Evaluation, dataset: str | None, scores: Mapping[str, Any]
+    folder: str,
+    evaluation: Evaluation,
+    inputs: Mapping[str, Any],
+    dataset: str | None,
+    scores: Mapping[str, Any],
 ) -> dict[str, Any]:
-    from guided_diffusion.sampling.chunks import SETTINGS_FILE, ChunkFolder
-    from guided_diffusion.sampling.gathering import how_sampled
-
     sampled = ChunkFolder.load(folder) if exists(join(folder, SETTINGS_FILE)) else None
     run = sampled.run if sampled else None
     sampling = how_sampled(sampled) if sampled else None
@@ -222,16 +224,16 @@ def _record(
         "run": run.to_json() if run else None,
         "sampling": sampling,
         "t_prime_proposal": read_json(join(folder, PROPOSAL_FILE)),
-        "inputs": hash_inputs(run, evaluation, point["start_images"] if point else None, made),
+        "inputs": {**hash_inputs(run, point["start_images"] if point else None, made), **inputs},
         "scoring": dataclasses.asdict(evaluation),
         "evaluation": scores,
     }
 
 
 def hash_inputs(
-    run: "Run | None", evaluation: Evaluation, start_images: str | None, made: str | None
+    run: "Run | None", start_images: str | None, made: str | None
 ) -> dict[str, dict[str, str]]:
-    """Path and SHA-256 of all inputs; of a checkpoint, that of its tensors, as recorded.
+    """Path and SHA-256 of what was sampled from; of a checkpoint, that of its tensors, as recorded.
 
     made: the recorded hash of the generator that makes the start images, None if a file has them.
     """
@@ -243,4 +245,4 @@ def hash_inputs(
             hashes["classifier"] = {"path": classifier.path, "sha256": classifier.sha256}
     if start_images:
         hashes["start_images"] = {"path": start_images, "sha256": made or sha256(start_images)}
-    return hashes | evaluation.inputs()
+    return hashes

@@ -129,9 +129,9 @@ def claim_png_folder(folder: ChunkFolder) -> str:
 def export_pngs(folder: ChunkFolder, start: int, stop: int) -> str:
     """Write samples as `images/{index}_label_{label}.png` where missing; return the folder.
 
-    Those beyond the run's number of samples, of a longer one before, are removed.
+    The folder is claimed. Those beyond the run's number of samples, of a longer one before, go.
     """
-    target = claim_png_folder(folder)
+    target = join(folder.folder, PNG_FOLDER)
     there = exported_pngs(folder)
     for index, name in there.items():
         if index >= folder.num_samples:

@@ -71,10 +71,7 @@ def run(
     log(describe_chain(job.run))
     with Heartbeat(folder.folder, rank=job.rank, device=job.device or "auto") as heartbeat:
         folder.remove_damaged(log, job.block)
-        worker = Worker(job, folder, heartbeat, log, networks)
-        worker.run()
-        if worker.images_done:
-            check_source_again(job)
+        Worker(job, folder, heartbeat, log, networks).run()
         if job.save_numpy_array or job.save_png_files:
             heartbeat.tell(state="exporting")
             export(job, folder, log)
@@ -121,10 +118,10 @@ class Worker:
         self._job, self._folder, self._heartbeat, self._log = job, folder, heartbeat, log
         self._networks = networks
         self._batch_size = job.batch_size
-        self.images_done = 0
+        self._images_done = 0
 
     def run(self) -> None:
-        """Work until no wanted chunk is missing."""
+        """Work until no wanted chunk is missing; UserError if start images have changed since."""
         wanted = self._missing()
         left = _count(wanted)
         with Progress(left, "images", "sampling") as progress:
@@ -134,6 +131,8 @@ class Worker:
                 wanted = self._missing()
                 left, before = _count(wanted), left
                 progress.update(before - left)
+        if self._images_done:
+            check_source_again(self._job)
 
     def _missing(self) -> list[Range]:
         missing = self._folder.missing(self._job.chunk_size)
@@ -169,8 +168,8 @@ class Worker:
                 worker=self._heartbeat.worker_id,
                 batch_size=self._batch_size,
             )
-            self.images_done += len(images)
-            self._heartbeat.set(stored=self.images_done)
+            self._images_done += len(images)
+            self._heartbeat.set(stored=self._images_done)
 
     def _sample(self, chunk: Range) -> tuple[np.ndarray, np.ndarray | None]:
         """The chunk's images and labels, in batches that fit into the device's memory."""
@@ -211,7 +210,7 @@ class Worker:
         def report(done: int) -> None:
             nonlocal looked
             now = time.monotonic()
-            images = self.images_done + before + size * done / steps
+            images = self._images_done + before + size * done / steps
             rate = images / (now - self._started)
             self._heartbeat.set(step=done, steps=steps, images=images, rate=rate, batch_size=size)
             if now - looked >= _LOOK_S:
