@@ -270,7 +270,7 @@ def test_sidecars(tiny_path):
     sidecar = Path(tiny_path).with_name("model000100.json")
     assert sidecar.is_file()
     ema = str(sidecar.with_name("ema_0.9999_000100.pt"))
-    write_sidecar(ema, {"latent_dim": 8}, kind="vae")
+    write_sidecar(ema, {"latent": 8}, kind="vae")
     assert sidecar.with_name("ema_0.9999_000100.json").is_file()
     assert read_sidecar(ema)["kind"] == "vae"
     with pytest.raises(ValueError, match="kind must be one of model, "):

@@ -118,7 +118,7 @@ def test_without_the_flag_nothing_changes(folder):
 
 
 def test_the_command_writes_a_network_with_its_sidecar(folder, capsys):
-    flags = {"flags": {"num_heads": 1}, "early_stop_steps": 40}
+    flags = {"flags": {"a": 1}, "early_stop_steps": 40}
     options = {"power_ema": "0.05,0.1", "ema_rate": "", "sidecar": flags}
     loop = train_loop(**options, iterations=8, save_interval=2)
     loop.run_loop()

@@ -249,6 +249,11 @@ def assert_goes_on_to_the_bit(data, folder, last, *more, launcher):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+finds_processes = pytest.mark.skipif(
+    not Path("/proc").is_dir(), reason="processes are found in /proc"
+)
+
+
 def ranks_of(folder):
     """Process ids of the training that writes to `folder`, in order of rank, without launchers."""
     found = {}
@@ -267,7 +272,7 @@ def ranks_of(folder):
     return [found[rank] for rank in sorted(found)]
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
+@finds_processes
 @pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(launcher, data, tmp_path):
     folder = tmp_path / "killed"
@@ -288,7 +293,7 @@ def test_workers_end_when_the_parent_is_killed(images, tmp_path):
     process.communicate(timeout=PATIENCE_S)  # to the end of the output, which the workers share
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
+@finds_processes
 def test_a_killed_worker_is_one_line(images, tmp_path):
     process = start_long_run(str(images), tmp_path / "run", "--num_workers", "2")
     wait_until((tmp_path / "run/model000005.pt").exists, process)
